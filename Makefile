@@ -1,0 +1,24 @@
+# Two commands: `make quickstart` and `make test`. Each sets up .venv first and reuses it afterwards.
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart tiny test lock clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: ## make .venv as the lock says (PYTHON=... and LOCK=... override what is chosen)
+	@PYTHON='$(PYTHON)' LOCK='$(LOCK)' requirements/install.sh
+
+quickstart: setup ## train SmolLM2-135M from simulated feedback, end to end, and write a report (15 minutes on two cores)
+	@.venv/bin/rayward quickstart
+
+tiny: setup ## the same with a model of 3 M parameters that is pretrained on the spot (5 minutes)
+	@.venv/bin/rayward quickstart --tiny
+
+test: setup ## run every check: format, lint, types, import contracts, tests
+	@.ci/checks
+
+lock: ## make the locks again from pyproject.toml (needs uv)
+	@requirements/lock.sh
+
+clean: ## remove .venv and every cache (runs/ stays)
+	@rm -rf .venv .venv-install.log .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
