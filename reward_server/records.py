@@ -1,39 +1,35 @@
 """Rows of a JSONL file, or an error that names the file, the line, the reason and the remedy.
 
-Everything people hand to a run (prompts, demonstrations, comparisons, pretraining text) is read through here, before
-any model is loaded: a bad row found in the third hour of a run costs three hours.
+Everything people hand to a run (prompts, demonstrations, comparisons, pretraining text) is read through here,
+before any model is loaded: a bad row found in the third hour of a run costs three hours.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, TypeVar
+
+from pydantic import ValidationError
+
+from reward_server.schema import Message
 
 MAX_LINE_BYTES = 16 * 2**20
+MAX_ID_LENGTH = 100
 
 Row = TypeVar("Row")
+log = logging.getLogger(__name__)
 
 
 class RecordError(ValueError):
     """A row, or a whole file, that cannot be read. The text carries file:line, the reason and the remedy."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Records(Generic[Row]):
-    """What `read_records` found in one file."""
-
-    rows: list[Row]
-    """parsed rows, in the order of the file"""
-    skipped: list[RecordError]
-    """rows left out, at most `max_bad_rows` of them; the caller shows them"""
-
-
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line number from 1, object)` for each row of a JSONL file; blank lines are passed over.
 
-    Raises RecordError for a missing or empty file, a byte-order mark, a NUL, bytes that are not UTF-8, a line over
-    16 MiB, malformed JSON, NaN or Infinity, half of a surrogate pair, and a row that is not an object.
+    Raises RecordError for a missing or empty file, a byte-order mark, a NUL, bytes that are not UTF-8, a line
+    over 16 MiB, malformed JSON, NaN or Infinity, half of a surrogate pair, and a row that is not an object.
     """
     for line_number, row in _rows(Path(path)):
         if isinstance(row, RecordError):
@@ -43,27 +39,81 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_records(
     path: str | Path, parse: Callable[[dict[str, Any], int], Row], max_bad_rows: int = 0
-) -> Records[Row]:
-    """Read a JSONL file through `parse(row, line number)`, which raises ValueError with the reason to refuse a row.
+) -> list[Row]:
+    """Read a JSONL file through `parse(row, line number)`, which raises ValueError with the reason to refuse
+    a row.
 
-    Up to `max_bad_rows` bad rows are left out and reported; one more raises RecordError. A file without one good row
-    is refused whatever the budget.
+    Up to `max_bad_rows` bad rows are left out, each with a warning; one more raises RecordError. A file
+    without one good row is refused whatever the budget.
     """
     rows: list[Row] = []
-    skipped: list[RecordError] = []
+    bad: list[RecordError] = []
     for line_number, row in _rows(Path(path)):
         try:
             if isinstance(row, RecordError):
                 raise row
             rows.append(parse(row, line_number))
         except ValueError as error:
-            bad = error if isinstance(error, RecordError) else RecordError(f"{path}:{line_number}: {error}")
-            skipped.append(bad)
-            if len(skipped) > max_bad_rows:
-                raise _over_budget(bad, max_bad_rows) from error
+            bad.append(
+                error if isinstance(error, RecordError) else RecordError(f"{path}:{line_number}: {error}")
+            )
+            if len(bad) > max_bad_rows:
+                raise _over_budget(bad[-1], max_bad_rows) from error
+            log.warning("skipped bad row %d of at most %d: %s", len(bad), max_bad_rows, bad[-1])
     if not rows:
-        raise RecordError(f"{path}: none of its {len(skipped)} rows can be used; the first: {skipped[0]}")
-    return Records(rows=rows, skipped=skipped)
+        raise RecordError(f"{path}: none of its {len(bad)} rows can be used; the first: {bad[0]}")
+    return rows
+
+
+def row_id(row: dict[str, Any], line_number: int) -> str:
+    """Read the optional "id" of a row; without one, the row is named after its line ("row-7").
+
+    Raises ValueError for an id that is not a string or an integer, is blank, or is longer than 100
+    characters.
+    """
+    value = row.get("id", f"row-{line_number}")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f'"id" must be a string, not {value!r}')
+    name = str(value)
+    if not name.strip() or len(name) > MAX_ID_LENGTH:
+        raise ValueError(f'"id" must have 1 to {MAX_ID_LENGTH} characters, this one has {len(name.strip())}')
+    return name
+
+
+def row_text(row: dict[str, Any], key: str) -> str:
+    """Read a text that must be there and not be blank. Raises ValueError."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f'"{key}" must be a string, this row has {value!r:.60}; its keys are {sorted(row)}')
+    if not value.strip():
+        raise ValueError(f'"{key}" is blank; give it a text or remove the row')
+    return value
+
+
+def row_conversation(row: dict[str, Any], key: str = "prompt") -> tuple[Message, ...]:
+    """Read a conversation that a reply is wanted to: a string (one user message), or a list of messages.
+
+    Raises ValueError unless it ends with a user message, every role is known, and no message is blank.
+    """
+    value = row.get(key)
+    if not isinstance(value, list):
+        return (Message(role="user", content=row_text(row, key)),)
+    messages = []
+    for number, message in enumerate(value):
+        try:
+            messages.append(Message.model_validate(message))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, (key, number, *first["loc"])))
+            raise ValueError(f'{where}: {first["msg"]}; a message is {{"role", "content"}}') from error
+        if not messages[-1].content.strip():
+            raise ValueError(f"{key}.{number}.content is blank; give it a text or remove the message")
+    if not messages or messages[-1].role != "user":
+        last = messages[-1].role if messages else "nothing"
+        raise ValueError(
+            f'"{key}" must end with a user message, it ends with {last}; remove what follows the user'
+        )
+    return tuple(messages)
 
 
 def _over_budget(bad: RecordError, max_bad_rows: int) -> RecordError:
@@ -78,7 +128,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
     found = 0
     with path.open("rb") as file:
         for line_number, line in enumerate(_lines(file), start=1):
-            if isinstance(line, bytes) and not line.strip():
+            if line is not None and not line.strip():
                 continue
             found += 1
             try:
@@ -89,8 +139,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
         raise RecordError(f"{path}: the file is empty; it must hold one JSON object a line")
 
 
-def _lines(file: Any) -> Iterator[bytes | None]:
-    """Lines of a binary file; None stands for one that is too long, whose rest is read and forgotten."""
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Yield the lines of a file; None stands for one that is too long, whose rest is read and forgotten."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         if len(line) <= MAX_LINE_BYTES:
             yield line
@@ -107,10 +157,8 @@ def _row(line: bytes | None, first: bool) -> dict[str, Any]:
         )
     if first and line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("the file starts with a byte-order mark; save it as UTF-8 without one")
-    if b"\x00" in line or b"\\u0000" in line:
-        raise ValueError(
-            "the line holds a NUL character; remove it (is the file UTF-16, or was a write cut off?)"
-        )
+    if b"\x00" in line:
+        raise ValueError("the line holds a NUL byte; remove it (is the file UTF-16, or was a write cut off?)")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -119,20 +167,30 @@ def _row(line: bytes | None, first: bool) -> dict[str, Any]:
         row = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"not valid JSON at column {error.colno} ({error.msg}); one object a line, in double quotes"
+            f"not valid JSON at column {error.colno} ({error.msg}); write one object a line"
         ) from error
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply; flatten it") from error
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object {{...}}, this one is a {type(row).__name__}")
-    if "\\ud" in text.lower():  # only an escape can smuggle half of a surrogate pair past the decoder
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                "the line holds half of a surrogate pair (\\ud8xx); write the whole character"
-            ) from error
+    if "\\u" in text:  # only an escape can carry these past the checks of the bytes above
+        _check_characters(row)
     return row
+
+
+def _check_characters(value: object) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_characters(key)
+            _check_characters(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_characters(item)
+    elif isinstance(value, str):
+        if "\x00" in value:
+            raise ValueError("a text holds a NUL character (\\u0000); remove it")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("a text holds half of a surrogate pair (\\ud8..); write the whole character")
 
 
 def _refuse_constant(name: str) -> float:
