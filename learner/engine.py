@@ -1,0 +1,172 @@
+"""One network under DeepSpeed: gradients of any number of losses into the same buffers, then one optimizer step."""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from learner.schedules import ema_update
+
+
+class OptimizerConfig(BaseModel):
+    """Adam (Kingma & Ba 2015) as InstructGPT uses it, and how DeepSpeed shards it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean (paper: 0.9)."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the squared gradient's running mean (paper: 0.95)."""
+    eps: float = Field(default=1e-5, gt=0)
+    """Added to the denominator (lm-human-preferences: 1e-5; the paper is silent)."""
+    clip_grad_norm: float = Field(default=0.0, ge=0)
+    """Scale gradients down to this global norm; 0 leaves them alone (the paper is silent)."""
+    zero_stage: Literal[0, 1] = 1
+    """DeepSpeed ZeRO stage: 1 shards the optimizer states over ranks; 0 does not and is for float32 only."""
+
+
+def init_distributed(rank: int, world_size: int, address: str, port: int, deadline_s: float) -> None:
+    """Join this process to the learner's ranks (gloo on the CPU, NCCL on GPUs), within `deadline_s` seconds."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK="0",  # Ray shows each rank its own devices only
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not cuda:
+        deepspeed.ops.__compatible_ops__ = {}  # else its shared-memory reduce compiles C++ for half a minute
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=deadline_s), verbose=False
+    )
+
+
+class Engine:
+    """A trainable network, its optimizer and its moving average, on one rank.
+
+    Losses are sums divided by a count over *all* ranks, so gradients are summed over ranks, not averaged. `backward`
+    may be called any number of times before `step`: micro-batches and the two terms of PPO-ptx add up.
+    """
+
+    def __init__(self, network: nn.Module, config: OptimizerConfig, ema_decay: float | None = None) -> None:
+        import deepspeed
+
+        trained = [p for p in network.parameters() if p.requires_grad]
+        half = next(network.parameters()).dtype == torch.bfloat16
+        if half and config.zero_stage == 0:
+            raise ValueError(
+                "zero_stage = 0 with dtype = bfloat16 keeps a second, slow set of gradients: use zero_stage = 1"
+            )
+        self._engine: Any
+        self._engine, *_ = deepspeed.initialize(
+            model=network,
+            model_parameters=trained,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "managed_gradient_accumulation": False,  # `step` alone ends an accumulation
+                "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+                "bf16": {"enabled": half},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "gradient_clipping": config.clip_grad_norm,
+                "zero_allow_untested_optimizer": True,
+                "optimizer": {
+                    "type": "Adam",
+                    "params": {
+                        "lr": config.lr,
+                        "betas": [config.beta1, config.beta2],
+                        "eps": config.eps,
+                        "weight_decay": 0.0,
+                        "torch_adam": True,  # DeepSpeed's own CPU Adam compiles C++ for minutes at first use
+                    },
+                },
+                "steps_per_print": 10**9,
+            },
+        )
+        self.trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        self.ema_decay = ema_decay
+        self.ema = {name: self._master(p).clone() for name, p in self.trained} if ema_decay is not None else {}
+
+    @property
+    def network(self) -> Callable[..., Any]:
+        """The network to call, under DeepSpeed's hooks."""
+        return self._engine
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare network."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return self._engine.device
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` (a scalar, already divided by its global count) to the buffers."""
+        self._engine.backward(loss * self._engine.dp_world_size)  # DeepSpeed averages over ranks; we sum
+        if self._float32_buffers is not None:
+            # DeepSpeed has just added the bfloat16 gradients to its float32 buffers but leaves them in place: the next
+            # backward pass would add to them, and this one would be counted twice.
+            for _, parameter in self.trained:
+                parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Copies of this rank's accumulated gradients, in float32, as they stand before `step`."""
+        return [buffer.detach().float().clone() for buffer in self._buffers]
+
+    def norm(self, gradients: list[Tensor]) -> float:
+        """Global norm of the gradients summed over ranks. A collective: every rank calls it."""
+        for gradient in gradients if dist.get_world_size() > 1 else ():
+            dist.all_reduce(gradient)
+        total = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        return math.sqrt(total) / dist.get_world_size()  # `backward` multiplied by the number of ranks
+
+    def step(self, lr: float) -> float:
+        """One Adam step with learning rate `lr`, then the moving average's; returns the gradient norm before clipping.
+
+        Raises FloatingPointError on every rank, with the weights untouched, if any rank's gradient is not finite.
+        """
+        finite = torch.tensor(float(all(b.isfinite().all() for b in self._buffers)), device=self.device)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite.item():
+            self._engine.optimizer.zero_grad()
+            raise FloatingPointError("the gradient is not finite: the optimizer step was not taken")
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self.ema_decay is not None:
+            ema_update(self.ema.values(), (self._master(p) for _, p in self.trained), self.ema_decay)
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def _float32_buffers(self) -> list[Tensor] | None:
+        """DeepSpeed's float32 gradients beside bfloat16 weights; None when the parameters' own are in float32."""
+        return getattr(self._engine.optimizer, "fp32_groups_gradients_flat", None)
+
+    @property
+    def _buffers(self) -> list[Tensor]:
+        return self._float32_buffers or [p.grad for _, p in self.trained if p.grad is not None]
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param(parameter)
+        return (full if full is not None else parameter).detach().float()

@@ -1,0 +1,110 @@
+"""All ranks of the learner as one: a call goes to every rank, and what they return is added up."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from actors.chat import ChatExample
+from learner.batch import Batch
+from learner.engine import OptimizerConfig
+from learner.networks import NetworkConfig
+from learner.worker import Evaluation, PPOStep, Targets, targets_of
+
+
+class LearnerGroup:
+    """Handles of one `LearnerWorker` a rank, whose methods are awaitable (remote, or in this process)."""
+
+    def __init__(self, ranks: Sequence[Any]) -> None:
+        self.ranks = ranks
+
+    async def start(self, address: str, port: int, deadline_s: float) -> None:
+        """Let the ranks find each other at `address:port`."""
+        await self._every("start", address, port, deadline_s)
+
+    async def load(
+        self,
+        name: str,
+        kind: Literal["policy", "value", "new_value"],
+        path: Path,
+        network: NetworkConfig,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+    ) -> int:
+        """Load a network on every rank; returns how many of its parameters are trained."""
+        return (await self._every("load", name, kind, path, network, optimizer, ema_decay))[0]
+
+    async def unload(self) -> None:
+        """Forget every network, to make room for the next step's."""
+        await self._every("unload")
+
+    async def language_model_loss(self, name: str, examples: Sequence[ChatExample], max_tokens: int) -> float:
+        """Mean negative log-likelihood of the examples' targets, nats a token."""
+        sums = added(await self._every("language_model_loss", name, examples, max_tokens))
+        return sums["nll"] / targets_of(examples)
+
+    async def language_model_step(
+        self, name: str, examples: Sequence[ChatExample], max_tokens: int, lr: float
+    ) -> tuple[float, float]:
+        """One optimizer step on the examples: (mean loss in nats a token, gradient norm)."""
+        sums = added(await self._every("language_model_step", name, examples, max_tokens, lr))
+        return sums["nll"] / targets_of(examples), sums["grad_norm"]
+
+    async def ranking_step(
+        self,
+        name: str,
+        groups: Sequence[Sequence[tuple[int, ...]]],
+        ranks: Sequence[Sequence[int]],
+        normaliser: Literal["pairs", "all"],
+        max_tokens: int,
+        lr: float,
+    ) -> dict[str, float]:
+        """One optimizer step of the K-wise ranking loss; sums over the batch."""
+        return added(await self._every("ranking_step", name, groups, ranks, normaliser, max_tokens, lr))
+
+    async def last_values(self, name: str, sequences: Sequence[tuple[int, ...]], max_tokens: int) -> Tensor:
+        """Value at the last token of each sequence, f32 [N]."""
+        return torch.stack(await self._every("last_values", name, sequences, max_tokens)).sum(0)
+
+    async def normalise(self, name: str, gain: float, bias: float) -> None:
+        """Store a reward model's normalisation with it."""
+        await self._every("normalise", name, gain, bias)
+
+    async def evaluate(
+        self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int, temperature: float
+    ) -> Evaluation:
+        """Log-probs, reference log-probs, values and entropies of the batch's response tokens."""
+        first, *others = await self._every("evaluate", batch, minibatches, max_tokens, temperature)
+        return sum(others, start=first)
+
+    async def update(
+        self,
+        batch: Batch,
+        targets: Targets,
+        minibatches: Sequence[list[int]],
+        pretraining: Sequence[Sequence[ChatExample]],
+        step: PPOStep,
+    ) -> list[dict[str, float]]:
+        """One PPO iteration's optimizer steps; sums of each minibatch."""
+        by_rank = await self._every("update", batch, targets, minibatches, pretraining, step)
+        return [added(minibatch) for minibatch in zip(*by_rank, strict=True)]
+
+    async def probe_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """Teacher-forced log-probs of every token after the first, by the policy as it is now."""
+        return (await self._every("probe_logprobs", sequences))[0]
+
+    async def save(self, name: str, path: Path, ema: bool = False) -> None:
+        """Write a network, or its moving average, as a Hugging Face folder."""
+        await self._every("save", name, path, ema)
+
+    async def _every(self, method: str, *args: Any) -> list[Any]:
+        return await asyncio.gather(*(getattr(rank, method)(*args) for rank in self.ranks))
+
+
+def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sum of dicts, key by key."""
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return {key: sum(part.get(key, 0.0) for part in parts) for key in keys}

@@ -1,0 +1,185 @@
+"""The networks the learner trains or reads: a policy that gives log-probs, a critic or reward model that gives values.
+
+Both take right-padded token ids and a flat list of places to read, so that nothing of shape [B, S, vocabulary] and no
+left padding ever exists: causal attention never sees the padding on the right, and positions count from 0 as in the
+sampler.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from learner.logprobs import token_logprobs
+from reward_server.model import load_reward_model, new_reward_model, normalisation, token_values
+
+
+class NetworkConfig(BaseModel):
+    """Which weights of a network are trained, and in which precision it computes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of weights and activations; the optimizer keeps float32 master weights either way."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of the LoRA adapters (peft) that are trained instead of the weights; 0 trains the weights themselves."""
+    lora_alpha: float = Field(default=32.0, gt=0)
+    """LoRA scale: the adapters' product is multiplied by lora_alpha / lora_rank."""
+    last_layers: int = Field(default=0, ge=0)
+    """Train only this many of the last transformer layers (0: every weight); the rest is frozen and cheap."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    logprob_chunk: int = Field(default=1024, ge=1)
+    """How many tokens' logits exist at once when log-probs are taken."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch type that `dtype` names."""
+        return getattr(torch, self.dtype)
+
+
+class PolicyNetwork(nn.Module):
+    """A causal language model read as log-probs of given tokens."""
+
+    def __init__(self, model: PreTrainedModel, chunk: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk = chunk
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    def forward(
+        self, ids: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (nats, float32 [N]) of `targets[n]` after `ids[rows[n], : positions[n] + 1]`.
+
+        ids: [B, S] right padded; rows, positions, targets: [N].
+        """
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, positions]
+        head = self.model.get_output_embeddings()
+        return token_logprobs(
+            hidden, head.weight, getattr(head, "bias", None), targets, temperature, self.chunk, self.softcap
+        )
+
+
+class ValueNetwork(nn.Module):
+    """A transformer with a scalar head, read at given tokens: the reward model in training, and the critic.
+
+    Values are on the reward model's normalised scale, since the critic starts as a copy of it (Stiennon et al. 2020).
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        try:
+            stored = normalisation(model)
+            self.gain, self.bias = stored.gain, stored.bias
+        except ValueError:
+            self.gain, self.bias = 1.0, 0.0
+
+    def forward(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Values, float32 [N], at `ids[rows[n], positions[n]]`; ids: [B, S] right padded."""
+        return self.gain * token_values(self.model, ids)[rows, positions] + self.bias
+
+
+def load_network(kind: Literal["policy", "value", "new_value"], path: Path, network: NetworkConfig) -> nn.Module:
+    """A network from a Hugging Face folder, dropout off, on the CPU, with the weights that `network` names trainable.
+
+    kind "new_value" puts a fresh scalar head on a language model (the start of reward modelling).
+    """
+    if kind == "policy":
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=network.torch_dtype)
+    elif kind == "value":
+        model = load_reward_model(path, network.torch_dtype)
+    else:
+        model = new_reward_model(path, network.torch_dtype, seed=0)
+    model.eval()  # dropout off in rollout and training alike
+    make_trainable(model, network)
+    if network.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return PolicyNetwork(model, network.logprob_chunk) if kind == "policy" else ValueNetwork(model)
+
+
+def make_trainable(model: PreTrainedModel, network: NetworkConfig) -> None:
+    """Freeze what `network` leaves out and add its LoRA adapters. A fresh or copied scalar head is always trained."""
+    layers = model.config.get_text_config().num_hidden_layers
+    if network.last_layers > layers:
+        raise ValueError(f"last_layers = {network.last_layers}, but the model has {layers} layers: use 0 to {layers}")
+    first = layers - network.last_layers if network.last_layers else 0
+
+    def chosen(name: str) -> bool:
+        index = _layer_index(name)
+        return (index >= first) if index is not None else not network.last_layers
+
+    if network.lora_rank:
+        targets = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and _layer_index(name) is not None and chosen(name)
+        ]
+        lora = LoraConfig(
+            r=network.lora_rank, lora_alpha=network.lora_alpha, lora_dropout=0.0, target_modules=targets
+        )
+        inject_adapter_in_model(lora, model)
+    for name, parameter in model.named_parameters():
+        trained = ("lora_" in name) if network.lora_rank else chosen(name)
+        parameter.requires_grad_(trained or name.startswith("score."))
+
+
+def merged_weights(model: PreTrainedModel, replace: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its Hugging Face name with LoRA merged in, one at a time; tied weights once.
+
+    The model is not changed: merging in place and back would round the base weights a little each time.
+    `replace` gives other values for trained parameters by their own names (the EMA).
+    """
+    replace = replace or {}
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, _, leaf = name.rpartition(".base_layer.")
+        weight = replace.get(name, parameter).detach()
+        if owner:
+            name = f"{owner}.{leaf}"
+            if leaf == "weight":
+                weight = (weight.float() + _lora_product(owner, adapters[owner], replace)).to(parameter.dtype)
+        yield name, weight.to(parameter.dtype)
+
+
+def _lora_product(owner: str, layer: LoraLayer, replace: dict[str, Tensor]) -> Tensor:
+    """scale * B A in float32, transposed for GPT-2's Conv1D."""
+    down, up = (
+        replace.get(f"{owner}.{side}.default.weight", getattr(layer, side)["default"].weight).detach().float()
+        for side in ("lora_A", "lora_B")
+    )
+    product = (up @ down) * layer.scaling["default"]
+    return product.T if isinstance(layer.get_base_layer(), Conv1D) else product
+
+
+def save_network(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, replace: dict[str, Tensor] | None = None
+) -> None:
+    """Write a plain Hugging Face folder (safetensors, config, tokenizer, chat template) with LoRA merged."""
+    path.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in merged_weights(model, replace)}
+    save_torch_state_dict(weights, path)
+    model.config.save_pretrained(path)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _layer_index(name: str) -> int | None:
+    """The layer a parameter or module belongs to: the first number in its dotted name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -1,0 +1,72 @@
+"""What a PPO iteration is watched by."""
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from learner.advantages import explained_variance, masked_mean
+from learner.batch import Batch, staleness
+from learner.group import added
+from learner.kl import k3, kl_per_response
+from learner.worker import Targets
+
+
+class Laps:
+    """Seconds between calls, by name."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self._laps: dict[str, float] = {}
+
+    def __call__(self, name: str) -> None:
+        """End a lap."""
+        now = time.monotonic()
+        self._laps[f"time/{name}"] = now - self._last
+        self._last = now
+
+    def times(self) -> dict[str, float]:
+        """Seconds of each lap, and of all together."""
+        return {**self._laps, "time/iteration": self._last - self._start}
+
+
+def iteration_metrics(
+    batch: Batch,
+    version: int,
+    targets: Targets,
+    rewards: Tensor,
+    beta: float,
+    sums: Sequence[dict[str, float]],
+) -> dict[str, float]:
+    """Metrics of one iteration: of the batch as it was sampled, and of the update's minibatches.
+
+    KL and reward are per response (nats, and on the reward model's scale); losses, ratios and entropy per token.
+    """
+    mask, old = batch.mask, targets.evaluation
+    kl = kl_per_response(old.logprobs, old.ref_logprobs, mask)
+    total = rewards.sum(1)
+    lengths = batch.response_len.float()
+    update = added(sums)
+    names = ("loss/policy", "loss/value", "ratio/mean", "policy/clip_fraction", "policy/approx_kl", "value/clip_fraction")
+    return {
+        "score/mean": batch.score.mean().item(),
+        "score/std": batch.score.std(correction=0).item(),
+        "kl/mean": kl.mean().item(),
+        "kl/std": kl.std(correction=0).item(),
+        "kl/k3": k3(old.logprobs, old.ref_logprobs)[mask].sum().item() / len(batch),
+        "kl/coef": beta,
+        "reward/mean": total.mean().item(),
+        "reward/std": total.std(correction=0).item(),
+        "response/length": lengths.mean().item(),
+        "response/eos_rate": batch.ended.float().mean().item(),
+        "policy/entropy": float(masked_mean(old.entropies, mask)),
+        "value/mean": float(masked_mean(old.values, mask)),
+        "value/explained_variance": explained_variance(old.values, targets.returns, mask),
+        **{name: update[name] / update["tokens"] for name in names},
+        "ratio/first_minibatch": sums[0]["ratio/mean"] / sums[0]["tokens"],
+        **({"loss/pretraining": update["loss/pretraining"] / update["pretraining_tokens"]} if "pretraining_tokens" in update else {}),
+        **{name: value / len(sums) for name, value in update.items() if name.startswith("grad_norm/")},
+        **{name: value for name, value in update.items() if name.startswith("time/")},
+        "progress/version": float(version + 1),
+        **staleness(batch, version),
+    }

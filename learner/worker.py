@@ -1,0 +1,384 @@
+"""One rank of the learner: networks, and the forward and backward passes that the three loops ask of them.
+
+Every rank is given the whole batch and takes its own share of it, so counts over the global batch are known without
+communication, and all results are sums or zero-filled arrays that add up over ranks (`learner.group` adds them).
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from actors.chat import ChatExample
+from learner.batch import Batch, microbatches
+from learner.engine import Engine, OptimizerConfig, init_distributed
+from learner.losses import kwise_loss, lm_loss_sum, policy_loss_sum, value_loss_sum
+from learner.networks import NetworkConfig, load_network, merged_weights, save_network
+from reward_server.encoding import ChatEncoding
+from reward_server.model import Normalisation, set_normalisation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What the learner's networks say of a batch before it is trained on."""
+
+    logprobs: Tensor
+    """f32 [B, T] of the policy as it is now; 0 in the padding"""
+    ref_logprobs: Tensor
+    """f32 [B, T] of the reference policy; 0 in the padding"""
+    values: Tensor
+    """f32 [B, T] of the critic; 0 in the padding"""
+    entropies: Tensor
+    """f32 [B, T] of the policy's next-token distributions (nats); 0 in the padding"""
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        return Evaluation(
+            **{name: getattr(self, name) + getattr(other, name) for name in Evaluation.__dataclass_fields__}
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What a PPO update learns from, beside the batch."""
+
+    evaluation: Evaluation
+    """log-probs and values from before the update"""
+    advantages: Tensor
+    """f32 [B, T], whitened"""
+    returns: Tensor
+    """f32 [B, T]"""
+    weights: Tensor | None
+    """f32 [B, T] importance weights of stale tokens, or None when every token is fresh"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPOStep:
+    """The constants of a PPO update that a rank needs."""
+
+    clip: float
+    """of the probability ratio"""
+    value_clip: float
+    """of the value's change"""
+    pretraining_coef: float
+    """gamma of PPO-ptx; 0 leaves the pretraining term out"""
+    temperature: float
+    """sampling temperature, applied to the logits here too"""
+    max_tokens: int
+    """padded tokens of a micro-batch at most"""
+    policy_lr: float
+    """learning rate of the policy in this iteration"""
+    critic_lr: float
+    """learning rate of the critic in this iteration"""
+
+
+class LearnerWorker:
+    """One rank. Its methods are called in the same order on every rank."""
+
+    def __init__(self, rank: int, world_size: int, threads: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.threads = threads
+        self._engines: dict[str, Engine] = {}
+        self._frozen: dict[str, nn.Module] = {}
+        self._tokenizers: dict[str, ChatEncoding] = {}
+
+    def start(self, address: str, port: int, deadline_s: float) -> None:
+        """Join the other ranks at `address:port` within `deadline_s` seconds."""
+        torch.set_num_threads(self.threads)
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        init_distributed(self.rank, self.world_size, address, port, deadline_s)
+
+    def load(
+        self,
+        name: str,
+        kind: Literal["policy", "value", "new_value"],
+        path: Path,
+        network: NetworkConfig,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+    ) -> int:
+        """Load a network under `name`, to train with `optimizer` or frozen without; returns its trained parameters."""
+        torch.manual_seed(0)  # LoRA adapters start alike on every rank and in every run
+        module = load_network(kind, path, network)
+        if optimizer is None:
+            module.requires_grad_(False)
+            self._frozen[name] = module.to("cuda" if torch.cuda.is_available() else "cpu")
+        else:
+            self._engines[name] = Engine(module, optimizer, ema_decay)
+        self._tokenizers[name] = ChatEncoding.load(path)
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    def unload(self) -> None:
+        """Forget every network."""
+        for store in (self._engines, self._frozen, self._tokenizers):
+            store.clear()
+
+    # --- supervised fine-tuning and language-model loss
+
+    def language_model_loss(self, name: str, examples: Sequence[ChatExample], max_tokens: int) -> dict[str, float]:
+        """Sums of negative log-likelihood (nats) and of targets over this rank's share of `examples`."""
+        total = 0.0
+        with torch.no_grad():
+            for micro in self._share([len(e.ids) for e in examples], max_tokens):
+                total += self._nll(name, [examples[i] for i in micro]).item() if micro else 0.0
+        return {"nll": total}
+
+    def language_model_step(
+        self, name: str, examples: Sequence[ChatExample], max_tokens: int, lr: float
+    ) -> dict[str, float]:
+        """One optimizer step on the mean negative log-likelihood over all targets of `examples` (spec of SFT)."""
+        total = self._backward_language_model(name, examples, max_tokens, 1.0 / targets_of(examples))
+        return {"nll": total, "grad_norm": self._engines[name].step(lr) / self.world_size}
+
+    def _backward_language_model(
+        self, name: str, examples: Sequence[ChatExample], max_tokens: int, scale: float
+    ) -> float:
+        total = 0.0
+        for micro in self._share([len(e.ids) for e in examples], max_tokens):
+            if micro:
+                loss = self._nll(name, [examples[i] for i in micro])
+                self._engines[name].backward(loss * scale)
+                total += loss.item()
+        return total
+
+    def _nll(self, name: str, examples: Sequence[ChatExample]) -> Tensor:
+        ids = _right_padded([e.ids for e in examples])
+        mask = _right_padded([e.loss_mask for e in examples]).bool()
+        rows, ends = mask.nonzero(as_tuple=True)
+        logprobs, _ = self._call(name, ids, rows, ends - 1, ids[rows, ends])
+        return lm_loss_sum(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
+
+    # --- reward modelling
+
+    def ranking_step(
+        self,
+        name: str,
+        groups: Sequence[Sequence[tuple[int, ...]]],
+        ranks: Sequence[Sequence[int]],
+        normaliser: Literal["pairs", "all"],
+        max_tokens: int,
+        lr: float,
+    ) -> dict[str, float]:
+        """One optimizer step of the K-wise loss: all completions of a prompt in one batch element, one forward each."""
+        prompts = sum(len(set(r)) > 1 for r in ranks)
+        sums: dict[str, float] = {"loss": 0.0}
+        for micro in self._share([len(g) * max(map(len, g)) for g in groups], max_tokens):
+            if not micro:
+                continue
+            group = torch.tensor([i for i in micro for _ in groups[i]])
+            order = torch.tensor([rank for i in micro for rank in ranks[i]])
+            scores = self._last_values(name, [ids for i in micro for ids in groups[i]])
+            loss, _, stats = kwise_loss(scores, group.to(scores.device), order.to(scores.device), normaliser)
+            self._engines[name].backward(loss / max(prompts, 1))
+            _add(sums, {"loss": loss.item(), **_floats(stats)})
+        sums["grad_norm"] = self._engines[name].step(lr) / self.world_size
+        return sums
+
+    def last_values(self, name: str, sequences: Sequence[tuple[int, ...]], max_tokens: int) -> Tensor:
+        """Value at the last token of each sequence, f32 [N], 0 for those that are another rank's."""
+        values = torch.zeros(len(sequences))
+        with torch.no_grad():
+            for micro in self._share([len(s) for s in sequences], max_tokens):
+                if micro:
+                    values[micro] = self._last_values(name, [sequences[i] for i in micro]).cpu()
+        return values
+
+    def normalise(self, name: str, gain: float, bias: float) -> None:
+        """Store the reward model's normalisation with it."""
+        network = self._engines[name].module
+        network.gain, network.bias = gain, bias
+        set_normalisation(network.model, Normalisation(gain=gain, bias=bias))
+
+    def _last_values(self, name: str, sequences: Sequence[tuple[int, ...]]) -> Tensor:
+        ends = torch.tensor([len(s) - 1 for s in sequences])
+        return self._call(name, _right_padded(sequences), torch.arange(len(sequences)), ends)
+
+    # --- PPO
+
+    def evaluate(self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int, temperature: float) -> Evaluation:
+        """Log-probs, reference log-probs, values and entropies, in the micro-batches that `update` will train on.
+
+        The same cut makes the probability ratio of the first minibatch exactly 1.
+        """
+        found = {name: torch.zeros(batch.mask.shape) for name in Evaluation.__dataclass_fields__}
+        with torch.no_grad():
+            for rows in self._micro_rows(batch, minibatches, max_tokens):
+                part = batch.rows(rows)
+                width = part.mask.shape[1]
+                logprobs, entropies = self._response_logprobs("policy", part, temperature)
+                reference, _ = self._response_logprobs("reference", part, temperature)
+                answers = (logprobs, reference, self._response_values(part), entropies)
+                for array, answer in zip(found.values(), answers, strict=True):
+                    array[rows, :width] = answer.cpu()
+        return Evaluation(**found)
+
+    def update(
+        self,
+        batch: Batch,
+        targets: Targets,
+        minibatches: Sequence[list[int]],
+        pretraining: Sequence[Sequence[ChatExample]],
+        step: PPOStep,
+    ) -> list[dict[str, float]]:
+        """The optimizer steps of one PPO iteration, a policy and a critic step a minibatch; sums of each minibatch.
+
+        The policy's gradient is that of the clipped surrogate plus `pretraining_coef` times that of the language-model
+        loss, in one step (InstructGPT eq. 2). Both are means over all tokens of the minibatch, whatever the ranks.
+        """
+        results = []
+        for rows, text in zip(minibatches, pretraining, strict=True):
+            sums = self._policy_step(batch, targets, rows, text, step)
+            _add(sums, self._critic_step(batch, targets, rows, step))
+            results.append(sums)
+        return results
+
+    def _policy_step(
+        self, batch: Batch, targets: Targets, rows: list[int], text: Sequence[ChatExample], step: PPOStep
+    ) -> dict[str, float]:
+        policy, tokens, sums = self._engines["policy"], int(batch.mask[rows].sum()), {"loss/policy": 0.0}
+        started = time.monotonic()
+        for micro in self._micro_rows(batch, [rows], step.max_tokens):
+            part = batch.rows(micro)
+            old, advantages, weights = (
+                _cut(array, micro, part, self.device)
+                for array in (targets.evaluation.logprobs, targets.advantages, targets.weights)
+            )
+            new, _ = self._response_logprobs("policy", part, step.temperature)
+            loss, stats = policy_loss_sum(new, old, advantages, part.mask.to(self.device), step.clip, weights)
+            policy.backward(loss / tokens)
+            _add(sums, {"tokens": float(part.mask.sum()), "loss/policy": loss.item(), **_floats(stats)})
+        gradient = policy.gradients()
+        sums["grad_norm/policy"] = policy.norm(gradient) / self.world_size
+        sums["time/policy"] = (time.monotonic() - started) / self.world_size
+        if step.pretraining_coef:
+            started = time.monotonic()
+            sums["pretraining_tokens"] = targets_of(text) / self.world_size
+            sums["loss/pretraining"] = self._backward_language_model(
+                "policy", text, step.max_tokens, step.pretraining_coef / targets_of(text)
+            )
+            added = [both - first for both, first in zip(policy.gradients(), gradient, strict=True)]
+            sums["grad_norm/pretraining"] = policy.norm(added) / self.world_size
+            sums["time/pretraining"] = (time.monotonic() - started) / self.world_size
+        policy.step(step.policy_lr)
+        return sums
+
+    def _critic_step(self, batch: Batch, targets: Targets, rows: list[int], step: PPOStep) -> dict[str, float]:
+        critic, tokens, sums = self._engines["critic"], int(batch.mask[rows].sum()), {"loss/value": 0.0}
+        started = time.monotonic()
+        for micro in self._micro_rows(batch, [rows], step.max_tokens):
+            part = batch.rows(micro)
+            old, returns = (
+                _cut(array, micro, part, self.device) for array in (targets.evaluation.values, targets.returns)
+            )
+            mask = part.mask.to(self.device)
+            loss, stats = value_loss_sum(self._response_values(part), old, returns, mask, step.value_clip)
+            critic.backward(loss / tokens)
+            _add(sums, {"loss/value": loss.item(), **_floats(stats)})
+        sums["grad_norm/value"] = critic.step(step.critic_lr) / self.world_size
+        sums["time/value"] = (time.monotonic() - started) / self.world_size
+        return sums
+
+    def _response_logprobs(self, name: str, part: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [b, T] of a micro-batch's response tokens, 0 in the padding."""
+        rows, positions = _response_places(part)
+        answers = self._call(name, part.ids, rows, positions, part.ids[rows, positions + 1], temperature)
+        return tuple(_spread(answer, part.mask) for answer in answers)  # pyright: ignore[reportReturnType]
+
+    def _response_values(self, part: Batch) -> Tensor:
+        """Values [b, T] of the states before each response token, 0 in the padding."""
+        return _spread(self._call("critic", part.ids, *_response_places(part)), part.mask)
+
+    # --- weights out
+
+    def probe_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """Teacher-forced log-probs of every token after the first, by the policy as it is now."""
+        answers = []
+        with torch.no_grad():
+            for ids in sequences:
+                row = torch.tensor([ids])
+                ends = torch.arange(1, len(ids))
+                logprobs, _ = self._call("policy", row, torch.zeros_like(ends), ends - 1, row[0, ends])
+                answers.append(logprobs.tolist())
+        return answers
+
+    def save(self, name: str, path: Path, ema: bool = False) -> None:
+        """Write the network (or its moving average) as a plain Hugging Face folder, from rank 0."""
+        network = self._module(name)
+        averages = self._engines[name].ema if ema else {}
+        if self.rank == 0:
+            replace = {key.removeprefix("model."): value for key, value in averages.items()}
+            save_network(network.model, self._tokenizers[name].tokenizer, path, replace)
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """The policy's merged weights under their Hugging Face names."""
+        return merged_weights(self._engines["policy"].module.model)
+
+    # --- shares and devices
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return next(iter(self._engines.values())).device
+
+    def _module(self, name: str) -> nn.Module:
+        return self._engines[name].module if name in self._engines else self._frozen[name]
+
+    def _call(self, name: str, ids: Tensor, *places: Tensor | float) -> Tensor:
+        network = self._engines[name].network if name in self._engines else self._frozen[name]
+        device = next(self._module(name).parameters()).device
+        return network(ids.to(device), *(p.to(device) if isinstance(p, Tensor) else p for p in places))
+
+    def _share(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        return microbatches(lengths, max_tokens, self.world_size)[self.rank]
+
+    def _micro_rows(self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
+        """This rank's micro-batches of every minibatch, as rows of the batch."""
+        lengths = batch.lengths.tolist()
+        return [
+            [rows[i] for i in micro]
+            for rows in minibatches
+            for micro in self._share([lengths[row] for row in rows], max_tokens)
+            if micro
+        ]
+
+
+def _response_places(part: Batch) -> tuple[Tensor, Tensor]:
+    """Where each response token's log-prob and value are read: one token before it (row, position)."""
+    rows, steps = part.mask.nonzero(as_tuple=True)
+    return rows, part.query_len[rows] - 1 + steps
+
+
+def _spread(answers: Tensor, mask: Tensor) -> Tensor:
+    """[N] answers at the True places of mask [b, T], row by row; 0 elsewhere."""
+    mask = mask.to(answers.device)
+    return torch.zeros(mask.shape, device=answers.device, dtype=answers.dtype).masked_scatter(mask, answers)
+
+
+def _cut(array: Tensor | None, rows: list[int], part: Batch, device: torch.device) -> Tensor:
+    """The rows of a [B, T] array, as wide as the micro-batch."""
+    return array[rows, : part.mask.shape[1]].to(device) if array is not None else None  # pyright: ignore
+
+
+def _right_padded(sequences: Sequence[Sequence[int] | Sequence[bool]]) -> Tensor:
+    """[B, S] with zeros to the right; the value never matters, since nothing before the padding sees it."""
+    width = max(map(len, sequences))
+    return torch.tensor([[*map(int, s), *[0] * (width - len(s))] for s in sequences])
+
+
+def targets_of(examples: Sequence[ChatExample]) -> int:
+    """How many tokens of the examples are trained."""
+    return sum(sum(example.loss_mask) for example in examples)
+
+
+def _floats(stats: dict[str, Tensor]) -> dict[str, float]:
+    return {key: float(value) for key, value in stats.items()}
+
+
+def _add(sums: dict[str, float], more: dict[str, float]) -> None:
+    for key, value in more.items():
+        sums[key] = sums.get(key, 0.0) + value
