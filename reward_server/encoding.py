@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ _PROBE = (
 class ChatEncoding:
     """A tokenizer with its chat template.
 
-    Holds its own settings of the tokenizer (pad token, padding side), and is to be used by one thread at a time.
+    Sets the tokenizer's pad token and padding side. To be used by one thread at a time.
     """
 
     def __init__(
@@ -32,17 +32,18 @@ class ChatEncoding:
     ) -> None:
         """Take a tokenizer whose `eos_token` ends a turn of the chat.
 
-        `chat_template` replaces the tokenizer's own (Jinja text); `stop_ids` are further ids that end a response.
-        Raises ValueError when there is no template, no EOS, or no token that could serve as a dedicated PAD.
+        `chat_template` replaces the tokenizer's own (Jinja text); `stop_ids` are further ids that end a
+        response. Raises ValueError when there is no template, no EOS, or no token that could be a dedicated
+        PAD.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer  # transformers types its results as unions over every way to call it
         self.name = name or tokenizer.name_or_path or type(tokenizer).__name__
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         if not tokenizer.chat_template:
             raise ValueError(
-                f"the tokenizer of {self.name!r} has no chat template; set the config key 'chat_template' to its "
-                "Jinja text, or use a model that brings one"
+                f"the tokenizer of {self.name!r} has no chat template; set the config key 'chat_template' to "
+                "its Jinja text, or use a model that brings one"
             )
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -57,7 +58,7 @@ class ChatEncoding:
 
     @classmethod
     def load(cls, path: str | Path, chat_template: str | None = None) -> Self:
-        """Load the tokenizer of a model folder (or Hub id), with the stop ids of its generation_config.json."""
+        """Load the tokenizer of a model folder or Hub id, with the stop ids of its generation_config.json."""
         tokenizer = AutoTokenizer.from_pretrained(str(path))
         try:
             stop = GenerationConfig.from_pretrained(str(path)).eos_token_id
@@ -69,8 +70,8 @@ class ChatEncoding:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Encode a conversation and open the assistant's turn.
 
-        Raises ValueError for an empty conversation, one whose last word is the assistant's, a text that holds one of the
-        template's control tokens (it could forge a turn), and one that the template refuses.
+        Raises ValueError for an empty conversation, one whose last word is the assistant's, a text that holds
+        one of the template's control tokens (it could forge a turn), and one that the template refuses.
         """
         if not messages or messages[-1].role == "assistant":
             last = (
@@ -81,13 +82,13 @@ class ChatEncoding:
             for token in self.control_tokens:
                 if token in message.content:
                     raise ValueError(
-                        f"message {number} ({message.role}) holds {token!r}, a control token of {self.name!r}; "
-                        "remove it from the text"
+                        f"message {number} ({message.role}) holds {token!r}, a control token of "
+                        f"{self.name!r}; remove it from the text"
                     )
         return self._encode_chat(messages)
 
     def response(self, text: str, ended: bool) -> list[int]:
-        """Encode a reply as plain text, control tokens included, and add the EOS when it `ended` by itself."""
+        """Encode a reply as plain text, even where it spells a control token; add the EOS when it `ended`."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*ids, self.eos_id] if ended else list(ids)
 
@@ -140,7 +141,8 @@ class ChatEncoding:
                 if wanted in name.lower():
                     return token
         raise ValueError(
-            f"the tokenizer of {self.name!r} has no token to pad with (pad_token is {self.tokenizer.pad_token!r}, an EOS must "
-            "not pad); add one with tokenizer.add_special_tokens({'pad_token': '<|pad|>'}), resize the model's embeddings, "
-            "and save both"
+            f"the tokenizer of {self.name!r} has no token to pad with (pad_token is "
+            f"{self.tokenizer.pad_token!r}, and an EOS must not pad); add one with "
+            "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}), resize the model's embeddings, and "
+            "save both"
         )

@@ -1,11 +1,11 @@
-"""The wire types of a score: messages and text, never tokens, so policy and reward model may differ in tokenizer."""
+"""The wire types of a score: text, never tokens, as policy and reward model may differ in tokenizer."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 Number = Annotated[FiniteFloat, Field(strict=True)]
-Identifier = Annotated[str, Field(min_length=1, max_length=200)]
+Identifier = Annotated[str, Field(min_length=1, max_length=300)]
 
 
 class _Wire(BaseModel):
@@ -31,7 +31,7 @@ class ScoreRequest(_Wire):
     response: str
     """The assistant's reply, without its end-of-turn token. May be empty when the model stopped at once."""
     ended: bool = Field(strict=True)
-    """True when the response ended by itself (EOS); False when it was truncated, and is encoded without an EOS."""
+    """True when the response ended by itself; False when it was truncated, and is encoded without an EOS."""
 
 
 class ScoreReply(_Wire):

@@ -1,6 +1,7 @@
-"""Tiny real models for tests: a byte-level BPE tokenizer with a ChatML template, and random Llama and GPT-2 models."""
+"""Tiny real models: a byte-level BPE tokenizer with a ChatML template, random Llama and GPT-2 models."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,9 +14,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from reward_server.encoding import ChatEncoding
+from reward_server.model import Normalisation, new_reward_model, save_reward_model, set_normalisation
+
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 320
@@ -27,7 +33,7 @@ CORPUS = [
 
 
 def tiny_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of 320 tokens; ids 0, 1, 2 are endoftext, im_start, im_end; PAD = EOS as in SmolLM2."""
+    """Train a byte-level BPE of 320 tokens; 0, 1, 2 are endoftext, im_start, im_end; PAD = EOS (SmolLM2)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,11 +62,16 @@ def tiny_causal_lm(
     max_positions: int = 256,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Save a random causal language model of a few thousand weights with its tokenizer, and return it in eval mode."""
+    """Save a random causal language model with its tokenizer; return it in eval mode."""
     tiny_tokenizer(path)
-    common = dict(
-        vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=tied
-    )
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "llama":
@@ -72,7 +83,6 @@ def tiny_causal_lm(
                     num_attention_heads=4,
                     num_key_value_heads=2,
                     max_position_embeddings=max_positions,
-                    initializer_range=0.2,
                     **common,
                 )
             )
@@ -83,7 +93,6 @@ def tiny_causal_lm(
                     n_layer=layers,
                     n_head=4,
                     n_positions=max_positions,
-                    initializer_range=0.2,
                     **common,
                 )
             )
@@ -92,13 +101,10 @@ def tiny_causal_lm(
 
 
 def tiny_reward_model(path: str | Path, family: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """Save a random reward model (one label, normalisation gain 1, bias 0) with its tokenizer, and return it."""
-    from reward_server.model import Normalisation, new_reward_model, set_normalisation
-
+    """Save a random reward model (normalisation: gain 1, bias 0) with its tokenizer, and return it."""
     base = Path(path) / "base"
     tiny_causal_lm(base, family=family, seed=seed)
     model = new_reward_model(base, torch.float32, seed)
     set_normalisation(model, Normalisation(gain=1.0, bias=0.0))
-    model.save_pretrained(str(path))
-    tiny_tokenizer(path)
+    save_reward_model(model, ChatEncoding.load(base), path)
     return model

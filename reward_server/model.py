@@ -1,0 +1,153 @@
+"""The reward model: a transformer with a scalar head, in the form of AutoModelForSequenceClassification."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging
+
+from reward_server.encoding import ChatEncoding
+
+_NORMALISATION_KEY = "rayward_normalisation"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalisation:
+    """The affine map from a raw head output to a score: score = gain * raw + bias."""
+
+    gain: float
+    """factor, 1 in InstructGPT; positive"""
+    bias: float
+    """added after the gain, so that demonstrations score 0 on average"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless both numbers are finite and the gain is positive."""
+        if not (math.isfinite(self.gain) and math.isfinite(self.bias) and self.gain > 0):
+            raise ValueError(f"a normalisation needs a finite gain > 0 and a finite bias, not {self}")
+
+    def __call__(self, raw: float) -> float:
+        """Score of a raw head output."""
+        return self.gain * raw + self.bias
+
+
+class ScalarHead(nn.Linear):
+    """A linear layer that computes in fp32 whatever its weights are stored in.
+
+    In bf16 a score of 3 has a resolution of 0.016, as large as the margins that a reward model has to tell
+    apart.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., d] -> f32 [..., 1]."""
+        return nn.functional.linear(input.float(), self.weight.float())
+
+
+def new_reward_model(
+    base_path: str | Path, dtype: torch.dtype, seed: int, pad_id: int | None = None
+) -> PreTrainedModel:
+    """Put a fresh head on a causal language model: weight ~ N(0, 1/(d+1)), no bias (lm-human-preferences).
+
+    `pad_id` is the dedicated PAD, by default that of the base model's encoding. In eval mode, so without
+    dropout.
+    """
+    model, _ = _load(base_path, dtype)
+    pad_id = ChatEncoding.load(base_path).pad_id if pad_id is None else pad_id
+    model.config.pad_token_id = pad_id
+    model.config.get_text_config().pad_token_id = pad_id
+    setattr(model.config, _NORMALISATION_KEY, None)
+    weight = model.get_parameter("score.weight")
+    with torch.no_grad():
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        weight.copy_(noise / math.sqrt(weight.shape[1] + 1))
+    return model
+
+
+def load_reward_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a reward model's folder, in eval mode.
+
+    Raises ValueError when it has another head than one scalar, no trained head at all, or no pad_token_id.
+    """
+    model, missing = _load(path, dtype)
+    if missing:
+        raise ValueError(
+            f"{path} is not a reward model: its weights lack {', '.join(sorted(missing))}, which would be "
+            "random; train one from it first"
+        )
+    if model.config.get_text_config().pad_token_id is None:
+        raise ValueError(
+            f"{path}/config.json has no pad_token_id, so its score cannot be read in batches; set it to a "
+            "token that no text ends with"
+        )
+    return model
+
+
+def save_reward_model(model: PreTrainedModel, encoding: ChatEncoding, path: str | Path) -> None:
+    """Write a plain Hugging Face folder: weights, config with normalisation, tokenizer with its PAD."""
+    model.save_pretrained(str(path))
+    encoding.tokenizer.save_pretrained(str(path))
+
+
+def set_normalisation(model: PreTrainedModel, normalisation: Normalisation) -> None:
+    """Store it in the model's config, and so in every folder that the model is saved to."""
+    setattr(model.config, _NORMALISATION_KEY, asdict(normalisation))
+
+
+def normalisation(model: PreTrainedModel) -> Normalisation:
+    """The normalisation in the model's config; raises ValueError when there is none, or it is malformed."""
+    stored: Any = getattr(model.config, _NORMALISATION_KEY, None)
+    if not (isinstance(stored, dict) and stored.keys() == {"gain", "bias"}):
+        raise ValueError(
+            f"the reward model {model.config.name_or_path!r} is not normalised: {_NORMALISATION_KEY} in its "
+            f"config.json is {stored!r}, not a gain and a bias; call normalise_on with demonstrations and "
+            "save it before a policy is trained against it"
+        )
+    return Normalisation(gain=float(stored["gain"]), bias=float(stored["bias"]))
+
+
+def token_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Raw head output at every token, i64 [B, S] -> f32 [B, S].
+
+    Inputs are padded on the right: under a causal mask nothing before the padding sees it, and positions
+    count from 0.
+    """
+    return model.get_submodule("score")(_hidden(model, ids)).squeeze(-1)
+
+
+def scores(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Raw score of each sequence, read at its last token: ids i64 [B, S], lengths i64 [B] -> f32 [B].
+
+    The last token is the EOS of a response that ended and the last sampled token of one that was truncated
+    (InstructGPT; summarize-from-feedback).
+    """
+    hidden = _hidden(model, ids)
+    return model.get_submodule("score")(
+        hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
+    ).squeeze(-1)
+
+
+def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _load(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, set[str]]:
+    """Load a model with a scalar head; also the names of the weights that its folder lacks."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of a missing head is either expected or our error to raise
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            str(path), num_labels=1, dtype=dtype, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(
+            f"{path} is a {type(model).__name__}, which has no linear head 'score' over a decoder; use a "
+            "causal language model such as Llama, Qwen or GPT-2"
+        )
+    head.__class__ = ScalarHead  # the same parameter under the same name, so folders stay plain Hugging Face
+    return model.eval(), set(report["missing_keys"])

@@ -1,0 +1,196 @@
+"""From requests to scores with a reward model: encode, batch by tokens, forward, normalise."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from reward_server.encoding import ChatEncoding
+from reward_server.model import Normalisation, load_reward_model, normalisation, scores, set_normalisation
+from reward_server.schema import Message, ScoreReply, ScoreRequest
+
+
+class InputTooLong(ValueError):
+    """A prompt with its response does not fit into the reward model."""
+
+
+class NonFiniteScore(RuntimeError):
+    """The reward model answered with NaN or an infinity."""
+
+
+class Demonstration(Protocol):
+    """A prompt with the reply that a person wrote."""
+
+    @property
+    def prompt(self) -> Sequence[Message]:
+        """The conversation up to the reply."""
+        ...
+
+    @property
+    def response(self) -> str:
+        """The reply."""
+        ...
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group indices into batches of at most `max_tokens` padded tokens, similar lengths together.
+
+    The longest come first, so a budget too large for the memory fails on the first batch. A sequence longer
+    than the budget is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if not batches or (len(batches[-1]) + 1) * width > max_tokens:
+            batches.append([])
+            width = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+def raw_scores(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int, max_batch_tokens: int
+) -> list[float]:
+    """Raw head output at the last token of each sequence, in the order given; without gradients."""
+    results = [math.nan] * len(sequences)
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        for batch in token_batches([len(sequence) for sequence in sequences], max_batch_tokens):
+            lengths = torch.tensor([len(sequences[index]) for index in batch])
+            ids = torch.full((len(batch), int(lengths.max())), pad_id)
+            for row, index in enumerate(batch):
+                ids[row, : lengths[row]] = torch.tensor(sequences[index])
+            for index, score in zip(
+                batch, scores(model, ids.to(device), lengths.to(device)).tolist(), strict=True
+            ):
+                results[index] = score
+    return results
+
+
+def encode_request(
+    encoding: ChatEncoding, request: ScoreRequest, max_tokens: int, truncate_prompt: bool = False
+) -> list[int]:
+    """Token ids of query ++ response, the response with its EOS when it ended.
+
+    When they exceed `max_tokens`, the prompt loses tokens from its left if `truncate_prompt`; otherwise, or
+    when not one token of the prompt would be left, raises InputTooLong.
+    """
+    query = encoding.prompt(request.prompt)
+    response = encoding.response(request.response, request.ended)
+    excess = len(query) + len(response) - max_tokens
+    if excess <= 0:
+        return query + response
+    if truncate_prompt and excess < len(query):
+        return query[excess:] + response
+    remedy = (
+        "shorten the response (max_new_tokens)"
+        if truncate_prompt
+        else "drop such prompts, lower max_new_tokens, or set truncate_prompt to cut prompts from the left"
+    )
+    raise InputTooLong(
+        f"request {request.id!r} has {len(query)} prompt tokens and {len(response)} response tokens, "
+        f"together {excess} more than the {max_tokens} that the reward model reads; {remedy}"
+    )
+
+
+class RewardModelSource:
+    """Scores by a reward model's folder. To be used by one thread at a time."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        max_batch_tokens: int = 8192,
+        max_tokens: int | None = None,
+        truncate_prompt: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
+        """Remember what to load; `load`, or else the first score, does it.
+
+        `max_tokens` bounds one sequence, by default by the positions that the model has.
+        """
+        self.path = str(path)
+        self.dtype = dtype
+        self.max_batch_tokens = max_batch_tokens
+        self.max_tokens = max_tokens
+        self.truncate_prompt = truncate_prompt
+        self.chat_template = chat_template
+        self._loaded: tuple[PreTrainedModel, ChatEncoding, Normalisation] | None = None
+
+    def load(self) -> None:
+        """Load the model onto the accelerator if there is one, else the CPU, unless that was done.
+
+        Raises ValueError when the folder has no normalisation, or a tokenizer that is not the model's.
+        """
+        if self._loaded is not None:
+            return
+        encoding = ChatEncoding.load(self.path, self.chat_template)
+        model = load_reward_model(self.path, getattr(torch, self.dtype))
+        normalise = normalisation(model)
+        config = model.config.get_text_config()
+        if len(encoding.tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"{self.path} has a tokenizer of {len(encoding.tokenizer)} tokens and a model of "
+                f"{config.vocab_size}; save the reward model with the tokenizer that it was trained with"
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None:
+            self.max_tokens = min(self.max_tokens or positions, positions)
+        nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+        self._loaded = model, encoding, normalise
+
+    def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        """Score requests in their order; parts hold the raw head output.
+
+        Raises InputTooLong, NonFiniteScore, or ValueError for a prompt that cannot be encoded.
+        """
+        self.load()
+        assert self._loaded is not None
+        model, encoding, normalise = self._loaded
+        limit = self.max_tokens or 2**31
+        sequences = [encode_request(encoding, request, limit, self.truncate_prompt) for request in requests]
+        raw = raw_scores(model, sequences, encoding.pad_id, self.max_batch_tokens)
+        for request, value in zip(requests, raw, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteScore(
+                    f"the reward model {self.path} gave {value} for request {request.id!r}; its weights are "
+                    f"broken or {self.dtype} overflows"
+                )
+        return [
+            ScoreReply(id=request.id, score=normalise(value), parts={"raw": value})
+            for request, value in zip(requests, raw, strict=True)
+        ]
+
+
+def normalise_on(
+    model: PreTrainedModel,
+    encoding: ChatEncoding,
+    demonstrations: Iterable[Demonstration],
+    unit_std: bool = False,
+    max_batch_tokens: int = 8192,
+) -> Normalisation:
+    """Make demonstrations score 0 on average (InstructGPT C.2), and store that in the model's config.
+
+    With `unit_std` the gain also makes their population standard deviation 1 (lm-human-preferences):
+    gain = 1/sigma, bias = -gain * mu. Raises ValueError without demonstrations, or when all score the same.
+    """
+    sequences = [
+        [*encoding.prompt(d.prompt), *encoding.response(d.response, ended=True)] for d in demonstrations
+    ]
+    if not sequences:
+        raise ValueError("a reward model is normalised on demonstrations, and there are none")
+    raw = torch.tensor(raw_scores(model, sequences, encoding.pad_id, max_batch_tokens), dtype=torch.float64)
+    mean, std = raw.mean().item(), raw.std(correction=0).item()
+    if unit_std and not std > 0:
+        raise ValueError(
+            f"all {len(sequences)} demonstrations score {mean:g}, so no gain gives them a standard deviation "
+            "of 1"
+        )
+    gain = 1 / std if unit_std else 1.0
+    result = Normalisation(gain=gain, bias=-gain * mean)
+    set_normalisation(model, result)
+    return result

@@ -1,0 +1,178 @@
+"""Where scores come from: a reward model, a Python function, a remote server, or a weighted mix of these."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from reward_server.client import RewardClient
+from reward_server.functions import call_function, load_function
+from reward_server.schema import ScoreReply, ScoreRequest
+from reward_server.scorer import RewardModelSource
+
+
+class Source(Protocol):
+    """Anything that scores. Called by one thread at a time, with requests of distinct ids."""
+
+    def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        """One reply per request, in the same order; raises rather than make a score up."""
+        ...
+
+
+class PartConfig(BaseModel):
+    """One source of a mix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = Field(default="reward_model", min_length=1)
+    """How its scores are called in the parts of a reply and in the metrics."""
+    kind: Literal["model", "function", "url"] = "model"
+    """A reward model's folder, a Python function, or another reward server."""
+    target: str | None = None
+    """The folder, module:function or URL. Without one, a model is the run's own reward model."""
+    weight: FiniteFloat = 1.0
+    """Factor of its score in the sum."""
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> Self:
+        if self.kind != "model" and not self.target:
+            raise ValueError(f"the reward source {self.name!r} is a {self.kind} without a target; set target")
+        return self
+
+
+class SourceConfig(BaseModel):
+    """What scores a response: the weighted sum of one or more parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    parts: tuple[PartConfig, ...] = Field(default=(PartConfig(),), min_length=1)
+    """The sources to sum. By default the run's own reward model alone."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Numbers that reward models compute in; the head is always float32."""
+    max_batch_tokens: int = Field(default=8192, ge=1)
+    """Tokens of a forward, padding included."""
+    max_tokens: int | None = Field(default=None, ge=2)
+    """Longest prompt with response, in tokens. By default what the model has positions for."""
+    truncate_prompt: bool = False
+    """Cut a prompt that is too long from its left, instead of stopping the run."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [part.name for part in self.parts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the reward sources are called {names}; give each part a name of its own")
+        return self
+
+
+class FunctionSource:
+    """Scores by a function `(prompts: list[list[dict]], responses: list[str]) -> list[float]`."""
+
+    def __init__(self, name: str) -> None:
+        """Remember "module:function"; `load`, or else the first score, imports it."""
+        self.name = name
+        self._function: Any = None
+
+    def load(self) -> None:
+        """Import the function; raises ValueError when it cannot be found."""
+        if self._function is None:
+            self._function = load_function(self.name)
+
+    def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        """Call the function once for all; raises UserFunctionError when it fails or breaks its contract."""
+        self.load()
+        prompts = [[message.model_dump() for message in request.prompt] for request in requests]
+        responses = [request.response for request in requests]
+        numbers = call_function(self.name, self._function, len(requests), prompts, responses)
+        return [ScoreReply(id=r.id, score=number) for r, number in zip(requests, numbers, strict=True)]
+
+
+class RemoteSource:
+    """Scores by another reward server. Not to be called from a thread that runs an event loop."""
+
+    def __init__(self, url: str, token: str | None = None, deadline_s: float = 120.0) -> None:
+        """Remember where it is; `token` is its bearer token, `deadline_s` bounds a call with its retries."""
+        self.url = url
+        self._token = token
+        self.deadline_s = deadline_s
+
+    def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        """Ask the server; raises RewardUnavailable or RewardRefused."""
+        return asyncio.run(self._score(requests))
+
+    async def _score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        client = RewardClient(self.url, token=self._token, deadline_s=self.deadline_s)
+        try:
+            return await client.score(requests)
+        finally:
+            await client.close()
+
+
+class MixSource:
+    """The weighted sum of sources; parts of a reply hold each source's score under its name."""
+
+    def __init__(self, sources: Mapping[str, tuple[float, Source]]) -> None:
+        """Take (weight, source) by name."""
+        self.sources = sources
+
+    def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        """score = sum of weight * score over the sources."""
+        totals = [0.0] * len(requests)
+        parts: list[dict[str, float]] = [{} for _ in requests]
+        for name, (weight, source) in self.sources.items():
+            for position, reply in enumerate(source.score(requests)):
+                totals[position] += weight * reply.score
+                parts[position] |= {name: reply.score}
+                parts[position] |= {f"{name}/{part}": value for part, value in reply.parts.items()}
+        return [
+            ScoreReply(id=request.id, score=total, parts=part)
+            for request, total, part in zip(requests, totals, parts, strict=True)
+        ]
+
+
+def build_source(
+    config: SourceConfig,
+    model_path: str | Path | None = None,
+    token: str | None = None,
+    chat_template: str | None = None,
+) -> Source:
+    """Make the configured source and load its models and functions, so that a mistake shows at once.
+
+    `model_path` is the run's own reward model, for parts without a target; `token` goes to remote servers.
+    Raises ValueError when a part cannot be loaded, or needs a model and the run has none.
+    """
+    sources = {
+        part.name: (part.weight, _part_source(part, config, model_path, token, chat_template))
+        for part in config.parts
+    }
+    (weight, first), *others = sources.values()
+    return first if weight == 1 and not others else MixSource(sources)
+
+
+def _part_source(
+    part: PartConfig,
+    config: SourceConfig,
+    model_path: str | Path | None,
+    token: str | None,
+    chat_template: str | None,
+) -> Source:
+    if part.kind == "url":
+        assert part.target is not None
+        return RemoteSource(part.target, token)
+    if part.kind == "function":
+        assert part.target is not None
+        function = FunctionSource(part.target)
+        function.load()
+        return function
+    path = part.target or model_path
+    if path is None:
+        raise ValueError(
+            f"the reward source {part.name!r} is the run's own reward model, but there is none; train one "
+            "first, or set target to the folder of one"
+        )
+    model = RewardModelSource(
+        path, config.dtype, config.max_batch_tokens, config.max_tokens, config.truncate_prompt, chat_template
+    )
+    model.load()
+    return model
