@@ -1,10 +1,20 @@
 """A trajectory: one prompt, one response, and everything about its sampling that training needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from reward_server.schema import Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Ticket:
+    """The right to sample one prompt for a batch that is to come."""
+
+    number: int
+    """position in the prompt stream; batch i of B prompts takes the numbers i*B .. i*B + B-1"""
+    attempt: int
+    """0, plus 1 each time the ticket was forfeited and issued again"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,3 +100,21 @@ class Trajectory:
             score=values["score"],
             parts=dict(values["parts"]),
         )
+
+
+class BufferClosed(Exception):
+    """The run is over: there are no more tickets and no more batches."""
+
+
+class StaleTrajectories(RuntimeError):
+    """Sampled with weights that are too old, or too new, to be trained on."""
+
+
+class TrajectoryBuffer(Protocol):
+    """What those who sample need of `learner.buffer.Buffer`, which documents it."""
+
+    async def admit(self, n: int) -> list[Ticket]: ...
+    def generated(self, ticket: Ticket) -> None: ...
+    def put(self, ticket: Ticket, trajectories: Sequence[Trajectory]) -> None: ...
+    def forfeit(self, ticket: Ticket, reason: str) -> None: ...
+    def fail(self, error: BaseException) -> None: ...

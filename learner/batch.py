@@ -1,0 +1,175 @@
+"""Trajectories as tensors, and how a batch is cut into minibatches and micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from actors.trajectory import Trajectory
+
+NO_VERSION = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """B trajectories, right padded to S tokens in all and T response tokens.
+
+    Nothing is padded on the left: causal attention then needs no mask, and positions are 0, 1, .. as in the
+    sampler.
+    """
+
+    ids: Tensor
+    """i64[B, S] query ++ response, then the pad id"""
+    query_len: Tensor
+    """i64[B] tokens of the query, at least 1"""
+    response_len: Tensor
+    """i64[B] tokens of the response, its EOS included, at least 1"""
+    ended: Tensor
+    """bool[B] True where the response ended with an EOS"""
+    score: Tensor
+    """f32[B] score after the missing-EOS rule"""
+    behaviour_logprobs: Tensor
+    """f32[B, T] the sampler's log-probability of each response token, 0 at padding"""
+    versions: Tensor
+    """i64[B, T] weight version that sampled each response token, -1 at padding"""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of query and response together, i64[B]."""
+        return self.query_len + self.response_len
+
+    @property
+    def mask(self) -> Tensor:
+        """True at the response tokens, bool[B, T]. Made of lengths: a token id says nothing about padding."""
+        steps = torch.arange(self.versions.shape[1], device=self.ids.device)
+        return steps < self.response_len[:, None]
+
+    @property
+    def positions(self) -> Tensor:
+        """Index into S of the state that predicts response token t, i64[B, T]: query_len - 1 + t.
+
+        Log-probabilities and values are both read there. At padding it stays on the last real token, so that
+        it is always a legal index.
+        """
+        steps = torch.arange(self.versions.shape[1], device=self.ids.device)
+        return (self.query_len[:, None] - 1 + steps).minimum(self.lengths[:, None] - 1)
+
+    @property
+    def response_ids(self) -> Tensor:
+        """The response token that each of `positions` predicts, i64[B, T]; any legal id at padding."""
+        following = (self.positions + 1).minimum(self.lengths[:, None] - 1)
+        return self.ids.gather(1, following)
+
+    def rows(self, indices: Sequence[int]) -> "Batch":
+        """Take some rows, in the order given, without the padding that they do not need."""
+        chosen = torch.as_tensor(indices, dtype=torch.long, device=self.ids.device)
+        taken = {field.name: getattr(self, field.name)[chosen] for field in fields(self)}
+        width = int((taken["query_len"] + taken["response_len"]).max())
+        steps = int(taken["response_len"].max())
+        taken["ids"] = taken["ids"][:, :width]
+        for name in ("behaviour_logprobs", "versions"):
+            taken[name] = taken[name][:, :steps]
+        return Batch(**taken)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Move every tensor to a device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def collate(trajectories: Sequence[Trajectory], pad_id: int) -> Batch:
+    """Make one batch of trajectories, in their order."""
+    assert trajectories, "an empty batch has no width"
+    completions = [trajectory.completion for trajectory in trajectories]
+    assert all(c.response_ids for c in completions), "a response has at least its EOS"
+    return Batch(
+        ids=_padded([c.query_ids + c.response_ids for c in completions], pad_id, torch.long),
+        query_len=torch.tensor([len(c.query_ids) for c in completions]),
+        response_len=torch.tensor([len(c.response_ids) for c in completions]),
+        ended=torch.tensor([c.ended for c in completions]),
+        score=torch.tensor([trajectory.score for trajectory in trajectories], dtype=torch.float32),
+        behaviour_logprobs=_padded([c.logprobs for c in completions], 0.0, torch.float32),
+        versions=_padded([c.versions for c in completions], NO_VERSION, torch.long),
+    )
+
+
+def _padded(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=dtype)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = torch.tensor(values, dtype=dtype)
+    return out
+
+
+def staleness(batch: Batch, version: int) -> dict[str, float]:
+    """Return how far behind the learner's version the oldest token of each trajectory is: mean and max."""
+    oldest = batch.versions.masked_fill(~batch.mask, torch.iinfo(torch.long).max).min(dim=1).values
+    age = version - oldest
+    return {"staleness/mean": age.float().mean().item(), "staleness/max": float(age.max())}
+
+
+def minibatches(size: int, minibatch_size: int, seed: int) -> list[list[int]]:
+    """Split 0..size-1 at random into disjoint minibatches, the same on every rank for one seed.
+
+    Raises ValueError when the size is not a multiple of the minibatch size: every optimizer step is to weigh
+    the same.
+    """
+    if minibatch_size < 1 or size % minibatch_size:
+        raise ValueError(
+            f"a batch of {size} trajectories cannot be split into minibatches of {minibatch_size}; "
+            "choose a minibatch size that divides it"
+        )
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [order[start : start + minibatch_size] for start in range(0, size, minibatch_size)]
+
+
+def microbatches(lengths: Sequence[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
+    """Split sequences into micro-batches for each rank: `result[rank][step]` is a list of indices.
+
+    A micro-batch holds at most `max_tokens` tokens with its padding; a longer sequence stands alone. Every
+    rank gets the same number of them, since each is a collective step: [] fills up where there are too few
+    sequences. The ranks' padded tokens differ by no more than one micro-batch. Deterministic.
+    """
+    assert min(max_tokens, ranks) >= 1, (max_tokens, ranks)
+    groups = _split(_groups(lengths, max_tokens), lengths, ranks)
+    groups += [[] for _ in range(-len(groups) % ranks)]
+    groups.sort(key=lambda group: _padded_tokens(group, lengths), reverse=True)
+    result: list[list[list[int]]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    # The micro-batches of one step are neighbours in size, so no rank waits long for another; within a step
+    # the largest goes to the rank that has had the least.
+    for start in range(0, len(groups), ranks):
+        least_first = sorted(range(ranks), key=lambda rank: load[rank])
+        for rank, group in zip(least_first, groups[start : start + ranks], strict=True):
+            result[rank].append(group)
+            load[rank] += _padded_tokens(group, lengths)
+    return result
+
+
+def _groups(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Fill micro-batches from the longest sequence down, so that neighbours in length share one."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _split(groups: list[list[int]], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Halve the largest groups until every rank can have as many as the others, or no group can be halved."""
+    while len(groups) % ranks:
+        largest = max(groups, key=lambda group: (len(group) > 1, _padded_tokens(group, lengths)))
+        if len(largest) == 1:
+            break
+        groups.remove(largest)
+        middle = len(largest) // 2
+        groups += [largest[:middle], largest[middle:]]
+    return groups
+
+
+def _padded_tokens(group: Sequence[int], lengths: Sequence[int]) -> int:
+    return len(group) * max((lengths[index] for index in group), default=0)
