@@ -1,0 +1,237 @@
+"""One rank of the learner on tiny real models under DeepSpeed, held against plain PyTorch."""
+
+import socket
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from actors.chat import ChatExample
+from actors.trajectory import Completion, SampleKey, Trajectory
+from learner.batch import collate, minibatches
+from learner.engine import OptimizerConfig
+from learner.losses import kwise_loss
+from learner.networks import NetworkConfig
+from learner.worker import LearnerWorker, PPOStep, Targets
+from reward_server.model import token_values
+from tests.tiny_models import tiny_causal_lm, tiny_reward_model
+
+ADAM = OptimizerConfig(lr=1e-2)
+LORA = NetworkConfig(dtype="float32", lora_rank=4, last_layers=1)
+FULL = NetworkConfig(dtype="float32")
+STEP = PPOStep(
+    clip=0.2,
+    value_clip=0.2,
+    pretraining_coef=1.0,
+    temperature=1.0,
+    max_tokens=64,
+    policy_lr=1e-3,
+    critic_lr=1e-3,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    tiny_causal_lm(root / "policy")
+    tiny_reward_model(root / "reward")
+    return root
+
+
+@pytest.fixture(scope="module")
+def rank():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    worker = LearnerWorker(rank=0, world_size=1, threads=1)
+    worker.start("127.0.0.1", port, deadline_s=60)
+    return worker
+
+
+@pytest.fixture
+def worker(rank):
+    yield rank
+    rank.unload()
+
+
+def example(length: int, first: int, seed: int = 0) -> ChatExample:
+    ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ChatExample(ids=tuple(ids), loss_mask=tuple(j >= first for j in range(length)))
+
+
+def trajectory(query: int, response: int, seed: int, score: float) -> Trajectory:
+    ids = torch.randint(3, 300, (query + response,), generator=torch.Generator().manual_seed(seed)).tolist()
+    completion = Completion(
+        query_ids=tuple(ids[:query]),
+        response_ids=tuple(ids[query:]),
+        logprobs=(-1.0,) * response,
+        versions=(0,) * response,
+        ended=True,
+        text="",
+    )
+    key = SampleKey(prompt_id=str(seed), epoch=0, k=0, attempt=0)
+    return Trajectory(key=key, prompt=(), completion=completion, score=score, parts={})
+
+
+def plain_nll(model, examples):
+    """(sum of negative log-likelihood, targets), one sequence at a time and without padding."""
+    total, count = torch.zeros(()), 0
+    for e in examples:
+        ids = torch.tensor([e.ids])
+        logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+        for j in range(1, len(e.ids)):
+            if e.loss_mask[j]:
+                total, count = total - logprobs[j - 1, e.ids[j]], count + 1
+    return total, count
+
+
+def test_the_language_model_loss_is_that_of_unpadded_sequences(worker, folders):
+    worker.load("policy", "policy", folders / "policy", FULL)
+    examples = [example(9, 4, 1), example(17, 1, 2), example(5, 3, 3)]
+    total, _ = plain_nll(AutoModelForCausalLM.from_pretrained(folders / "policy"), examples)
+    assert worker.language_model_loss("policy", examples, 24)["nll"] == pytest.approx(total.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("max_tokens", [8, 1000])
+def test_gradients_of_many_microbatches_are_counted_once_each(worker, folders, dtype, max_tokens):
+    """DeepSpeed's bfloat16 optimizer adds what an earlier micro-batch left in `.grad` a second time."""
+    worker.load("policy", "policy", folders / "policy", NetworkConfig(dtype=dtype), ADAM)
+    examples = [example(7, 3, seed) for seed in range(4)]
+    worker._backward_language_model("policy", examples, max_tokens, 1.0 / 16)
+    engine = worker._engines["policy"]
+    model = AutoModelForCausalLM.from_pretrained(folders / "policy", dtype=getattr(torch, dtype))
+    total, count = plain_nll(model, examples)
+    assert count == 16
+    (total / count).backward()
+    expected = torch.stack([p.grad.float().norm() for p in model.parameters()]).norm().item()
+    assert engine.norm(engine.gradients()) == pytest.approx(expected, rel=1e-4 if dtype == "float32" else 2e-2)
+
+
+def test_one_step_of_sft_is_one_step_of_adam_on_the_token_mean(worker, folders):
+    worker.load("policy", "policy", folders / "policy", FULL, ADAM)
+    examples = [example(9, 4, 1), example(17, 1, 2)]
+    model = AutoModelForCausalLM.from_pretrained(folders / "policy")
+    total, count = plain_nll(model, examples)
+    adam = torch.optim.Adam(model.parameters(), lr=5e-3, betas=(0.9, 0.95), eps=1e-5)
+    (total / count).backward()
+    adam.step()
+    result = worker.language_model_step("policy", examples, 24, lr=5e-3)
+    assert result["nll"] == pytest.approx(total.item(), rel=1e-5)
+    for (name, got), (_, want) in zip(worker.weights(), model.named_parameters(), strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_ranking_step_has_the_gradient_of_the_kwise_loss(worker, folders):
+    worker.load("reward", "value", folders / "reward", FULL, ADAM)
+    worker.normalise("reward", 1.0, 0.0)
+    groups = [[example(6 + k, 1, 10 * g + k).ids for k in range(4)] for g in range(3)]
+    ranks = [[0, 1, 2, 3], [1, 0, 0, 2], [0, 0, 0, 0]]
+    model = AutoModelForSequenceClassification.from_pretrained(folders / "reward", num_labels=1)
+    raw = torch.stack([token_values(model, torch.tensor([ids]))[0, -1] for group in groups for ids in group])
+    order = torch.tensor([r for row in ranks for r in row])
+    loss, prompts, _ = kwise_loss(raw, torch.arange(3).repeat_interleave(4), order, "pairs")
+    assert prompts == 2  # the third prompt is all ties
+    (loss / prompts).backward()
+    expected = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    sums = worker.ranking_step("reward", groups, ranks, "pairs", 30, lr=1e-3)
+    assert sums["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert sums["grad_norm"] == pytest.approx(expected, rel=1e-3)
+    assert sums["pairs"] == 6 + 5
+
+
+def load_ppo(worker, folders, network):
+    worker.load("policy", "policy", folders / "policy", network, ADAM, ema_decay=0.9)
+    worker.load("reference", "policy", folders / "policy", network)
+    worker.load("critic", "value", folders / "reward", network, ADAM)
+
+
+def ppo_inputs(worker, pretraining_coef=1.0):
+    batch = collate([trajectory(4 + i % 3, 3 + i % 4, i, score=float(i % 2)) for i in range(8)], pad_id=0)
+    parts = minibatches(8, 4, seed=0)
+    old = worker.evaluate(batch, parts, STEP.max_tokens, 1.0)
+    advantages = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0)) * batch.mask
+    targets = Targets(evaluation=old, advantages=advantages, returns=old.values + 0.1, weights=None)
+    return batch, parts, targets, [[example(12, 1, 5)], [example(12, 1, 6)]]
+
+
+@pytest.mark.parametrize("network", [LORA, FULL])
+def test_ppo_starts_at_the_reference_with_ratio_one(worker, folders, network):
+    load_ppo(worker, folders, network)
+    batch, parts, targets, text = ppo_inputs(worker)
+    old = targets.evaluation
+    torch.testing.assert_close(old.logprobs, old.ref_logprobs, rtol=0, atol=1e-6)
+    assert old.logprobs[~batch.mask].abs().max() == 0
+    model = AutoModelForCausalLM.from_pretrained(folders / "policy")
+    for row in range(len(batch)):
+        query, length = int(batch.query_len[row]), int(batch.response_len[row])
+        ids = batch.ids[row : row + 1, : query + length]
+        logprobs = model(ids).logits[0, query - 1 : -1].log_softmax(-1)
+        want = logprobs.gather(1, ids[0, query:, None])[:, 0]
+        torch.testing.assert_close(old.logprobs[row, :length], want.detach(), rtol=1e-4, atol=1e-5)
+    first = worker.update(batch, targets, parts, text, STEP)[0]
+    assert first["ratio/mean"] / first["tokens"] == pytest.approx(1.0, abs=1e-6)
+    assert first["policy/clip_fraction"] == 0 and first["policy/approx_kl"] == pytest.approx(0, abs=1e-10)
+
+
+def test_the_two_terms_of_ppo_ptx_share_one_step_and_gamma_scales_one(worker, folders):
+    norms = {}
+    for gamma in (0.0, 1.0, 3.0):
+        load_ppo(worker, folders, FULL)
+        batch, parts, targets, text = ppo_inputs(worker)
+        step = PPOStep(**{name: getattr(STEP, name) for name in PPOStep.__dataclass_fields__} | {"pretraining_coef": gamma})
+        norms[gamma] = worker.update(batch, targets, parts, text, step)[0]
+        worker.unload()
+    assert "grad_norm/pretraining" not in norms[0.0]
+    assert norms[3.0]["grad_norm/pretraining"] == pytest.approx(3 * norms[1.0]["grad_norm/pretraining"], rel=1e-4)
+    assert norms[3.0]["grad_norm/policy"] == pytest.approx(norms[0.0]["grad_norm/policy"], rel=1e-5)
+
+
+def test_the_moving_average_follows_every_step_and_is_saved_as_a_model(worker, folders, tmp_path):
+    load_ppo(worker, folders, LORA)
+    start = {name: value.clone() for name, value in worker._engines["policy"].ema.items()}
+    batch, parts, targets, text = ppo_inputs(worker)
+    worker.update(batch, targets, parts, text, STEP)
+    engine = worker._engines["policy"]
+    moved = [name for name, value in engine.ema.items() if not torch.equal(value, start[name])]
+    assert len(moved) == len(start)
+    worker.save("policy", tmp_path / "policy")
+    worker.save("policy", tmp_path / "ema", ema=True)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folders / "policy")
+    average = AutoModelForCausalLM.from_pretrained(tmp_path / "ema", dtype=torch.float32)
+    logits = {name: model(ids).logits for name, model in (("now", loaded), ("base", base), ("ema", average))}
+    probe = worker.probe_logprobs([tuple(ids[0].tolist())])[0]
+    want = logits["now"][0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(probe), want.detach(), rtol=1e-4, atol=1e-5)
+    drift = (logits["now"] - logits["base"]).abs().max()
+    assert 0 < (logits["ema"] - logits["base"]).abs().max() < drift
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(worker, folders):
+    worker.load("policy", "policy", folders / "policy", FULL, ADAM)
+    before = [weight.clone() for _, weight in worker.weights()]
+    with pytest.raises(FloatingPointError, match="step was not taken"):
+        worker._backward_language_model("policy", [example(7, 3)], 64, float("nan"))
+        worker._engines["policy"].step(1e-2)
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, worker.weights(), strict=True))
+    worker.language_model_step("policy", [example(7, 3)], 64, lr=1e-2)
+    assert all(weight.isfinite().all() for _, weight in worker.weights())
+
+
+def test_only_the_named_layers_are_trained(worker, folders):
+    worker.load("policy", "policy", folders / "policy", NetworkConfig(dtype="float32", last_layers=1), ADAM)
+    before = {name: weight.clone() for name, weight in worker.weights()}
+    worker.language_model_step("policy", [example(7, 3)], 64, lr=1e-2)
+    changed = {name for name, weight in worker.weights() if not torch.equal(weight, before[name])}
+    assert changed and all(".layers.1." in name for name in changed)
+    with pytest.raises(ValueError, match="last_layers = 5, but the model has 2"):
+        worker.load("other", "policy", folders / "policy", NetworkConfig(last_layers=5))
+
+
+def test_bfloat16_without_zero_is_refused(worker, folders):
+    with pytest.raises(ValueError, match="zero_stage = 1"):
+        worker.load(
+            "policy", "policy", folders / "policy", NetworkConfig(), OptimizerConfig(lr=1e-3, zero_stage=0)
+        )
