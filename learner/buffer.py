@@ -17,6 +17,7 @@ from actors.trajectory import BufferClosed, StaleTrajectories, Ticket, Trajector
 from learner.ledger import Ledger
 
 _NAMED_IN_ERRORS = 8
+_ARITHMETIC = ("version", "prompts_per_batch", "samples_per_prompt", "max_staleness")
 
 
 class Buffer:
@@ -75,12 +76,15 @@ class Buffer:
             self._late += 1
             return
         versions = [version for t in trajectories for version in t.completion.versions]
-        oldest_allowed = ticket.number // self.prompts_per_batch - self.max_staleness
-        if min(versions) < oldest_allowed or max(versions) > self.version:
+        oldest = ticket.number // self.prompts_per_batch - self.max_staleness
+        newest = (
+            self._taken // self.prompts_per_batch
+        )  # version + 1 while the learner trains and publishes that
+        if min(versions) < oldest or max(versions) > newest:
             self.forfeit(ticket, "stale")
             raise StaleTrajectories(
                 f"{self._ledger.name(ticket.number)} was sampled with weights of versions {min(versions)} to "
-                f"{max(versions)}; it may be trained with versions {oldest_allowed} to {self.version} only"
+                f"{max(versions)}; it may be trained with versions {oldest} to {newest} only"
             )
         self._ledger.record("scored", ticket, samples=len(trajectories))
         del self._in_flight[ticket]
@@ -169,7 +173,7 @@ class Buffer:
         """Return what is ready and what is under way as JSON values, for a checkpoint after `advance`."""
         assert self._taken == self.version * self.prompts_per_batch, "a batch is being trained on"
         return {
-            **self._arithmetic(),
+            **{name: getattr(self, name) for name in _ARITHMETIC},
             "admitted": self._admitted,
             "unfinished": [[t.number, t.attempt] for t in sorted([*self._in_flight, *self._again])],
             "ready": [
@@ -181,14 +185,14 @@ class Buffer:
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Go on from a snapshot, in a new buffer. What was under way is sampled again under the same key.
 
-        Raises ValueError when the snapshot was made with another version or batch arithmetic.
+        Raises ValueError when the snapshot was made with another version, batch arithmetic or bound.
         """
         assert self._issued == 0, "only a new buffer can be restored"
-        for name, value in self._arithmetic().items():
-            if snapshot[name] != value:
+        for name in _ARITHMETIC:
+            if snapshot[name] != getattr(self, name):
                 raise ValueError(
-                    f"the checkpoint's buffer has {name} = {snapshot[name]}, this run has {value}; "
-                    "resume with the same value"
+                    f"the checkpoint's buffer has {name} = {snapshot[name]}, this run has "
+                    f"{getattr(self, name)}; resume with the same value"
                 )
         self._admitted = snapshot["admitted"]
         self._again = sorted(Ticket(number=n, attempt=attempt) for n, attempt in snapshot["unfinished"])
@@ -199,15 +203,8 @@ class Buffer:
         self._ledger.resumed(self.version, [ticket for ticket, _ in self._ready.values()])
         self._bell.ring()
 
-    def _arithmetic(self) -> dict[str, int]:
-        return {
-            "version": self.version,
-            "prompts_per_batch": self.prompts_per_batch,
-            "samples_per_prompt": self.samples_per_prompt,
-        }
-
     def _capacity(self) -> int:
-        return (self.version + 1 + self.max_staleness) * self.prompts_per_batch - self._admitted
+        return max((self.version + 1 + self.max_staleness) * self.prompts_per_batch - self._admitted, 0)
 
     def _issue(self) -> Ticket:
         if self._again:
