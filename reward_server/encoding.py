@@ -45,11 +45,11 @@ class ChatEncoding:
                 f"the tokenizer of {self.name!r} has no chat template; set the config key 'chat_template' to "
                 "its Jinja text, or use a model that brings one"
             )
-        if tokenizer.eos_token_id is None:
+        if self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"the tokenizer of {self.name!r} has no eos_token; set it in its tokenizer_config.json"
             )
-        self.eos_id = int(tokenizer.eos_token_id)
+        self.eos_id = int(self.tokenizer.eos_token_id)
         self.eos_ids = frozenset({self.eos_id, *map(int, stop_ids)})
         self.control_tokens = self._control_tokens()
         self.pad_id = self._dedicated_pad()
