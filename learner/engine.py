@@ -121,11 +121,6 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` (a scalar, already divided by its global count) to the buffers."""
         self._engine.backward(loss * self._engine.dp_world_size)  # DeepSpeed averages over ranks; we sum
-        if self._float32_buffers is not None:
-            # DeepSpeed has just added the bfloat16 gradients to its float32 buffers but leaves them in place: the next
-            # backward pass would add to them, and this one would be counted twice.
-            for _, parameter in self.trained:
-                parameter.grad = None
 
     def gradients(self) -> list[Tensor]:
         """Copies of this rank's accumulated gradients, in float32, as they stand before `step`."""
@@ -157,13 +152,10 @@ class Engine:
         return float(norm) if norm is not None else float("nan")
 
     @property
-    def _float32_buffers(self) -> list[Tensor] | None:
-        """DeepSpeed's float32 gradients beside bfloat16 weights; None when the parameters' own are in float32."""
-        return getattr(self._engine.optimizer, "fp32_groups_gradients_flat", None)
-
-    @property
     def _buffers(self) -> list[Tensor]:
-        return self._float32_buffers or [p.grad for _, p in self.trained if p.grad is not None]
+        """Where this rank's gradients add up: DeepSpeed's float32 copies beside bfloat16 weights, else `.grad`."""
+        float32 = getattr(self._engine.optimizer, "fp32_groups_gradients_flat", None)
+        return float32 or [p.grad for _, p in self.trained if p.grad is not None]
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param

@@ -95,7 +95,6 @@ def test_the_language_model_loss_is_that_of_unpadded_sequences(worker, folders):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("max_tokens", [8, 1000])
 def test_gradients_of_many_microbatches_are_counted_once_each(worker, folders, dtype, max_tokens):
-    """DeepSpeed's bfloat16 optimizer adds what an earlier micro-batch left in `.grad` a second time."""
     worker.load("policy", "policy", folders / "policy", NetworkConfig(dtype=dtype), ADAM)
     examples = [example(7, 3, seed) for seed in range(4)]
     worker._backward_language_model("policy", examples, max_tokens, 1.0 / 16)
