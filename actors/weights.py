@@ -1,0 +1,266 @@
+"""The receiving side of a weight transfer, in the worker processes of vLLM's engine.
+
+The engine imports this module by name (`worker_extension_cls`), which registers both transfer engines.
+"""
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from actors.transfer import GlooGroup, Manifest, Rendezvous, checksum
+
+GENERATOR_PID = "RAYWARD_GENERATOR_PID"
+"""Environment variable with the process id of the generator that a worker belongs to."""
+
+
+@dataclass(kw_only=True)
+class JoinInfo(WeightTransferInitInfo):
+    """How a worker joins the transfer group, as vLLM carries it."""
+
+    host: str
+    """See Rendezvous."""
+    port: int
+    """See Rendezvous."""
+    world_size: int
+    """See Rendezvous."""
+    epoch: int
+    """See Rendezvous."""
+    deadline_s: float
+    """See Rendezvous."""
+    rank_offset: int
+    """Rank of this engine's first worker."""
+
+
+@dataclass(kw_only=True)
+class ManifestInfo(WeightTransferUpdateInfo):
+    """A Manifest, as vLLM carries it."""
+
+    names: list[str]
+    """See Manifest."""
+    dtypes: list[str]
+    """See Manifest."""
+    shapes: list[list[int]]
+    """See Manifest."""
+    bucket_bytes: int
+    """See Manifest."""
+
+    def manifest(self) -> Manifest:
+        """The manifest as the learner made it."""
+        return Manifest(
+            names=tuple(self.names),
+            dtypes=tuple(self.dtypes),
+            shapes=tuple(map(tuple, self.shapes)),
+            bucket_bytes=self.bucket_bytes,
+        )
+
+
+class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
+    """Receives over gloo and holds what arrived until `finish`, so that a broken transfer leaves the old weights live."""
+
+    init_info_cls = JoinInfo
+    update_info_cls = ManifestInfo
+
+    group: GlooGroup | None = None
+    checksums: dict[str, int]
+    staged: list[tuple[str, Tensor]]
+
+    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+        """Join the group; blocks until every member is there."""
+        self.shutdown()
+        config = self.parallel_config
+        rank = init_info.rank_offset + config.data_parallel_index * config.world_size + config.rank
+        self.group = GlooGroup(
+            Rendezvous(
+                host=init_info.host,
+                port=init_info.port,
+                world_size=init_info.world_size,
+                epoch=init_info.epoch,
+                deadline_s=init_info.deadline_s,
+            ),
+            rank,
+        )
+
+    def start_weight_update(self) -> None:
+        """Forget whatever an earlier transfer left."""
+        self.discard()
+
+    def update_weights(self, update_info: dict) -> None:
+        """Receive all buckets. (The parent also synchronises an accelerator, which a CPU does not have.)"""
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: ManifestInfo) -> None:
+        """Receive every bucket, and add up its checksums while the next one is on its way."""
+        if self.group is None:
+            raise RuntimeError("this engine has not joined a transfer group; call join first")
+        manifest = update_info.manifest()
+        buckets = list(manifest.buckets())
+        buffers = [torch.empty(bucket.size, dtype=torch.uint8) for bucket in buckets]
+        works = [self.group.broadcast(buffer) for buffer in buffers]
+        for number, (bucket, buffer, work) in enumerate(zip(buckets, buffers, works, strict=True), start=1):
+            self.group.wait(work, f"bucket {number} of {len(buckets)} from the learner")
+            for name, tensor in manifest.unpack(bucket, buffer):
+                self.checksums[name] = checksum(tensor)
+                self.staged.append((name, tensor))
+
+    def finish_weight_update(self) -> None:
+        """Load what was received; without anything received the weights stay as they are."""
+        if not self.staged:
+            return
+        # Kernels on a CPU keep packed copies: only a layer-wise reload knows how to make them again.
+        initialize_layerwise_reload(self.model)
+        self.model.load_weights(self.staged)
+        finalize_layerwise_reload(self.model, self.model_config)
+        self.repack_heads()
+        self.staged = []
+
+    def repack_heads(self) -> None:
+        """Pack every output head again.
+
+        A head tied to the embeddings has no weights of its own to load, so the reload passes it over, and on a CPU its
+        packed copy silently stays that of the old weights.
+        """
+        repack_heads(self.model)
+
+    def discard(self) -> None:
+        """Drop what was received; the weights in use were not touched."""
+        self.checksums, self.staged = {}, []
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        if self.group is not None:
+            self.group.close()
+        self.group = None
+
+
+def repack_heads(model: nn.Module) -> None:
+    """Let each output head of a vLLM model make its packed copy again (nothing to do on a GPU)."""
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+class NcclReceiver(NCCLWeightTransferEngine):
+    """vLLM's own receiver between GPUs, with our manifest and a checksum of every tensor.
+
+    Loads each bucket as it arrives: a GPU seldom has room for a second copy of the weights. So a broken transfer leaves
+    the engine unusable, and `discard` says so.
+    """
+
+    init_info_cls = JoinInfo
+    update_info_cls = ManifestInfo
+
+    checksums: dict[str, int]
+
+    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+        """Join the group; blocks until every member is there."""
+        self.shutdown()
+        super().init_transfer_engine(
+            NCCLWeightTransferInitInfo(
+                master_address=init_info.host,
+                master_port=init_info.port,
+                rank_offset=init_info.rank_offset,
+                world_size=init_info.world_size,
+                packed=True,
+            )
+        )
+
+    def start_weight_update(self) -> None:
+        """Open a layer-wise reload."""
+        self.checksums = {}
+        super().start_weight_update()
+
+    def receive_weights(self, update_info: ManifestInfo) -> None:
+        """Receive every bucket and load it."""
+        if self.model_update_group is None:
+            raise RuntimeError("this engine has not joined a transfer group; call join first")
+        manifest = update_info.manifest()
+        expected = (
+            (name, (list(shape), manifest.dtype(index)))
+            for index, (name, shape) in enumerate(zip(manifest.names, manifest.shapes, strict=True))
+        )
+        packed_nccl_broadcast_consumer(
+            iterator=expected,
+            group=self.model_update_group,
+            src=0,
+            post_unpack_func=self._load,
+            buffer_size_bytes=manifest.bucket_bytes,
+            num_buffers=self.packed_num_buffers,
+            device=self.device,
+        )
+
+    def finish_weight_update(self) -> None:
+        """Close the reload."""
+        super().finish_weight_update()
+        repack_heads(self.model)
+
+    def discard(self) -> None:
+        """Refuse: the buckets were loaded as they came."""
+        raise RuntimeError("part of the weights was replaced already; restart this engine")
+
+    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        tensors = list(tensors)
+        self.checksums.update((name, checksum(tensor)) for name, tensor in tensors)
+        self.model.load_weights(tensors)
+
+
+class WeightReceiver:
+    """Methods that every worker of the engine gets, for the generator to call."""
+
+    weight_transfer_engine: GlooReceiver | NcclReceiver
+    _weight_update_active: bool
+
+    def received_checksums(self) -> dict[str, int]:
+        """Checksum of each tensor that arrived in the running update."""
+        return self.weight_transfer_engine.checksums
+
+    def abandon_weight_update(self) -> None:
+        """End a running update, with the old weights in use."""
+        self.weight_transfer_engine.discard()
+        if self._weight_update_active:
+            self.finish_weight_update()  # pyright: ignore[reportAttributeAccessIssue]  # the worker's own
+
+
+def die_with_generator() -> None:
+    """Watch the generator and the engine core from a thread; when either is gone, end the core and this worker.
+
+    A killed generator would otherwise leave both, and their gigabytes, behind.
+    """
+    generator = int(os.environ.get(GENERATOR_PID, os.getpid()))
+    if generator == os.getpid():
+        return
+    core = os.pidfd_open(os.getppid())
+    poll = select.poll()
+    for process in (core, os.pidfd_open(generator)):
+        poll.register(process, select.POLLIN)  # readable once the process has ended
+
+    def watch() -> None:
+        poll.poll()
+        try:
+            signal.pidfd_send_signal(core, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="die-with-generator", daemon=True).start()
+
+
+WeightTransferEngineFactory.register_engine("rayward_gloo", GlooReceiver)
+WeightTransferEngineFactory.register_engine("rayward_nccl", NcclReceiver)
+die_with_generator()

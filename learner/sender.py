@@ -1,0 +1,159 @@
+"""The sending side of a weight transfer, in the process of the learner's rank 0; actors/weights.py receives."""
+
+import socket
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore
+
+from actors.transfer import Bucket, GlooGroup, Manifest, Rendezvous, TransferError, checksum
+
+if TYPE_CHECKING:
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+
+class WeightSender:
+    """Sends a network's weights to all generators at once, over gloo."""
+
+    def __init__(
+        self, bucket_mb: int, deadline_s: float, host: str = "127.0.0.1", dtype: torch.dtype | None = None
+    ) -> None:
+        """See PublishConfig for the first two.
+
+        `host`: this machine's address as the generators see it; `dtype`: what to send in, if not each tensor's own type.
+        """
+        self.bucket_mb = bucket_mb
+        self.deadline_s = deadline_s
+        self.host = host
+        self.dtype = dtype
+        self._meeting: Rendezvous | None = None
+        self._store: TCPStore | None = None
+        self._group: GlooGroup | None = None
+
+    def listen(self, world_size: int, epoch: int) -> Rendezvous:
+        """Open a meeting point on a free port for `world_size` members, this one included; ends an earlier one."""
+        self.close()
+        limit = timedelta(seconds=self.deadline_s)
+        self._store = TCPStore(self.host, 0, is_master=True, timeout=limit, wait_for_workers=False)
+        self._meeting = self._rendezvous(self._store.port, world_size, epoch)
+        return self._meeting
+
+    def connect(self) -> None:
+        """Meet the receivers; blocks until all have joined, or raises TransferError at the deadline."""
+        assert self._meeting is not None, "listen before connect"
+        self._group = GlooGroup(self._meeting, 0, self._store)
+
+    def manifest(self, named: Iterable[tuple[str, Tensor]]) -> Manifest:
+        """What `send` would send."""
+        return Manifest.of(named, self.bucket_mb << 20, self.dtype)
+
+    def send(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+        """Send named tensors to all receivers, and return the checksum of each.
+
+        Raises TransferError when a receiver is gone or does not read, and closes the group, so that nobody else waits.
+        """
+        assert self._group is not None, "connect before send"
+        group = self._group
+        tensors = dict(named)
+        manifest = self.manifest(tensors.items())
+        buckets = list(manifest.buckets())
+        checksums: dict[str, int] = {}
+        under_way = []
+        try:
+            for number, bucket in enumerate(buckets, start=1):
+                buffer = self._pack(
+                    manifest, bucket, tensors, checksums
+                )  # while the last bucket is under way
+                under_way.append(
+                    (group.broadcast(buffer), f"the generators to take bucket {number} of {len(buckets)}")
+                )
+                if len(under_way) > 1:
+                    group.wait(*under_way.pop(0))
+            for sending in under_way:
+                group.wait(*sending)
+        except TransferError:
+            self.close()
+            raise
+        return checksums
+
+    def close(self) -> None:
+        """Leave the group and stop listening."""
+        if self._group is not None:
+            self._group.close()
+        self._group = self._store = self._meeting = None
+
+    def _rendezvous(self, port: int, world_size: int, epoch: int) -> Rendezvous:
+        return Rendezvous(
+            host=self.host, port=port, world_size=world_size, epoch=epoch, deadline_s=self.deadline_s
+        )
+
+    def _pack(
+        self, manifest: Manifest, bucket: Bucket, tensors: dict[str, Tensor], checksums: dict[str, int]
+    ) -> Tensor:
+        """Copy a bucket's tensors side by side, and add up the checksum of each source."""
+        buffer = torch.empty(bucket.size, dtype=torch.uint8)
+        for slot, (name, target) in zip(bucket.slots, manifest.unpack(bucket, buffer), strict=True):
+            source = tensors[name].detach().to(manifest.dtype(slot.index))
+            checksums[name] = checksum(source)
+            target.copy_(source)
+        return buffer
+
+
+class NcclWeightSender(WeightSender):
+    """Sends from one GPU to others, through vLLM's own packed broadcast."""
+
+    _nccl: "PyNcclCommunicator | None" = None
+
+    def listen(self, world_size: int, epoch: int) -> Rendezvous:
+        """Pick a free port; vLLM opens the meeting point itself, in `connect`."""
+        self.close()
+        with socket.socket() as probe:
+            probe.bind((self.host, 0))
+            port = probe.getsockname()[1]
+        self._meeting = self._rendezvous(port, world_size, epoch)
+        return self._meeting
+
+    def connect(self) -> None:
+        """Meet the receivers."""
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+        assert self._meeting is not None, "listen before connect"
+        self._nccl = trainer_init(
+            {
+                "master_address": self._meeting.host,
+                "master_port": self._meeting.port,
+                "world_size": self._meeting.world_size,
+            }
+        )
+
+    def send(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+        """Send named tensors to all receivers, and return the checksum of each."""
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        assert self._nccl is not None, "connect before send"
+        checksums: dict[str, int] = {}
+
+        def on_the_wire(pair: tuple[str, Tensor]) -> Tensor:
+            name, tensor = pair
+            tensor = tensor.detach().to(self.dtype or tensor.dtype)
+            checksums[name] = checksum(tensor)
+            return tensor
+
+        packed_nccl_broadcast_producer(
+            iterator=iter(list(named)),
+            group=self._nccl,
+            src=0,
+            post_iter_func=on_the_wire,
+            buffer_size_bytes=self.bucket_mb << 20,
+        )
+        return checksums
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._nccl is not None:
+            self._nccl.destroy()
+            self._nccl = None
+        super().close()
