@@ -72,11 +72,9 @@ class _Scoring:
         if new:
             if len(self._running) >= self._limits.max_waiting:
                 raise _Busy(f"{len(self._running)} posts are waiting; ask again later")
-            task = asyncio.create_task(self._compute([request for request, _ in new]))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            running = self._start([request for request, _ in new])
             for position, (request, digest) in enumerate(new):
-                self._known[request.id] = digest, task, position
+                self._known[request.id] = digest, running, position
         entries = [self._known[request.id] for request in requests]
         while len(self._known) > self._limits.remember:
             self._known.popitem(last=False)
@@ -86,6 +84,12 @@ class _Scoring:
     async def probe(self) -> None:
         """Score a fixed response; raises what the source raises."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._scored, [_PROBE])
+
+    def _start(self, requests: list[ScoreRequest]) -> asyncio.Task[list[ScoreReply]]:
+        task = asyncio.create_task(self._compute(requests))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
 
     async def _compute(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
         try:

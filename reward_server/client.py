@@ -76,8 +76,11 @@ class RewardClient:
             requests[start : start + self.batch_requests]
             for start in range(0, len(requests), self.batch_requests)
         ]
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._score_chunk(chunk, deadline)) for chunk in chunks]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._score_chunk(chunk, deadline)) for chunk in chunks]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the first to fail has cancelled the others
         return [reply for task in tasks for reply in task.result()]
 
     async def healthy(self) -> None:

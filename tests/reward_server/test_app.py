@@ -1,0 +1,250 @@
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from reward_server.app import Limits, ScoreServer, serve
+from reward_server.schema import ScoreReply, ScoreRequest
+from reward_server.scorer import InputTooLong
+
+
+class CountingSource:
+    """Scores the length of a response, and remembers what it was asked; some responses are special."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken = False
+        self.concurrent = self.most_concurrent = 0
+
+    def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        self.concurrent += 1
+        self.most_concurrent = max(self.most_concurrent, self.concurrent)
+        self.seen.append([request.id for request in requests])
+        assert self.gate.wait(10)
+        self.concurrent -= 1
+        if self.broken:
+            raise RuntimeError("out of memory")
+        if any(request.response == "long" for request in requests):
+            raise InputTooLong("request 'x' has 9 tokens")
+        if any(request.response == "lost" for request in requests):
+            return []
+        return [ScoreReply(id=request.id, score=float(len(request.response))) for request in requests]
+
+
+@pytest.fixture
+def source() -> CountingSource:
+    return CountingSource()
+
+
+@pytest.fixture
+def server(source: CountingSource) -> Iterator[ScoreServer]:
+    with serving(source) as running:
+        yield running
+
+
+@contextmanager
+def serving(source: CountingSource, **options: object) -> Iterator[ScoreServer]:
+    running = serve(source, **options)  # pyright: ignore[reportArgumentType]
+    try:
+        yield running
+    finally:
+        source.gate.set()
+        running.close()
+
+
+def wire(name: str, response: str = "abc") -> dict[str, object]:
+    return {"id": name, "prompt": [{"role": "user", "content": "hi"}], "response": response, "ended": True}
+
+
+def post(
+    server: ScoreServer, *requests: dict[str, object], headers: dict[str, str] | None = None
+) -> httpx.Response:
+    return httpx.post(f"{server.url}/score", json={"requests": list(requests)}, headers=headers, timeout=20)
+
+
+def test_one_finite_score_a_request_in_their_order(server: ScoreServer) -> None:
+    answer = post(server, wire("b", "12"), wire("a", "12345"))
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "replies": [{"id": "b", "score": 2.0, "parts": {}}, {"id": "a", "score": 5.0, "parts": {}}]
+    }
+
+
+def test_a_repeated_id_is_answered_from_memory(server: ScoreServer, source: CountingSource) -> None:
+    first = post(server, wire("a"), wire("b"))
+    again = post(server, wire("b"), wire("c"), wire("a"))
+    assert first.json()["replies"] == [again.json()["replies"][index] for index in (2, 0)]
+    assert source.seen == [["a", "b"], ["c"]]
+
+
+def test_a_retry_while_the_first_is_computed_waits_for_it(
+    server: ScoreServer, source: CountingSource
+) -> None:
+    source.gate.clear()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/score", json={"requests": [wire("a")]}, timeout=0.3)
+    answers: list[httpx.Response] = []
+    retry = threading.Thread(target=lambda: answers.append(post(server, wire("a"))))
+    retry.start()
+    time.sleep(0.2)
+    source.gate.set()
+    retry.join(10)
+    assert answers[0].json()["replies"][0]["score"] == 3.0
+    assert source.seen == [["a"]]
+
+
+def test_an_id_with_another_content_is_a_conflict(server: ScoreServer) -> None:
+    post(server, wire("a", "one"))
+    answer = post(server, wire("a", "other"))
+    assert answer.status_code == 409
+    assert "'a' was used before with another content" in answer.json()["detail"]
+
+
+def test_a_failure_is_no_score_and_is_forgotten(server: ScoreServer, source: CountingSource) -> None:
+    source.broken = True
+    answer = post(server, wire("a"))
+    assert answer.status_code == 500
+    assert answer.json()["detail"] == "RuntimeError: out of memory"
+    source.broken = False
+    assert post(server, wire("a")).json()["replies"][0]["score"] == 3.0
+
+
+def test_what_the_source_refuses_is_422_and_what_it_loses_500(server: ScoreServer) -> None:
+    answer = post(server, wire("a", "long"))
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "InputTooLong: request 'x' has 9 tokens"
+    answer = post(server, wire("b", "lost"))
+    assert answer.status_code == 500
+    assert "0 replies, but not the 1 asked for" in answer.json()["detail"]
+
+
+def test_memory_of_ids_is_bounded(source: CountingSource) -> None:
+    with serving(source, limits=Limits(remember=2)) as server:
+        for name in ("a", "b", "c", "c", "b", "a"):
+            assert post(server, wire(name)).status_code == 200
+    assert source.seen == [["a"], ["b"], ["c"], ["a"]]
+
+
+def test_batches_are_computed_one_at_a_time(server: ScoreServer, source: CountingSource) -> None:
+    source.gate.clear()
+    threads = [threading.Thread(target=post, args=(server, wire(str(n)))) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    assert len(source.seen) == 1
+    source.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(source.seen) == [["0"], ["1"], ["2"], ["3"]]
+    assert source.most_concurrent == 1
+
+
+def test_more_than_may_wait_is_turned_away(source: CountingSource) -> None:
+    with serving(source, limits=Limits(max_waiting=1)) as server:
+        source.gate.clear()
+        waiting = threading.Thread(target=post, args=(server, wire("a")))
+        waiting.start()
+        while not source.seen:
+            time.sleep(0.01)
+        answer = post(server, wire("b"))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        source.gate.set()
+        waiting.join(10)
+        assert post(server, wire("b")).status_code == 200
+
+
+def test_limits_on_requests_and_bytes(source: CountingSource) -> None:
+    with serving(source, limits=Limits(max_requests=2, max_body_bytes=5_000)) as server:
+        answer = post(server, wire("a"), wire("b"), wire("c"))
+        assert answer.status_code == 413
+        assert "3 requests in one post are more than 2" in answer.json()["detail"]
+        answer = post(server, wire("a", "x" * 6_000))
+        assert answer.status_code == 413
+        assert "more than 5000 bytes" in answer.json()["detail"]
+
+        def chunks() -> Iterator[bytes]:
+            for _ in range(10):
+                yield b" " * 1_000
+
+        headers = {"content-type": "application/json"}
+        assert httpx.post(f"{server.url}/score", content=chunks(), headers=headers).status_code == 413
+    assert source.seen == []
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"{", "Invalid JSON"),
+        (b'{"requests": []}', "requests"),
+        (b'{"requests": [{"id": "a"}]}', "requests.0.prompt"),
+        (b"\xff\xfe", "Invalid JSON"),
+        (b"[" * 100_000, "recursion limit"),
+    ],
+)
+def test_a_malformed_body_is_422_with_the_place(server: ScoreServer, body: bytes, reason: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/score", content=body, headers=headers)
+    assert answer.status_code == 422
+    assert reason in answer.json()["detail"]
+
+
+def test_only_json_is_read_so_that_web_pages_cannot_post(server: ScoreServer, source: CountingSource) -> None:
+    answer = httpx.post(f"{server.url}/score", content=b"{}", headers={"content-type": "text/plain"})
+    assert answer.status_code == 415
+    assert source.seen == []
+
+
+def test_a_token_is_needed_everywhere_once_it_is_set(source: CountingSource) -> None:
+    with serving(source, token="sesame-open") as server:
+        for headers in (None, {"authorization": "Bearer wrong"}, {"authorization": "sesame-open"}):
+            assert post(server, wire("a"), headers=headers).status_code == 401
+            assert httpx.get(f"{server.url}/health", headers=headers).status_code == 401
+        assert source.seen == []
+        right = {"authorization": "Bearer sesame-open"}
+        assert post(server, wire("a"), headers=right).status_code == 200
+        assert httpx.get(f"{server.url}/health", headers=right).json() == {"status": "ok"}
+        assert httpx.get(f"{server.url}/openapi.json", headers=right).status_code == 404
+
+
+def test_health_scores_a_probe(server: ScoreServer, source: CountingSource) -> None:
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert source.seen == [["health"]]
+    source.broken = True
+    answer = httpx.get(f"{server.url}/health")
+    assert answer.status_code == 503
+    assert "out of memory" in answer.json()["detail"]
+
+
+def test_health_that_gets_no_turn_is_no_health(source: CountingSource) -> None:
+    with serving(source, limits=Limits(health_s=0.2)) as server:
+        source.gate.clear()
+        answer = httpx.get(f"{server.url}/health", timeout=10)
+        assert answer.status_code == 503
+        assert "no turn for the probe within 0.2 s" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "example.org"])
+def test_an_address_that_others_reach_needs_a_token(source: CountingSource, host: str) -> None:
+    with pytest.raises(ValueError, match="without a token"):
+        serve(source, host=host)
+
+
+def test_an_empty_token_is_refused(source: CountingSource) -> None:
+    with pytest.raises(ValueError, match="token is empty"):
+        serve(source, token=" ")
+
+
+def test_a_taken_port_is_an_error_and_a_closed_server_is_gone(source: CountingSource) -> None:
+    first = serve(source)
+    port = int(first.url.rpartition(":")[2])
+    with pytest.raises(OSError, match="in use"):
+        serve(source, port=port)
+    first.close()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{first.url}/health")
+    serve(source, port=port).close()

@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from reward_server.app import serve
+from reward_server.functions import UserFunctionError
+from reward_server.schema import Message, ScoreReply, ScoreRequest
+from reward_server.scorer import RewardModelSource
+from reward_server.sources import (
+    FunctionSource,
+    MixSource,
+    PartConfig,
+    RemoteSource,
+    SourceConfig,
+    build_source,
+)
+from tests.tiny_models import tiny_reward_model
+
+REQUESTS = [
+    ScoreRequest(id="a", prompt=(Message(role="user", content="hi"),), response="four", ended=True),
+    ScoreRequest(id="b", prompt=(Message(role="user", content="hello"),), response="ninechars", ended=False),
+]
+
+
+@pytest.fixture(autouse=True)
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "example_rewards.py").write_text(
+        "def length(prompts, responses):\n"
+        "    return [len(response) for response in responses]\n"
+        "def prompt_length(prompts, responses):\n"
+        "    return [len(prompt[-1]['content']) for prompt in prompts]\n"
+        "def short(prompts, responses):\n"
+        "    return [1.0]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_function_sees_prompts_as_dicts_and_responses_as_texts() -> None:
+    replies = FunctionSource("example_rewards:length").score(REQUESTS)
+    assert replies == [ScoreReply(id="a", score=4.0), ScoreReply(id="b", score=9.0)]
+    assert [reply.score for reply in FunctionSource("example_rewards:prompt_length").score(REQUESTS)] == [
+        2.0,
+        5.0,
+    ]
+
+
+def test_a_function_that_returns_too_few_is_named() -> None:
+    with pytest.raises(UserFunctionError, match="example_rewards:short returned 1 numbers for 2"):
+        FunctionSource("example_rewards:short").score(REQUESTS)
+
+
+def test_a_mix_is_the_weighted_sum_and_keeps_the_parts() -> None:
+    mix = MixSource(
+        {
+            "length": (0.5, FunctionSource("example_rewards:length")),
+            "prompt": (-2.0, FunctionSource("example_rewards:prompt_length")),
+        }
+    )
+    assert mix.score(REQUESTS) == [
+        ScoreReply(id="a", score=0.5 * 4 - 2 * 2, parts={"length": 4.0, "prompt": 2.0}),
+        ScoreReply(id="b", score=0.5 * 9 - 2 * 5, parts={"length": 9.0, "prompt": 5.0}),
+    ]
+
+
+def test_the_default_is_the_runs_own_reward_model(tmp_path: Path) -> None:
+    tiny_reward_model(tmp_path / "rm")
+    source = build_source(SourceConfig(dtype="float32"), tmp_path / "rm")
+    assert isinstance(source, RewardModelSource)
+    assert [reply.id for reply in source.score(REQUESTS)] == ["a", "b"]
+    with pytest.raises(ValueError, match="the run's own reward model, but there is none"):
+        build_source(SourceConfig())
+
+
+def test_a_configured_mix_of_all_kinds(tmp_path: Path) -> None:
+    tiny_reward_model(tmp_path / "rm")
+    with_parts = SourceConfig(
+        dtype="float32",
+        parts=(
+            PartConfig(weight=2.0),
+            PartConfig(name="length", kind="function", target="example_rewards:length", weight=0.1),
+        ),
+    )
+    (raw, _) = build_source(SourceConfig(dtype="float32"), tmp_path / "rm").score(REQUESTS)
+    server = serve(build_source(with_parts, tmp_path / "rm"))
+    try:
+        remote = SourceConfig(parts=(PartConfig(name="far", kind="url", target=server.url),))
+        source = build_source(remote)
+        assert isinstance(source, RemoteSource)
+        first, second = source.score(REQUESTS)
+    finally:
+        server.close()
+    assert first.score == pytest.approx(2 * raw.score + 0.4, abs=1e-4)
+    assert first.parts["length"] == 4.0
+    assert first.parts["reward_model"] == pytest.approx(raw.score, abs=1e-4)
+    assert first.parts["reward_model/raw"] == pytest.approx(raw.score, abs=1e-4)
+    assert (first.id, second.id) == ("a", "b")
+
+
+def test_a_mistake_in_the_configuration_is_found_when_it_is_read_or_built() -> None:
+    with pytest.raises(ValidationError, match="is a function without a target"):
+        PartConfig(name="x", kind="function")
+    with pytest.raises(ValidationError, match="each part a name of its own"):
+        SourceConfig(parts=(PartConfig(), PartConfig()))
+    with pytest.raises(ValidationError):
+        PartConfig(weight=float("nan"))
+    bad = SourceConfig(parts=(PartConfig(name="x", kind="function", target="example_rewards:none"),))
+    with pytest.raises(ValueError, match="has no function 'none'"):
+        build_source(bad)
