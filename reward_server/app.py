@@ -78,7 +78,7 @@ class _Scoring:
         entries = [self._known[request.id] for request in requests]
         while len(self._known) > self._limits.remember:
             self._known.popitem(last=False)
-        # shielded: a client that hangs up must not undo the work that its retry will ask for
+        # Shielded: a client that hangs up must not undo the work that its retry will ask for.
         return [(await asyncio.shield(task))[position] for _, task, position in entries]
 
     async def probe(self) -> None:

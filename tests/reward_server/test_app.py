@@ -1,3 +1,4 @@
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -6,7 +7,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from reward_server.app import Limits, ScoreServer, serve
+from reward_server.app import Limits, ScoreServer, create_app, serve
 from reward_server.schema import ScoreReply, ScoreRequest
 from reward_server.scorer import InputTooLong
 
@@ -248,3 +249,22 @@ def test_a_taken_port_is_an_error_and_a_closed_server_is_gone(source: CountingSo
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{first.url}/health")
     serve(source, port=port).close()
+
+
+def test_a_cancelled_post_does_not_undo_its_work(source: CountingSource) -> None:
+    async def cancel_then_ask_again() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(source))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            body = {"requests": [wire("a")]}
+            source.gate.clear()
+            first = asyncio.create_task(client.post("/score", json=body))
+            while not source.seen:
+                await asyncio.sleep(0.01)
+            first.cancel()
+            await asyncio.wait([first])
+            source.gate.set()
+            return await client.post("/score", json=body)
+
+    answer = asyncio.run(cancel_then_ask_again())
+    assert answer.json()["replies"][0]["score"] == 3.0
+    assert source.seen == [["a"]]
