@@ -13,12 +13,13 @@ fail() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
 find_python() {
-    local candidate found=
+    local candidate version found=
     for candidate in ${PYTHON:-python3.11 python3 python}; do
-        [ "$(version_of "$candidate")" = 3.11 ] && { command -v "$candidate"; return; }
-        [ -z "$found" ] && found=$(version_of "$candidate") && found="$candidate is Python $found"
+        version=$(version_of "$candidate")
+        [ "$version" = 3.11 ] && { command -v "$candidate"; return; }
+        [ -n "$version" ] && found+="${found:+, }$candidate is Python $version"
     done
-    fail "Python 3.11 is needed and ${found:-no Python was found}." \
+    fail "Python 3.11 is needed and ${found:-${PYTHON:-a Python} was not found}." \
         "Remedy: install Python 3.11 and run again, or name it: make PYTHON=/path/to/python3.11"
 }
 

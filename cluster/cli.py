@@ -1,0 +1,215 @@
+"""The command `rayward`: read the command line and the configuration, run a step, answer with an exit code.
+
+0: done. 1: the run failed. 2: the command line or configuration is wrong. 130: Ctrl-C. 143: SIGTERM.
+"""
+
+import contextlib
+import importlib
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from cluster.commands import COMMANDS, PRESETS, Command, help_text, overview, presets
+from cluster.console import Console
+from cluster.settings import ConfigError, compose, nearest, read_overrides, read_toml, save_toml
+
+Config = TypeVar("Config", bound=BaseModel)
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+# Their text alone says what happened; of any other error the type belongs to it.
+_TOLD = (ValueError, OSError, RuntimeError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One command line, taken apart."""
+
+    run_dir: Path
+    """Where the run keeps its files."""
+    file: Path | None
+    """Settings to read."""
+    preset: str | None
+    """Settings to begin with."""
+    variant: str | None
+    """Flag that stands for another preset."""
+    resumed: Path | None
+    """Settings that an earlier command left in the run directory."""
+    overrides: list[tuple[str, str | None]]
+    """(key, text) of everything else; None where there is no text."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, by default this process's; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview())
+        return DONE if words else WRONG
+    name = words[0]
+    try:
+        if name not in COMMANDS:
+            near = nearest(name, COMMANDS)
+            raise ConfigError(
+                f"there is no command {name!r}. " + (f"Did you mean {near}?" if near else "See --help")
+            )
+        command = COMMANDS[name]
+        if "-h" in words or "--help" in words:
+            sys.stdout.write(help_text(name, _config_class() if command.sections else None))
+            return DONE
+        call = parse(command, words[1:])
+        config = load(_config_class(), call) if command.sections else None
+        return _run(name, command, call, config, words)
+    except ConfigError as error:
+        sys.stderr.write("".join(f"rayward {name}: {line}\n" for line in str(error).splitlines()))
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def parse(command: Command, words: Sequence[str]) -> Call:
+    """Take the words after a command apart. Raises ConfigError."""
+    options: dict[str, str] = {}
+    variant: str | None = None
+    overrides: list[tuple[str, str | None]] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, given, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            if command.sections or "run" in options:
+                raise ConfigError(
+                    f"{word!r} stands alone. Remedy: write --KEY VALUE, with quotes around spaces"
+                )
+            options["run"] = word
+            continue
+        if name in command.variants and not given:
+            variant = name
+            continue
+        value = text if given else rest.pop(0) if rest and not rest[0].startswith("--") else None
+        if name not in ("run", "config", "preset"):
+            overrides.append((name, value))
+        elif not value:
+            raise ConfigError(f"--{name} needs a value")
+        else:
+            options[name] = value
+    if overrides and not command.sections:
+        raise ConfigError(f"--{overrides[0][0]} is not known here: this command takes a run directory only")
+    run_dir = Path(options.get("run") or (f"runs/{variant}" if variant else command.run))
+    file = Path(options["config"]) if "config" in options else None
+    saved = run_dir / "config.toml"
+    remembers = "run" in options and not (file or "preset" in options or variant) and saved.is_file()
+    return Call(
+        run_dir=run_dir,
+        file=file,
+        preset=None if remembers else options.get("preset") or variant or (None if file else command.preset),
+        variant=variant,
+        resumed=saved if remembers else None,
+        overrides=overrides,
+    )
+
+
+def load(section: type[Config], call: Call) -> Config:
+    """Compose preset, file or earlier settings, and the command line, in this order. Raises ConfigError."""
+    given = []
+    if call.preset:
+        path = PRESETS / f"{call.preset}.toml"
+        if not path.is_file():
+            raise ConfigError(f"there is no preset {call.preset!r}. Remedy: one of {', '.join(presets())}")
+        given += read_toml(section, path)
+    for file in filter(None, (call.file, call.resumed)):
+        given += read_toml(section, file)
+    return compose(section, [*given, *read_overrides(section, call.overrides)])
+
+
+def _config_class() -> Any:
+    return importlib.import_module("cluster.config").Config
+
+
+def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[str]) -> int:
+    """Run the command; what goes wrong is said in a line, and its traceback is kept in a file."""
+    logs = call.run_dir / "logs"
+    if config is None and not call.run_dir.is_dir():
+        raise ConfigError(
+            f"there is no run directory {call.run_dir}. Remedy: name one that a command has written"
+        )
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR"
+        ) from error
+    with Console(logs) as console, _sigterm_exits():
+        try:
+            _work(name, command, call, config, words, console)
+        except KeyboardInterrupt:
+            console.error(f"stopped by Ctrl-C; what is done is in {call.run_dir}")
+            return INTERRUPTED
+        except SystemExit as error:
+            console.error(f"stopped; what is done is in {call.run_dir}")
+            return error.code if isinstance(error.code, int) else FAILED
+        except BaseException as error:
+            for reason in dict.fromkeys(_reasons(error)):
+                console.error(reason)
+            file = logs / "error.log"
+            with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:
+                lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {shlex.join(words)}\n")
+                traceback.print_exception(error, file=lines)
+            console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
+            return FAILED
+    return DONE
+
+
+def _work(
+    name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console
+) -> None:
+    module, _, function = command.entry.partition(":")
+    entry = getattr(importlib.import_module(module), function)
+    if config is None:
+        entry(call.run_dir, console)
+        return
+    from cluster.environment import write_environment
+    from cluster.steps import Job
+    from cluster.tracking import Tracker
+
+    save_toml(config, call.run_dir / "config.toml")
+    write_environment(call.run_dir, ["rayward", *words])
+    console.line(f"rayward {name}: everything goes to {call.run_dir}")
+    settings = config.model_dump(mode="json")
+    with Tracker(call.run_dir, config.tracking, name, settings=settings, console=console) as tracker:
+        flags = {flag: flag == call.variant for flag in command.variants}
+        entry(Job(config=config, run_dir=call.run_dir, tracker=tracker), **flags)
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C, so that everything the run started is stopped."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _reasons(error: BaseException) -> Iterator[str]:
+    """What went wrong, of each of the errors in a group."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _reasons(one)
+    elif str(error) and isinstance(error, _TOLD):
+        yield str(error)
+    else:
+        yield f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

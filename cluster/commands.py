@@ -1,0 +1,176 @@
+"""The commands of `rayward`, and the help that teaches them."""
+
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from cluster.settings import Setting, settings
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command."""
+
+    purpose: str
+    """What it is for, on one line."""
+    files: str
+    """What it reads and writes."""
+    example: str
+    """A complete command line."""
+    entry: str
+    """`module:function`, imported when the command runs."""
+    sections: tuple[str, ...] = ()
+    """Fields of Config whose settings it reads; none for a command that takes no configuration."""
+    run: str = "runs/rlhf"
+    """Run directory when none is named."""
+    preset: str | None = None
+    """Preset when neither a preset nor a file is named."""
+    variants: dict[str, str] = field(default_factory=dict)
+    """Flags that each stand for another preset, and a run directory of that name: flag -> meaning."""
+
+
+_TRAINING = ("models", "data", "cluster")
+_SAMPLING = ("rollout", "generator")
+
+COMMANDS = {
+    "quickstart": Command(
+        purpose="Run all of it on a small model, and write a report.",
+        files="Needs nothing but this installation. Writes models, metrics and report.html into RUN.",
+        example="rayward quickstart --tiny",
+        entry="cluster.launch:quickstart",
+        sections=(
+            *(*_TRAINING, "sft", "sample", "labeler", "reward", "ppo", *_SAMPLING),
+            *("scoring", "publish", "evaluation", "tracking"),
+        ),
+        run="runs/quickstart",
+        preset="quickstart",
+        variants={
+            "tiny": "a model of 3 million parameters, pretrained on the spot; PPO with and without the mix"
+        },
+    ),
+    "sft": Command(
+        purpose="Step 1: fine-tune a language model on demonstrations.",
+        files="Reads models.base and data.demonstrations. Writes RUN/sft, a Hugging Face folder.",
+        example="rayward sft --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl",
+        entry="cluster.launch:sft",
+        sections=(*_TRAINING, "sft", "tracking"),
+    ),
+    "sample": Command(
+        purpose="Step 2a: sample completions to be compared.",
+        files="Reads RUN/sft (or models.sft) and data.preference_prompts. Writes RUN/data/completions.jsonl.",
+        example="rayward sample --run runs/mine --data.preference_prompts prompts.jsonl",
+        entry="cluster.launch:sample",
+        sections=(*_TRAINING, "sample", *_SAMPLING, "tracking"),
+    ),
+    "rank": Command(
+        purpose="Step 2b: rank the completions with a labeler, by default a simulated one (VADER).",
+        files="Reads RUN/data/completions.jsonl (or data.completions). Writes RUN/data/comparisons.jsonl.",
+        example="rayward rank --run runs/mine --labeler.name my_module:my_verdicts",
+        entry="cluster.launch:rank",
+        sections=("data", "labeler"),
+    ),
+    "reward": Command(
+        purpose="Step 2c: train a reward model on ranked completions.",
+        files="Reads RUN/sft, RUN/data/comparisons.jsonl and data.demonstrations. Writes RUN/reward.",
+        example="rayward reward --run runs/mine --data.comparisons comparisons.jsonl",
+        entry="cluster.launch:reward",
+        sections=(*_TRAINING, "reward", "tracking"),
+    ),
+    "ppo": Command(
+        purpose="Step 3: train the SFT model against the reward model by PPO-ptx.",
+        files="Reads RUN/sft, RUN/reward, data.prompts, data.pretraining. Writes RUN/policy, RUN/policy_ema.",
+        example="rayward ppo --run runs/mine --data.prompts prompts.jsonl --ppo.kl.coef 0.05",
+        entry="cluster.launch:ppo",
+        sections=(*_TRAINING, "ppo", *_SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),
+    ),
+    "evaluate": Command(
+        purpose="Answer held-out prompts with a model, and score the answers.",
+        files="Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/.",
+        example="rayward evaluate --run runs/mine --data.prompts_heldout heldout.jsonl",
+        entry="cluster.launch:evaluate",
+        sections=(*_TRAINING, "evaluation", *_SAMPLING, "scoring", "labeler", "tracking"),
+    ),
+    "report": Command(
+        purpose="Write RUN/report.html from the files of a run directory.",
+        files="Reads nothing but the run directory; a run that is unfinished or was killed will do.",
+        example="rayward report runs/mine",
+        entry="cluster.launch:report",
+    ),
+}
+
+
+def overview() -> str:
+    """The help of `rayward` itself."""
+    lines = [
+        "rayward: reinforcement learning from human feedback as InstructGPT did it.",
+        "",
+        "  rayward COMMAND [--run DIR] [--config FILE] [--preset NAME] [--KEY VALUE ...]",
+        "",
+        *(f"  {name:<12}{command.purpose}" for name, command in COMMANDS.items()),
+        "",
+        "The steps follow each other in a run directory, or each stands alone on your own files and models.",
+        "rayward COMMAND --help lists everything that a command can be told.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def help_text(name: str, config: type[BaseModel] | None) -> str:
+    """The help of one command: purpose, files, example, options, and every setting that it reads."""
+    command = COMMANDS[name]
+    lines = [
+        f"rayward {name}: {command.purpose}",
+        "",
+        *_wrapped(command.files, ""),
+        "",
+        f"  {command.example}",
+        "",
+    ]
+    if config is None:
+        lines += [f"  RUN, --run DIR   the run directory; {command.run} when not named"]
+    else:
+        lines += _options(command)
+        shown = [setting for setting in settings(config) if setting.key.split(".")[0] in command.sections]
+        lines += _settings(shown)
+    return "\n".join(lines) + "\n"
+
+
+def _options(command: Command) -> list[str]:
+    options = {
+        "--run DIR": f"the run directory, {command.run} when not named; the settings that an earlier command "
+        "saved there hold unless a preset or a file is named",
+        "--config FILE": "settings from a TOML file",
+        "--preset NAME": f"settings that come with rayward ({', '.join(presets())}), under those of a file",
+        **{f"--{flag}": what for flag, what in command.variants.items()},
+        "--KEY VALUE": "one of the settings below, e.g. --tracking.mode disabled; in TOML: [tracking] mode = "
+        '"disabled". A list: --tracking.tags \'["a", "b"]\'. Nothing at all: none',
+    }
+    lines = []
+    for option, what in options.items():
+        first, *rest = _wrapped(what, " " * 18)
+        lines += [f"  {option:<16}{first[18:]}", *rest]
+    return lines
+
+
+def _settings(shown: Sequence[Setting]) -> Iterator[str]:
+    for setting in shown:
+        if setting.section:
+            yield from ("", *_wrapped(f"[{setting.key}] {setting.doc}", ""))
+        else:
+            yield f"  --{setting.key}  {setting.type}, {setting.default_text}"
+            yield from _wrapped(setting.doc, " " * 6)
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    width = min(100, shutil.get_terminal_size().columns)
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

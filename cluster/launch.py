@@ -1,0 +1,115 @@
+"""The commands: each starts Ray and the processes that its step needs, runs it, and stops them again."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from cluster.alignment import Alignment
+from cluster.build import Processes, plan_run
+from cluster.console import Console
+from cluster.quickstart import quickstart as every_step
+from cluster.report import summary, write_report
+from cluster.session import start_ray
+from cluster.steps import Job, run_rank, run_reward, run_sample, run_sft, sft_data
+
+
+def quickstart(job: Job, tiny: bool) -> None:
+    """Every step on a small model, and the report."""
+    _on_ray(job, lambda processes: every_step(job, tiny))
+    report(job.run_dir, job.tracker.console)
+
+
+def sft(job: Job) -> None:
+    """Step 1. Raises ValueError when a model or file is missing or cannot be read."""
+    base = job.config.models.base
+    if base is None:
+        raise ValueError("models.base is not set: name a Hugging Face folder or hub id, --models.base NAME")
+    data = sft_data(job, base)
+
+    async def work(processes: Processes) -> None:
+        async with processes.learner() as learner:
+            await run_sft(job, learner, Path(base), data, job.config.sft)
+
+    _on_ray(job, work)
+
+
+def sample(job: Job) -> None:
+    """Completions for step 2."""
+    model = job.model("sft")
+
+    async def work(processes: Processes) -> None:
+        async with processes.generators(job.config.generator, model) as generators:
+            await run_sample(job, generators, model)
+
+    _on_ray(job, work)
+
+
+def rank(job: Job) -> None:
+    """Rankings of the completions."""
+    run_rank(job)
+
+
+def reward(job: Job) -> None:
+    """Step 2."""
+    model = job.model("sft")
+
+    async def work(processes: Processes) -> None:
+        async with processes.learner() as learner:
+            await run_reward(job, learner, model)
+
+    _on_ray(job, work)
+
+
+def ppo(job: Job) -> None:
+    """Step 3."""
+    _aligned(job, job.model("sft"), lambda alignment: alignment.run(job.config.ppo))
+
+
+def evaluate(job: Job) -> None:
+    """Held-out responses of a model, their scores and KL to the SFT model; the loss of held-out text."""
+    policy, network = job.model("policy"), job.config.ppo.network
+
+    async def work(alignment: Alignment) -> None:
+        await alignment.learner.load("policy", "policy", policy, network)
+        await alignment.learner.load("reference", "policy", job.model("sft"), network)
+        await alignment.measure(policy.name, job.config.ppo)
+
+    _aligned(job, policy, work)
+
+
+def report(run_dir: Path, console: Console) -> None:
+    """The report of a run directory, and its summary in the terminal."""
+    path = write_report(run_dir)
+    console.show(summary(run_dir))
+    console.line(f"The report is in {path}")
+
+
+def _aligned(job: Job, model: Path, work: Callable[[Alignment], Awaitable[object]]) -> None:
+    """Run something that needs the learner, generators of `model`, and the reward service."""
+
+    async def start(processes: Processes) -> None:
+        async with (
+            processes.learner() as learner,
+            processes.generators(job.config.generator, model) as generators,
+            processes.reward(job.config.scoring, _own_reward_model(job)) as rewards,
+        ):
+            await work(Alignment(job, learner, generators, rewards))
+
+    _on_ray(job, start)
+
+
+def _own_reward_model(job: Job) -> Path | None:
+    """The run's reward model, where scoring has a part that uses it."""
+    uses = any(part.kind == "model" and part.target is None for part in job.config.scoring.parts)
+    return job.model("reward") if uses else None
+
+
+def _on_ray(job: Job, work: Callable[[Processes], Awaitable[None]]) -> None:
+    config, logs = job.config, job.run_dir / "logs"
+    plan = plan_run(config.cluster, config.ppo.max_staleness, config.rollout.waves_in_flight)
+    with start_ray(config.cluster.address, cpus=plan.cpus, log_dir=logs):
+        asyncio.run(_awaited(work(Processes(config.cluster, plan, logs))))
+
+
+async def _awaited(work: Awaitable[None]) -> None:
+    await work

@@ -1,0 +1,242 @@
+"""A run's records: JSONL files that are complete, the console, and Weights & Biases as far as it keeps up.
+
+W&B is fed by a thread of its own through a bounded queue, so that whatever it does (raise, hang, find no
+network) costs a warning and never a step. By default it writes to RUN/wandb only; `wandb sync` uploads that
+later. Credentials come from W&B's own environment and files, never from the configuration.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.console import Console
+
+log = logging.getLogger(__name__)
+
+
+class TrackingConfig(BaseModel):
+    """Weights & Biases. The metrics also go to RUN/metrics.jsonl, whatever is set here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline: keep it in RUN/wandb; online: send it too, with the key of `wandb login` or WANDB_API_KEY."""
+    project: str = "rayward"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; W&B's own default when not set."""
+    tags: tuple[str, ...] = ()
+    """Tags of the W&B run."""
+    queue_size: int = Field(default=1000, ge=1)
+    """Steps that may wait for W&B; when it falls further behind, steps are left out of W&B and counted."""
+    close_deadline_s: float = Field(default=30.0, gt=0)
+    """Seconds that W&B has to finish, and half of them to start; what is not sent stays in RUN/wandb."""
+
+
+class Tracker:
+    """Records the steps, phases, tables and pictures of one command in a run directory, from any thread."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        name: str,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        console: Console | None = None,
+        run_id: str | None = None,
+        wandb: Any = None,
+    ) -> None:
+        """
+        name: the command, e.g. "ppo", as W&B's job type; the commands of a run directory are a W&B group.
+        settings: the resolved configuration, for W&B.
+        console: where headlines and phases are shown.
+        run_id: of the W&B run to go on with; None begins one.
+        wandb: stands in for the wandb module in tests.
+        """
+        self.run_dir = run_dir
+        self.console = console or Console()
+        self._lock = threading.Lock()
+        self._start: dict[str, Any] = {
+            "project": config.project,
+            "entity": config.entity,
+            "group": run_dir.resolve().name,
+            "job_type": name,
+            "name": f"{run_dir.resolve().name} {name}",
+            "tags": list(config.tags),
+            "id": run_id or secrets.token_hex(4),
+            "resume": "allow" if run_id else None,
+            "dir": str(run_dir),
+            "config": dict(settings or {}),
+        }
+        self._wandb = None if config.mode == "disabled" else _WandbFeed(config, self._start, wandb)
+
+    @property
+    def run_id(self) -> str:
+        """Of the W&B run."""
+        return self._start["id"]
+
+    def __enter__(self) -> Self:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self._wandb is not None:
+            self._wandb.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let W&B finish, within its deadline."""
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step of a stage ("sft", "reward", "ppo", ...), by the name "area/name"."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._append("metrics.jsonl", {"stage": stage, "step": step, "time": time.time(), **values})
+        self.console.metrics(stage, step, values)
+        self._feed(lambda wandb, run: _log_step(run, stage, step, values))
+
+    @contextlib.contextmanager
+    def phase(self, name: str, stage: str | None = None) -> Iterator[None]:
+        """Show and record how long a phase takes, even if it fails; `stage` is what it belongs to."""
+        started = time.monotonic()
+        try:
+            with self.console.phase(name):
+                yield
+        finally:
+            seconds = time.monotonic() - started
+            self._append("phases.jsonl", {"phase": name, "stage": stage or name, "seconds": seconds})
+            self._feed(lambda wandb, run: run.log({f"phase/{name}": seconds}))
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show rows of plain values, which have the same columns, as a table in W&B."""
+        columns = list(rows[0]) if rows else []
+        cells = [[row[column] for column in columns] for row in rows]
+        self._feed(lambda wandb, run: run.log({name: wandb.Table(columns=columns, data=cells)}))
+
+    def image(self, name: str, path: Path) -> None:
+        """Show a picture file in W&B."""
+        self._feed(lambda wandb, run: run.log({name: wandb.Image(str(path))}))
+
+    def _append(self, file: str, row: Mapping[str, Any]) -> None:
+        with self._lock, (self.run_dir / file).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+    def _feed(self, item: Callable[[Any, Any], None]) -> None:
+        if self._wandb is not None:
+            self._wandb.put(item)
+
+
+def _log_step(run: Any, stage: str, step: int, values: Mapping[str, float]) -> None:
+    """Each stage counts its own steps, so the stage's step is the axis of its metrics."""
+    prefix = stage + "/"
+    run.define_metric(prefix + "*", step_metric=prefix + "step")
+    named = {name if name.startswith(prefix) else prefix + name: value for name, value in values.items()}
+    run.log({prefix + "step": step, **named})
+
+
+class _WandbFeed:
+    """Does what is put into it to a W&B run, on its own thread; counts and leaves out what fails."""
+
+    def __init__(self, config: TrackingConfig, start: dict[str, Any], wandb: Any) -> None:
+        self._config = config
+        self._start = start
+        self._wandb = wandb
+        self._items: queue.Queue[Callable[[Any, Any], None] | None] = queue.Queue(config.queue_size)
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._lost = 0
+        self._warned = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, item: Callable[[Any, Any], None]) -> None:
+        try:
+            self._items.put_nowait(item)
+        except queue.Full:
+            self._lose(f"W&B is {self._items.maxsize} steps behind")
+
+    def close(self) -> None:
+        deadline = time.monotonic() + self._config.close_deadline_s
+        with contextlib.suppress(queue.Full):
+            self._items.put(None, timeout=self._config.close_deadline_s)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        where = Path(self._start["dir"]) / "wandb"
+        if self._thread.is_alive():
+            log.warning(
+                "W&B did not finish within %g s; what is in %s can be sent later with `wandb sync`",
+                self._config.close_deadline_s,
+                where,
+            )
+        if self._lost:
+            log.warning("%d records are not in W&B; metrics.jsonl has every step", self._lost)
+
+    def _work(self) -> None:
+        wandb, run = self._wandb, None
+        try:
+            wandb = wandb or importlib.import_module("wandb")
+            run = self._init(wandb)
+        except BaseException as error:  # wandb raises SystemExit too
+            self._lose(f"W&B could not be started ({_reason(error)})")
+        while (item := self._items.get()) is not None:
+            if run is None:
+                self._lost += 1
+                continue
+            try:
+                item(wandb, run)
+            except BaseException as error:
+                self._lose(f"W&B failed ({_reason(error)})")
+        if run is not None:
+            try:
+                run.finish()
+            except BaseException as error:
+                self._lose(f"W&B could not finish ({_reason(error)})")
+
+    def _init(self, wandb: Any) -> Any:
+        wandb.setup(settings=self._settings(wandb))  # else it prints whose key it has found
+        modes = ("online", "offline") if self._config.mode == "online" else ("offline",)
+        for mode in modes:
+            try:
+                return wandb.init(mode=mode, settings=self._settings(wandb), **self._start)
+            except Exception as error:
+                if mode == "offline":
+                    raise
+                self._warn(f"W&B is offline for this run ({_reason(error)}); `wandb sync` can send it later")
+                self._start["id"] = secrets.token_hex(4)  # the failed attempt may hold the old one
+
+    def _settings(self, wandb: Any) -> Any:
+        """No output, no copies of the code or of what is printed, no waiting without end."""
+        return wandb.Settings(
+            silent=True,
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            x_save_requirements=False,
+            init_timeout=self._config.close_deadline_s / 2,
+            finish_timeout=self._config.close_deadline_s / 2,
+        )
+
+    def _lose(self, why: str) -> None:
+        self._lost += 1
+        self._warn(f"{why}. The run goes on, with every step in metrics.jsonl")
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(text)
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
