@@ -98,21 +98,19 @@ def audit(path: str | Path) -> Audit:
     """
     issued = 0
     live: dict[tuple[int, int], str] = {}
-    trained: dict[int, int] = {}
+    trained: dict[int, tuple[int, int]] = {}  # ticket number -> (attempt, step)
     dropped: Counter[str] = Counter()
     for line_number, line in read_jsonl(path):
         state = line["state"]
         if state == "committed":
             continue
         if state == "resumed":
+            undone = {n: attempt for n, (attempt, step) in trained.items() if step >= line["version"]}
+            trained = {n: value for n, value in trained.items() if n not in undone}
+            live |= dict.fromkeys(undone.items(), "scored")
             kept = {(number, attempt) for number, attempt in line["kept"]}
-            undone = [number for number, step in trained.items() if step >= line["version"]]
-            lost = [key for key in live if key not in kept]
-            for number in undone:
-                del trained[number]
-            for key in lost:
-                del live[key]
-            dropped["resumed"] += len(undone) + len(lost)
+            dropped["resumed"] += len(live.keys() - kept)
+            live = {key: state for key, state in live.items() if key in kept}
             continue
         key = (line["ticket"], line["attempt"])
         if state == "issued":
@@ -123,7 +121,7 @@ def audit(path: str | Path) -> Audit:
             raise ValueError(f"{path}:{line_number}: ticket {key} is {state} but was not outstanding")
         live[key] = state
         if state == "batched":
-            trained[key[0]] = line["step"]
+            trained[key[0]] = (key[1], line["step"])
             del live[key]
         elif state == "dropped":
             dropped[line["reason"]] += 1

@@ -1,0 +1,44 @@
+"""Supervised examples: which tokens are learnt."""
+
+import pytest
+
+from actors.chat import chat_example
+from reward_server.encoding import ChatEncoding
+from reward_server.schema import Message
+from tests.fakes import ASSISTANT, EOS, USER, FakeEncoding
+from tests.tiny_models import tiny_tokenizer
+
+PROMPT = (Message(role="user", content="ab"),)
+
+
+def test_the_response_and_its_eos_are_targets() -> None:
+    example = chat_example(FakeEncoding(), PROMPT, "cd", max_tokens=20)
+    assert example.ids == (USER, 4, 5, ASSISTANT, 6, 7, EOS)
+    assert example.loss_mask == (False, False, False, False, True, True, True)
+
+
+def test_with_the_prompt_learnt_all_but_the_first_token_are_targets() -> None:
+    example = chat_example(FakeEncoding(), PROMPT, "cd", max_tokens=20, mask_prompt=False)
+    assert example.loss_mask == (False, True, True, True, True, True, True)
+
+
+def test_an_exact_fit_keeps_its_eos_and_a_longer_response_loses_it() -> None:
+    assert chat_example(FakeEncoding(), PROMPT, "cd", max_tokens=7).ids[-1] == EOS
+    cut = chat_example(FakeEncoding(), PROMPT, "cd", max_tokens=6)
+    assert cut.ids == (USER, 4, 5, ASSISTANT, 6, 7)
+    assert cut.loss_mask == (False, False, False, False, True, True)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused() -> None:
+    assert len(chat_example(FakeEncoding(), PROMPT, "cd", max_tokens=5).ids) == 5
+    with pytest.raises(ValueError, match="the prompt has 4 tokens, which leaves no room for a response in 4"):
+        chat_example(FakeEncoding(), PROMPT, "cd", max_tokens=4)
+
+
+def test_a_real_chat_template_is_masked_up_to_the_opening_of_the_reply() -> None:
+    encoding = ChatEncoding(tiny_tokenizer())
+    example = chat_example(encoding, PROMPT, "good", max_tokens=100)
+    learnt = [i for i, target in zip(example.ids, example.loss_mask, strict=True) if target]
+    assert learnt[-1] == encoding.eos_id
+    assert encoding.tokenizer.decode(learnt) == "good<|im_end|>"
+    assert encoding.tokenizer.decode(example.ids).endswith("<|im_start|>assistant\ngood<|im_end|>")
