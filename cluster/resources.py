@@ -1,0 +1,272 @@
+"""Who computes when, with how many threads, cores and GPUs; checked before anything heavy starts.
+
+Threads that add up to more than the cores run 5 to 15 times slower, as OpenMP's barriers spin. Processes take
+turns, though, so what has to fit is each set of processes that compute at the same time: a phase.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+_GPU_PROCESS_THREADS = 8  # beyond this a process that computes on a GPU has no use for more
+
+
+class ResourceError(ValueError):
+    """The plan asks for more than the machine or cluster has."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One process of a run and what it may use."""
+
+    name: str
+    """Also the name of its actor and of its bundle."""
+    threads: int
+    """Threads that compute in it."""
+    cpus: float
+    """Logical CPUs that Ray reserves for it as long as it lives."""
+    gpus: float = 0.0
+    """GPUs that Ray reserves for it as long as it lives."""
+    pin: tuple[int, ...] | None = None
+    """Cores it is bound to."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A set of processes that compute at the same time."""
+
+    name: str
+    """What they do, for errors."""
+    processes: tuple[str, ...]
+    """Their names."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All processes of a run, and which of them compute at the same time."""
+
+    processes: tuple[Process, ...]
+    """Each process once."""
+    phases: tuple[Phase, ...]
+    """Every set of processes that can be computing at some moment."""
+
+    @property
+    def cpus(self) -> int:
+        """Logical CPUs to start a local Ray with. More than the cores where processes take turns on them."""
+        return math.ceil(sum(process.cpus for process in self.processes))
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all processes together."""
+        return sum(process.gpus for process in self.processes)
+
+    def process(self, name: str) -> Process:
+        """The process called `name`. Raises: KeyError."""
+        for process in self.processes:
+            if process.name == name:
+                return process
+        raise KeyError(
+            f"the plan has no process {name!r}; it has {[process.name for process in self.processes]}"
+        )
+
+
+def machine_cores() -> int:
+    """Cores this process may use: its affinity, or the quota of its control group where that is smaller."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
+
+
+def machine_gpus() -> int:
+    """NVIDIA GPUs this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return sum(1 for device in visible.split(",") if device.strip() not in ("", "-1"))
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def default_plan(
+    *,
+    generators: int,
+    cores: int,
+    gpus: int,
+    max_staleness: int,
+    learner_ranks: int,
+    waves_in_flight: int = 1,
+    first_core: int = 0,
+) -> Plan:
+    """The plan for one machine: processes "generator-0", ..., "learner-0", ..., "reward".
+
+    Synchronous (`max_staleness` 0): the generators share the cores, then the learner has all of them.
+    Asynchronous: learner and generators compute at the same time and get half of the cores each. With one
+    wave in flight the reward service scores while the generator that sent the wave waits, so it borrows that
+    one's threads; with more, it counts as one more generator. On CPU each generator is pinned to cores of its
+    own, from `first_core` on. With GPUs each process has one of its own where there are enough, else as many
+    as necessary share one.
+
+    The plan may not fit: see check. Raises: ValueError for a count below 1.
+    """
+    for key, count in {"generators": generators, "learner_ranks": learner_ranks, "cores": cores}.items():
+        if count < 1:
+            raise ValueError(f"{key} is {count}: give at least 1")
+    together = max_staleness > 0
+    borrowing = waves_in_flight == 1
+    learner_cores = max(learner_ranks, cores // 2) if together else cores
+    rollout_cores = cores - learner_cores if together else cores
+    learner_threads = max(1, learner_cores // learner_ranks)
+    threads = max(1, rollout_cores // (generators if borrowing else generators + 1))
+    count = generators + learner_ranks + 1
+    share = 1.0 if gpus >= count else math.floor(1e4 / math.ceil(count / gpus)) / 1e4 if gpus else 0.0
+    if gpus:
+        threads, learner_threads = (min(_GPU_PROCESS_THREADS, n) for n in (threads, learner_threads))
+
+    def pin(index: int) -> tuple[int, ...] | None:
+        first = first_core + index * threads
+        fits = not gpus and first + threads <= first_core + cores
+        return tuple(range(first, first + threads)) if fits else None
+
+    rollout = [
+        Process(name=f"generator-{i}", threads=threads, cpus=threads, gpus=share, pin=pin(i))
+        for i in range(generators)
+    ]
+    learner = [
+        Process(name=f"learner-{i}", threads=learner_threads, cpus=learner_threads, gpus=share)
+        for i in range(learner_ranks)
+    ]
+    reward = Process(name="reward", threads=threads, cpus=threads, gpus=share)
+    return Plan(
+        processes=(*rollout, *learner, reward), phases=_phases(rollout, learner, reward, together, borrowing)
+    )
+
+
+def _phases(
+    rollout: Sequence[Process], learner: Sequence[Process], reward: Process, together: bool, borrowing: bool
+) -> tuple[Phase, ...]:
+    generators, ranks = [process.name for process in rollout], [process.name for process in learner]
+    if borrowing:
+        phases = {"generate": generators, "score": [*generators[1:], reward.name]}
+    else:
+        phases = {"generate and score": [*generators, reward.name]}
+    if together:
+        phases = {f"{name} and update": [*names, *ranks] for name, names in phases.items()}
+    else:
+        phases["update"] = ranks
+    return tuple(Phase(name=name, processes=tuple(names)) for name, names in phases.items())
+
+
+def check(plan: Plan, *, cores: int, gpus: float) -> None:
+    """Refuse a plan that does not fit `cores` and `gpus`.
+
+    Raises: ResourceError naming the phase, each process with its share, their sum, the limit and the remedy.
+    """
+    for phase in plan.phases:
+        processes = [plan.process(name) for name in phase.processes]
+        if (total := sum(process.threads for process in processes)) > cores:
+            each = ", ".join(f"{process.name}: {process.threads}" for process in processes)
+            raise ResourceError(
+                f"{total} threads would compute at the same time on {cores} cores in the phase "
+                f"{phase.name!r} ({each}). Beyond the cores they run 5 to 15 times slower: use fewer "
+                f"generators or learner ranks, fewer threads for each, or a machine with {total} cores"
+            )
+        _check_pins(phase, processes)
+    if plan.gpus > gpus:
+        each = ", ".join(f"{process.name}: {process.gpus:g}" for process in plan.processes if process.gpus)
+        raise ResourceError(
+            f"the processes need {plan.gpus:g} GPUs and there are {gpus:g} ({each}). Use fewer generators or "
+            "learner ranks, let processes share a GPU, or add GPUs"
+        )
+
+
+def _check_pins(phase: Phase, processes: Sequence[Process]) -> None:
+    taken: dict[int, str] = {}
+    for process in processes:
+        pin = process.pin or ()
+        if pin and process.threads > len(pin):
+            raise ResourceError(
+                f"{process.name} has {process.threads} threads on the {len(pin)} cores {list(pin)} that it "
+                "is pinned to: pin it to more cores or give it fewer threads"
+            )
+        for core in pin:
+            if core in taken:
+                raise ResourceError(
+                    f"{taken[core]} and {process.name} are both pinned to core {core} and compute at the "
+                    f"same time in the phase {phase.name!r}: pin them to different cores"
+                )
+            taken[core] = process.name
+
+
+class Placement:
+    """Reserved bundles of a cluster, one for each process."""
+
+    def __init__(self, group: PlacementGroup, names: Sequence[str]) -> None:
+        self._group = group
+        self._names = list(names)
+
+    def bundle(self, name: str) -> PlacementGroupSchedulingStrategy:
+        """Where the process called `name` goes, for ActorOptions.placement. Raises: ValueError."""
+        return PlacementGroupSchedulingStrategy(self._group, self._names.index(name))
+
+    def release(self) -> None:
+        """Give the bundles back; what still runs in them is killed."""
+        if ray.is_initialized():
+            remove_placement_group(self._group)
+
+
+def place(
+    processes: Sequence[Process], *, deadline_s: float, strategy: str = "PACK", autoscaling: bool = False
+) -> Placement:
+    """Reserve a bundle for every process on the connected cluster, all of them or none.
+
+    A bundle larger than every machine is refused at once, unless the cluster can grow (`autoscaling`).
+
+    Raises: ResourceError naming the bundle that cannot be placed and what the cluster has.
+    """
+    if not autoscaling:
+        _check_bundles(processes)
+    bundles = [{"CPU": p.cpus, "GPU": p.gpus} if p.gpus else {"CPU": p.cpus} for p in processes]
+    group = placement_group(bundles, strategy=strategy)
+    if not group.wait(deadline_s):
+        remove_placement_group(group)
+        _check_bundles(processes)
+        each = ", ".join(f"{p.name}: {p.cpus:g} CPUs, {p.gpus:g} GPUs" for p in processes)
+        raise ResourceError(
+            f"no room for the bundles ({each}) with strategy {strategy} within {deadline_s:g} s. The cluster "
+            f"has {_nodes_text()}; free now: {_free_text()}. Stop what else runs on it, ask for less, or add "
+            "machines"
+        )
+    return Placement(group, [process.name for process in processes])
+
+
+def _check_bundles(processes: Sequence[Process]) -> None:
+    for process in processes:
+        if not any(cpus >= process.cpus and gpus >= process.gpus for _, cpus, gpus in _nodes()):
+            raise ResourceError(
+                f"the bundle of {process.name!r} needs {process.cpus:g} CPUs and {process.gpus:g} GPUs "
+                f"on one machine, and no machine has that. The cluster has {_nodes_text()}. Ask for less, or "
+                "add a larger machine"
+            )
+
+
+def _nodes() -> list[tuple[str, float, float]]:
+    """(address, CPUs, GPUs) of every live machine of the cluster."""
+    nodes = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [(address, has.get("CPU", 0.0), has.get("GPU", 0.0)) for address, has in nodes]
+
+
+def _nodes_text() -> str:
+    return "; ".join(f"{address}: {cpus:g} CPUs, {gpus:g} GPUs" for address, cpus, gpus in _nodes())
+
+
+def _free_text() -> str:
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
