@@ -77,7 +77,7 @@ class Buffer:
             return
         versions = [version for t in trajectories for version in t.completion.versions]
         oldest = ticket.number // self.prompts_per_batch - self.max_staleness
-        # one ahead of the learner's while it trains and publishes: actors have the new weights before it advances
+        # one ahead of the learner's while it publishes: actors have the new weights before it advances
         newest = self._taken // self.prompts_per_batch
         if min(versions) < oldest or max(versions) > newest:
             self.forfeit(ticket, "stale")
