@@ -22,6 +22,7 @@ from cluster.console import Console
 from cluster.settings import ConfigError, compose, nearest, read_overrides, read_toml, save_toml
 
 Config = TypeVar("Config", bound=BaseModel)
+OPTIONS = ("run", "config", "preset")
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 # Their text alone says what happened; of any other error the type belongs to it.
 _TOLD = (ValueError, OSError, RuntimeError)
@@ -92,7 +93,9 @@ def parse(command: Command, words: Sequence[str]) -> Call:
             variant = name
             continue
         value = text if given else rest.pop(0) if rest and not rest[0].startswith("--") else None
-        if name not in ("run", "config", "preset"):
+        if name not in OPTIONS:
+            if near := nearest(name, (*OPTIONS, *command.variants), likeness=0.75):
+                raise ConfigError(f"there is no option --{name}. Did you mean --{near}?")
             overrides.append((name, value))
         elif not value:
             raise ConfigError(f"--{name} needs a value")

@@ -194,9 +194,18 @@ class Console:
             self.warning(_first_line(record))
 
 
+class _Quiet(Rich):
+    """A rich console that falls silent when its reader has gone; rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def _rich(stream: TextIO | None, live: bool | None) -> Rich:
     """Prints what it is given as it is: long lines are not broken, and nothing in them is markup."""
-    return Rich(file=stream, highlight=False, markup=False, soft_wrap=True, force_terminal=live or None)
+    return _Quiet(
+        file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True, force_terminal=live or None
+    )
 
 
 def duration(seconds: float) -> str:

@@ -176,11 +176,11 @@ def as_toml(value: Any) -> str:
     return tomli_w.dumps({"v": value}).removeprefix("v = ").rstrip("\n")
 
 
-def nearest(word: str, words: Iterable[str]) -> str | None:
+def nearest(word: str, words: Iterable[str], likeness: float = 0.6) -> str | None:
     """Which of `words` was probably meant by `word`; of a dotted key the front is easily left out."""
     words = list(words)
     ends = [other for other in words if other.endswith("." + word)]
-    return next(iter(ends or difflib.get_close_matches(word, words, n=1, cutoff=0.6)), None)
+    return next(iter(ends or difflib.get_close_matches(word, words, n=1, cutoff=likeness)), None)
 
 
 def _by_key(section: type[BaseModel]) -> dict[str, Setting]:

@@ -188,7 +188,7 @@ class _WandbFeed:
             wandb = wandb or importlib.import_module("wandb")
             run = self._init(wandb)
         except BaseException as error:  # wandb raises SystemExit too
-            self._lose(f"W&B could not be started ({_reason(error)})")
+            self._warn(f"W&B could not be started ({_reason(error)})")
         while (item := self._items.get()) is not None:
             if run is None:
                 self._lost += 1
@@ -201,7 +201,7 @@ class _WandbFeed:
             try:
                 run.finish()
             except BaseException as error:
-                self._lose(f"W&B could not finish ({_reason(error)})")
+                self._warn(f"W&B could not finish ({_reason(error)})")
 
     def _init(self, wandb: Any) -> Any:
         wandb.setup(settings=self._settings(wandb))  # else it prints whose key it has found
@@ -212,7 +212,7 @@ class _WandbFeed:
             except Exception as error:
                 if mode == "offline":
                     raise
-                self._warn(f"W&B is offline for this run ({_reason(error)}); `wandb sync` can send it later")
+                self._warn(f"W&B is offline for this run ({_reason(error)})")
                 self._start["id"] = secrets.token_hex(4)  # the failed attempt may hold the old one
 
     def _settings(self, wandb: Any) -> Any:
@@ -229,12 +229,12 @@ class _WandbFeed:
 
     def _lose(self, why: str) -> None:
         self._lost += 1
-        self._warn(f"{why}. The run goes on, with every step in metrics.jsonl")
+        self._warn(why)
 
-    def _warn(self, text: str) -> None:
+    def _warn(self, why: str) -> None:
         if not self._warned:
             self._warned = True
-            log.warning(text)
+            log.warning("%s. The run goes on, with every step in metrics.jsonl", why)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,224 @@
+import io
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.console import Console
+from cluster.tracking import Tracker, TrackingConfig
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+        self.axes: dict[str, str] = {}
+        self.finished = False
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+class FakeWandb:
+    """W&B as it should be; tests replace the part that fails."""
+
+    def __init__(self) -> None:
+        self.run = FakeRun()
+        self.inits: list[dict[str, Any]] = []
+        self.Settings = SimpleNamespace
+        self.Table = lambda columns, data: (columns, data)
+        self.Image = lambda path: path
+
+    def setup(self, settings: Any) -> None:
+        pass
+
+    def init(self, **arguments: Any) -> FakeRun:
+        self.inits.append(arguments)
+        return self.run
+
+
+def tracker(run_dir: Path, wandb: Any, **config: Any) -> Tracker:
+    return Tracker(
+        run_dir,
+        TrackingConfig(**config),
+        "ppo",
+        settings={"ppo": {"seed": 0}},
+        console=Console(stream=io.StringIO()),
+        wandb=wandb,
+    )
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_steps_and_phases_are_lines_of_json(tmp_path: Path):
+    with tracker(tmp_path, None, mode="disabled") as found:
+        found.log("ppo", 1, {"score/mean": 0.5, "loss/policy": float("nan")})
+        with found.phase("ppo: 20 iterations", "ppo"):
+            time.sleep(0.05)
+        with pytest.raises(KeyError), found.phase("save"):
+            raise KeyError
+    (step,) = rows(tmp_path / "metrics.jsonl")
+    assert (step["stage"], step["step"], step["score/mean"]) == ("ppo", 1, 0.5)
+    assert step["loss/policy"] != step["loss/policy"]
+    assert abs(step["time"] - time.time()) < 60
+    first, second = rows(tmp_path / "phases.jsonl")
+    assert (first["phase"], first["stage"]) == ("ppo: 20 iterations", "ppo")
+    assert 0.05 <= first["seconds"] < 5
+    assert (second["phase"], second["stage"]) == ("save", "save")
+
+
+def test_a_step_is_written_before_log_returns(tmp_path: Path):
+    with tracker(tmp_path, None, mode="disabled") as found:
+        found.log("sft", 1, {"sft/loss": 1.0})
+        assert len(rows(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_threads_do_not_mix_their_lines(tmp_path: Path):
+    with tracker(tmp_path, None, mode="disabled") as found:
+        threads = [
+            threading.Thread(
+                target=lambda n=n: [found.log("ppo", step, {f"area/{n}": step}) for step in range(50)]
+            )
+            for n in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(rows(tmp_path / "metrics.jsonl")) == 200
+
+
+def test_wandb_gets_every_step_on_the_axis_of_its_stage(tmp_path: Path):
+    fake = FakeWandb()
+    with tracker(tmp_path / "mine", fake, project="p", tags=("t",)) as found:
+        found.log("sft", 7, {"sft/loss": 2.0})
+        found.log("ppo", 1, {"score/mean": 0.5})
+        found.table("samples", [{"prompt": "hi", "gold": 1.0}])
+        found.image("curve", Path("curve.png"))
+    (start,) = fake.inits
+    assert (start["mode"], start["project"], start["tags"]) == ("offline", "p", ["t"])
+    assert (start["group"], start["job_type"], start["dir"]) == ("mine", "ppo", str(tmp_path / "mine"))
+    assert (start["config"], start["id"]) == ({"ppo": {"seed": 0}}, found.run_id)
+    assert start["settings"].silent
+    assert fake.run.axes == {"sft/*": "sft/step", "ppo/*": "ppo/step"}
+    assert fake.run.logged == [
+        {"sft/step": 7, "sft/loss": 2.0},
+        {"ppo/step": 1, "ppo/score/mean": 0.5},
+        {"samples": (["prompt", "gold"], [["hi", 1.0]])},
+        {"curve": "curve.png"},
+    ]
+    assert fake.run.finished
+
+
+def test_disabled_does_not_touch_wandb(tmp_path: Path):
+    fake = FakeWandb()
+    with tracker(tmp_path, fake, mode="disabled") as found:
+        found.log("ppo", 1, {"score/mean": 0.5})
+    assert fake.inits == []
+
+
+def test_wandb_that_raises_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    fake = FakeWandb()
+
+    def log(values: dict[str, Any]) -> None:
+        raise ConnectionError("no route\nto host")
+
+    fake.run.log = log
+    with caplog.at_level(logging.WARNING), tracker(tmp_path, fake) as found:
+        for step in range(5):
+            found.log("ppo", step, {"score/mean": 0.5})
+    assert len(rows(tmp_path / "metrics.jsonl")) == 5
+    assert [record.message for record in caplog.records] == [
+        "W&B failed (ConnectionError: no route). The run goes on, with every step in metrics.jsonl",
+        "5 records are not in W&B; metrics.jsonl has every step",
+    ]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(1), ImportError("no wandb")])
+def test_wandb_that_does_not_start_costs_one_warning(
+    error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    fake = FakeWandb()
+
+    def init(**arguments: Any) -> FakeRun:
+        raise error
+
+    fake.init = init
+    with caplog.at_level(logging.WARNING), tracker(tmp_path, fake) as found:
+        found.log("ppo", 1, {"score/mean": 0.5})
+    first, second = (record.message for record in caplog.records)
+    assert first.startswith(f"W&B could not be started ({type(error).__name__}: ")
+    assert second == "1 records are not in W&B; metrics.jsonl has every step"
+
+
+def test_unreachable_wandb_is_offline_under_another_id(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    fake = FakeWandb()
+    tried: list[tuple[str, str]] = []
+
+    def init(**arguments: Any) -> FakeRun:
+        tried.append((arguments["mode"], arguments["id"]))
+        if arguments["mode"] == "online":
+            raise TimeoutError("connection refused")
+        return fake.run
+
+    fake.init = init
+    with caplog.at_level(logging.WARNING), tracker(tmp_path, fake, mode="online") as found:
+        found.log("ppo", 1, {"score/mean": 0.5})
+    assert [mode for mode, _ in tried] == ["online", "offline"]
+    assert tried[0][1] != tried[1][1] == found.run_id
+    assert fake.run.logged == [{"ppo/step": 1, "ppo/score/mean": 0.5}]
+    (record,) = caplog.records
+    assert record.message.startswith("W&B is offline for this run (TimeoutError: connection refused)")
+
+
+def test_wandb_that_hangs_neither_slows_nor_stops_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    fake = FakeWandb()
+    released = threading.Event()
+    fake.run.log = lambda values: released.wait(20)
+    started = time.monotonic()
+    with (
+        caplog.at_level(logging.WARNING),
+        tracker(tmp_path, fake, queue_size=3, close_deadline_s=0.3) as found,
+    ):
+        for step in range(100):
+            found.log("ppo", step, {"score/mean": 0.5})
+        assert time.monotonic() - started < 5
+    assert 0.3 <= time.monotonic() - started < 10
+    assert len(rows(tmp_path / "metrics.jsonl")) == 100
+    first, *_, last = (record.message for record in caplog.records)
+    assert first == "W&B is 3 steps behind. The run goes on, with every step in metrics.jsonl"
+    # one step hangs, three wait, and the rest is left out
+    assert last in (
+        "96 records are not in W&B; metrics.jsonl has every step",
+        "97 records are not in W&B; metrics.jsonl has every step",
+    )
+    assert any("did not finish within 0.3 s" in record.message for record in caplog.records)
+    released.set()
+
+
+def test_the_real_wandb_keeps_an_offline_run_without_secrets_and_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    canary = "c0ffee" * 6 + "cafe"
+    monkeypatch.setenv("WANDB_API_KEY", canary)
+    with tracker(tmp_path, None) as found:
+        found.log("ppo", 1, {"score/mean": 0.5})
+        found.table("samples", [{"prompt": "hi", "gold": 1.0}])
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == ""
+    (run,) = (tmp_path / "wandb").glob(f"offline-run-*-{found.run_id}/run-{found.run_id}.wandb")
+    assert b"score/mean" in run.read_bytes()
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or canary.encode() not in file.read_bytes(), file
