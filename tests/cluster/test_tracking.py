@@ -186,7 +186,11 @@ def test_unreachable_wandb_is_offline_under_another_id(tmp_path: Path, caplog: p
 def test_wandb_that_hangs_neither_slows_nor_stops_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     fake = FakeWandb()
     released = threading.Event()
-    fake.run.log = lambda values: released.wait(20)
+
+    def log(values: dict[str, Any]) -> None:
+        released.wait(20)
+
+    fake.run.log = log
     started = time.monotonic()
     with (
         caplog.at_level(logging.WARNING),
