@@ -1,20 +1,16 @@
 """One rank of the learner on tiny real models under DeepSpeed, held against plain PyTorch."""
 
-import socket
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from actors.chat import ChatExample
-from actors.trajectory import Completion, SampleKey, Trajectory
 from learner.batch import collate, minibatches
 from learner.engine import OptimizerConfig
 from learner.losses import kwise_loss
 from learner.networks import NetworkConfig
-from learner.worker import LearnerWorker, PPOStep, Targets
+from learner.worker import PPOStep, Targets
 from reward_server.model import token_values
-from tests.tiny_models import tiny_causal_lm, tiny_reward_model
+from tests.tiny_batches import example, trajectory
 
 ADAM = OptimizerConfig(lr=1e-2)
 LORA = NetworkConfig(dtype="float32", lora_rank=4, last_layers=1)
@@ -28,49 +24,6 @@ STEP = PPOStep(
     policy_lr=1e-3,
     critic_lr=1e-3,
 )
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    tiny_causal_lm(root / "policy")
-    tiny_reward_model(root / "reward")
-    return root
-
-
-@pytest.fixture(scope="module")
-def rank():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    worker = LearnerWorker(rank=0, world_size=1, threads=1)
-    worker.start("127.0.0.1", port, deadline_s=60)
-    return worker
-
-
-@pytest.fixture
-def worker(rank):
-    yield rank
-    rank.unload()
-
-
-def example(length: int, first: int, seed: int = 0) -> ChatExample:
-    ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ChatExample(ids=tuple(ids), loss_mask=tuple(j >= first for j in range(length)))
-
-
-def trajectory(query: int, response: int, seed: int, score: float) -> Trajectory:
-    ids = torch.randint(3, 300, (query + response,), generator=torch.Generator().manual_seed(seed)).tolist()
-    completion = Completion(
-        query_ids=tuple(ids[:query]),
-        response_ids=tuple(ids[query:]),
-        logprobs=(-1.0,) * response,
-        versions=(0,) * response,
-        ended=True,
-        text="",
-    )
-    key = SampleKey(prompt_id=str(seed), epoch=0, k=0, attempt=0)
-    return Trajectory(key=key, prompt=(), completion=completion, score=score, parts={})
 
 
 def plain_nll(model, examples):

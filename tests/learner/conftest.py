@@ -1,0 +1,40 @@
+"""Tiny models, and the one rank that a process can be: torch.distributed starts once."""
+
+from pathlib import Path
+
+import pytest
+
+from learner.group import LearnerGroup
+from learner.worker import LearnerWorker
+from tests.ranks import InProcess
+from tests.tiny_models import tiny_causal_lm, tiny_reward_model
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a "policy" and a "reward" model."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_causal_lm(root / "policy")
+    tiny_reward_model(root / "reward")
+    return root
+
+
+@pytest.fixture(scope="session")
+def rank() -> LearnerWorker:
+    """The only rank of this process."""
+    worker = LearnerWorker(rank=0, world_size=1, threads=1)
+    worker.start(*worker.meeting_point(loopback=True), deadline_s=60)
+    return worker
+
+
+@pytest.fixture
+def worker(rank):
+    """The rank, without networks."""
+    yield rank
+    rank.unload()
+
+
+@pytest.fixture
+def learner(worker) -> LearnerGroup:
+    """The rank as a group of one."""
+    return LearnerGroup([InProcess(worker)])

@@ -1,0 +1,78 @@
+"""Learner ranks that tests can hold in a `LearnerGroup`: one in this process, or each in a process of its own."""
+
+import asyncio
+import multiprocessing
+import pickle
+from multiprocessing.connection import Connection
+from typing import Any
+
+from learner.group import LearnerGroup
+from learner.worker import LearnerWorker
+
+DEADLINE_S = 60.0
+
+
+class InProcess:
+    """A worker of this process whose methods are awaitable, as a handle's are."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+
+    def __getattr__(self, method: str) -> Any:
+        async def call(*args: Any) -> Any:
+            return getattr(self.worker, method)(*args)
+
+        return call
+
+
+class RankProcess:
+    """A worker of another process; every call has a deadline, and an error there is raised here."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, rank, world_size), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __getattr__(self, method: str) -> Any:
+        async def call(*args: Any) -> Any:
+            return await asyncio.to_thread(self._call, method, args)
+
+        return call
+
+    def _call(self, method: str, args: tuple[Any, ...]) -> Any:
+        self._pipe.send_bytes(pickle.dumps((method, args)))
+        if not self._pipe.poll(DEADLINE_S):
+            raise TimeoutError(f"a rank has not answered {method} in {DEADLINE_S:g} s")
+        answer = pickle.loads(self._pipe.recv_bytes())
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def processes(count: int) -> tuple[LearnerGroup, list[RankProcess]]:
+    """A started group of ranks that met each other over gloo, and the processes to be closed."""
+    ranks = [RankProcess(rank, count) for rank in range(count)]
+    group = LearnerGroup(ranks)
+    asyncio.run(group.start(loopback=True, deadline_s=DEADLINE_S))
+    return group, ranks
+
+
+def _serve(pipe: Connection, rank: int, world_size: int) -> None:
+    worker = LearnerWorker(rank, world_size, threads=1)
+    while True:
+        try:
+            method, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = getattr(worker, method)(*args)
+        except Exception as error:
+            answer = error
+        pipe.send_bytes(pickle.dumps(list(answer) if method == "weights" else answer))
