@@ -62,15 +62,15 @@ class ChatFiles:
     """Paths of the JSONL files that `chat_files` wrote."""
 
     prompts_heldout: Path
-    """rows {"id", "prompt"}"""
+    """rows {"id", "prompt", "reference"}, the reference a person's reply"""
     demonstrations_valid: Path
     """rows {"id", "prompt", "response"}"""
     pretraining_valid: Path
     """rows {"id", "text"}"""
     preference_prompts: Path
-    """rows {"id", "prompt"}"""
+    """rows {"id", "prompt", "reference"}, the reference a person's reply"""
     prompts: Path
-    """rows {"id", "prompt"}"""
+    """rows {"id", "prompt", "reference"}, the reference a person's reply"""
     demonstrations: Path
     """rows {"id", "prompt", "response"}"""
     pretraining: Path
@@ -195,7 +195,7 @@ def _rows(
     rows = list(fresh.values())[: sizes.per_chat]
     if name.startswith("demonstrations"):
         return rows
-    return [{key: value for key, value in row.items() if key != "response"} for row in rows]
+    return [{"reference" if key == "response" else key: value for key, value in row.items()} for row in rows]
 
 
 def _exchanges(chat_id: str, turns: list[list[str]], questions_only: bool) -> Iterator[dict[str, str]]:

@@ -78,7 +78,7 @@ def test_no_prompt_and_no_chat_is_in_two_files(rows):
 
 def test_rows_are_short_questions_human_replies_and_whole_chats(rows):
     for name in ("prompts", "prompts_heldout", "preference_prompts"):
-        assert all(set(row) == {"id", "prompt"} for row in rows[name])
+        assert all(set(row) == {"id", "prompt", "reference"} for row in rows[name])
     for row in rows["demonstrations"] + rows["demonstrations_valid"]:
         assert row["prompt"].endswith("?")
         assert 3 <= len(row["prompt"].split()) <= 25
