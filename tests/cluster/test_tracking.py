@@ -223,6 +223,9 @@ def test_the_real_wandb_keeps_an_offline_run_without_secrets_and_without_a_word(
     shown = capfd.readouterr()
     assert shown.out + shown.err == ""
     (run,) = (tmp_path / "wandb").glob(f"offline-run-*-{found.run_id}/run-{found.run_id}.wandb")
+    end = time.monotonic() + 20
+    while b"score/mean" not in run.read_bytes() and time.monotonic() < end:
+        time.sleep(0.1)  # W&B's own process writes the last block a moment after it has said that it is done
     assert b"score/mean" in run.read_bytes()
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or canary.encode() not in file.read_bytes(), file
