@@ -63,7 +63,7 @@ class Host:
     def __init__(
         self, construction: bytes, *, mark: str, threads: int, pin: Sequence[int] | None, log_file: str | None
     ) -> None:
-        """Raises: ValueError for a core to pin to that this process may not use."""
+        """Raises: ValueError for a core to pin to that there is not."""
         if log_file is not None:
             _write_output_to(Path(log_file))
         _die_with_parent()
@@ -193,14 +193,18 @@ def _die_with_parent() -> None:
 
 
 def _pin(cores: Sequence[int]) -> None:
-    """Bind every thread of this process, and so every thread and child to come, to the given cores."""
-    allowed = os.sched_getaffinity(0)
-    if missing := sorted(set(cores) - allowed):
+    """Bind every thread of this process, and so every thread and child to come.
+
+    `cores` are places in the list of those that the process may use: 0 is the first of them.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if missing := sorted(core for core in cores if not 0 <= core < len(allowed)):
         raise ValueError(
-            f"cannot pin to cores {missing}: this process may use {sorted(allowed)}; change the pin"
+            f"cannot pin to cores {missing}: this process may use {len(allowed)} cores, from 0 on"
         )
+    chosen = {allowed[core] for core in cores}
     for thread in os.listdir("/proc/self/task"):
         try:
-            os.sched_setaffinity(int(thread), cores)
+            os.sched_setaffinity(int(thread), chosen)
         except ProcessLookupError:
             continue  # the thread ended meanwhile

@@ -45,7 +45,7 @@ class ActorOptions:
     threads: int = 1
     """Threads that compute in it, set for OpenMP, MKL, OpenBLAS, tokenizers and torch."""
     pin: tuple[int, ...] | None = None
-    """Cores it and its children are bound to; None leaves that to the system."""
+    """Cores it and its children are bound to, counted from 0 among those it may use; None: wherever."""
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Environment variables set before its Python starts. Ray shows them to the whole cluster: no secrets."""
     log_file: Path | None = None

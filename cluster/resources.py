@@ -34,7 +34,7 @@ class Process:
     gpus: float = 0.0
     """GPUs that Ray reserves for it as long as it lives."""
     pin: tuple[int, ...] | None = None
-    """Cores it is bound to."""
+    """Cores it is bound to, counted from 0 among those it may use."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,6 @@ def default_plan(
     max_staleness: int,
     learner_ranks: int,
     waves_in_flight: int = 1,
-    first_core: int = 0,
 ) -> Plan:
     """The plan for one machine: processes "generator-0", ..., "learner-0", ..., "reward".
 
@@ -111,8 +110,7 @@ def default_plan(
     Asynchronous: learner and generators compute at the same time and get half of the cores each. With one
     wave in flight the reward service scores while the generator that sent the wave waits, so it borrows that
     one's threads; with more, it counts as one more generator. On CPU each generator is pinned to cores of its
-    own, from `first_core` on. With GPUs each process has one of its own where there are enough, else as many
-    as necessary share one.
+    own. With GPUs each process has one of its own where there are enough; else some share one.
 
     The plan may not fit: see check. Raises: ValueError for a count below 1.
     """
@@ -131,8 +129,8 @@ def default_plan(
         threads, learner_threads = (min(_GPU_PROCESS_THREADS, n) for n in (threads, learner_threads))
 
     def pin(index: int) -> tuple[int, ...] | None:
-        first = first_core + index * threads
-        fits = not gpus and first + threads <= first_core + cores
+        first = index * threads
+        fits = not gpus and first + threads <= cores
         return tuple(range(first, first + threads)) if fits else None
 
     rollout = [

@@ -1,4 +1,4 @@
-"""Actors in processes of their own, on one local Ray session, and the in-process handle beside them."""
+"""Actors in processes of their own, on one local Ray session."""
 
 import asyncio
 import os
@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.handle import ActorDied, local
+from cluster.handle import ActorDied
 from cluster.remote import ActorOptions, RemoteError, RemoteHandle, remote
 from cluster.resources import Process, ResourceError, place
 from cluster.session import start_ray
@@ -123,10 +123,6 @@ class Worker:
         return [subprocess.Popen(command, start_new_session=away).pid for away in (False, True)]
 
 
-class Clashing:
-    def kill(self) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     logs = tmp_path_factory.mktemp("logs")
@@ -137,12 +133,11 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def worker(session: Path) -> Iterator[RemoteHandle]:
     """The actor of the tests that leave it as it is."""
-    core = min(os.sched_getaffinity(0))
     options = ActorOptions(
         name="worker-7",
         cpus=1,
         threads=1,
-        pin=(core,),
+        pin=(0,),
         env={"COLOUR": "green"},
         log_file=session / "actors" / "worker-7.log",
         deadline_s=30,
@@ -280,8 +275,6 @@ def test_a_handle_has_the_public_methods_only_and_stays_where_it_is(worker: Remo
         asyncio.run(worker.call("_private", deadline_s=1))
     with pytest.raises(TypeError, match="worker-7"):
         worker.__reduce__()
-    with pytest.raises(ValueError, match=r"Clashing has methods named \['kill'\]"):
-        local(Clashing())
 
 
 def test_calls_made_before_the_actor_is_up_keep_their_order_too(session: Path) -> None:
@@ -375,7 +368,7 @@ def test_torch_computes_with_the_threads_of_the_options(session: Path) -> None:
     handle = remote(Worker, options=ActorOptions(name="torch", cpus=1, threads=3))
 
     async def scenario() -> None:
-        await handle.call("torch_threads", deadline_s=60)  # imports torch
+        await handle.torch_threads()  # imports torch
         assert await handle.torch_threads() == 3
 
     asyncio.run(scenario())
@@ -423,56 +416,6 @@ def test_round_trip_is_short(worker: RemoteHandle) -> None:
         return (time.monotonic() - start) / 100
 
     assert asyncio.run(scenario()) < 0.05
-
-
-class TestLocal:
-    """The in-process twin behaves as the remote handle does."""
-
-    def run(self, scenario: Callable[[Any], Awaitable[None]]) -> None:
-        asyncio.run(self._run(scenario))
-
-    async def _run(self, scenario: Callable[[Any], Awaitable[None]]) -> None:
-        await scenario(local(Worker(10), name="near", deadline_s=5))
-
-    def test_methods(self) -> None:
-        async def scenario(handle: Any) -> None:
-            assert await handle.ready(deadline_s=1) == os.getpid()
-            assert await handle.add(5) == 15
-            assert await handle.call("add", number=1, deadline_s=1) == 16
-            await asyncio.gather(*(handle.add(i) for i in range(20)))
-            assert await handle.order() == [5, 1, *range(20)]
-            with pytest.raises(Refusal):
-                await handle.refuse(1)
-            with pytest.raises(TimeoutError, match="the method's own"):
-                await handle.out_of_time()
-
-        self.run(scenario)
-
-    def test_sync_methods_leave_the_event_loop_free(self) -> None:
-        async def scenario(handle: Any) -> None:
-            busy = asyncio.ensure_future(handle.block(0.4))
-            assert max(await asyncio.gather(*(handle.wait(0.05) for _ in range(5)))) == 5
-            assert not busy.done()
-            await busy
-
-        self.run(scenario)
-
-    def test_deadline_and_death(self) -> None:
-        async def scenario(handle: Any) -> None:
-            with pytest.raises(TimeoutError, match=r"'near': wait\(\) did not answer within 0.05 s"):
-                await handle.call("wait", 5, deadline_s=0.05)
-            assert await handle.was_cancelled()
-            running = asyncio.ensure_future(handle.block(0.2))
-            queued = asyncio.ensure_future(handle.add(1))
-            await asyncio.sleep(0.05)
-            handle.kill()
-            assert await running == "done"
-            with pytest.raises(ActorDied, match=r"'near' died: .*before add"):
-                await queued
-            with pytest.raises(ActorDied, match="'near' died"):
-                await handle.add(1)
-
-        self.run(scenario)
 
 
 def test_without_a_session_the_error_says_what_to_enter(monkeypatch: pytest.MonkeyPatch) -> None:
