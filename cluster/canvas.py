@@ -81,7 +81,7 @@ def svg(picture: Picture, prefix: str, small: bool) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text)
-    text = re.sub(r"font: (\w+ )?([\d.]+px) [^;\"]*", _font, text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page has its own font
     text = re.sub(r'(?<=id=")|(?<=xlink:href="#)|(?<=url\(#)', f"{prefix}-", text)
     text = text.replace("xlink:href", "href")
     for name, colour in {"ink": INK, "muted": MUTED, "grid": GRID, "before": BEFORE}.items():
@@ -109,11 +109,6 @@ def png(pictures: Sequence[Picture], caption: str) -> bytes:
         buffer = io.BytesIO()
         drawing.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
-
-
-def _font(match: re.Match[str]) -> str:
-    weight = f"font-weight: {match[1].strip()}; " if match[1] else ""
-    return f"{weight}font-size: {match[2]}"
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from cluster.pictures import arm_names, interval, labels, overview
 from cluster.run_files import Change, Run, Sample, number, read_run, visible
 from cluster.sections import sections
 
-_FIRST, _EXTREMES = 8, 2
+_FIRST, _EXTREMES, _TERMINAL = 8, 2, 3  # samples: first by id, of each extreme, in the terminal
 _LONGEST = 700  # characters of a sample that are shown
 
 
@@ -98,25 +98,29 @@ def write_report(run_dir: Path) -> Path:
 def summary(run_dir: Path) -> RenderableType:
     """The same in short for a terminal. Raises ValueError when it is no run."""
     run = read_run(run_dir)
-    figures = Table.grid(padding=(0, 3))
-    for figure in _figures(run):
+    figures = list(_figures(run))
+    named = len({figure.arm for figure in figures if figure.arm}) > 1
+    table = Table.grid(padding=(0, 3))
+    for figure in figures:
+        name = f"{figure.name}, {figure.arm}" if named and figure.arm else figure.name
         note = f"{figure.detail} · {run.labeler}" if figure.verdict else figure.detail
-        figures.add_row(
-            Text(figure.arm), Text(figure.name), Text(figure.value, style="bold"), Text(note, style="dim")
-        )
+        table.add_row(Text(name), Text(figure.value, style="bold"), Text(note, style="dim"))
     parts: list[RenderableType] = [
         Rule(Text(_subject(run), style="bold"), align="left"),
-        Padding(figures, (1, 2)),
+        Padding(table, (1, 2)),
     ]
-    for exchange in exchanges(run)[:3]:
+    chosen = exchanges(run)[:_TERMINAL]
+    if chosen:
+        parts.append(Text(f"  {chosen[0].why}; the number is gold, by the {run.labeler}", style="dim"))
+    for exchange in chosen:
         table = Table.grid(padding=(0, 2))
         table.add_row("", "", Text(exchange.prompt[-1][1] if exchange.prompt else "", style="italic"))
         for name, sample in exchange.responses:
             gold = "" if sample is None or sample.gold is None else f"{sample.gold:+.2f}"
             table.add_row(
-                Text(name, style="dim"), Text(gold), Text("" if sample is None else sample.response)
+                Text(name, style="dim"), Text(gold), Text(sample.response if sample else "not sampled")
             )
-        parts.append(Padding(table, (0, 2, 1, 2)))
+        parts.append(Padding(table, (1, 2, 0, 2)))
     return Group(*parts)
 
 

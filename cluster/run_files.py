@@ -106,12 +106,11 @@ class Run:
     def labeler(self) -> str:
         """The words that have to stand wherever a verdict is shown."""
         if caption := self.summary.get("labeler"):
-            return str(caption)
-        sections = (self.config, *(value for value in self.config.values() if isinstance(value, dict)))
-        names = [table["name"] for section in sections if "name" in (table := _table(section, "labeler"))]
-        if not names:
+            return visible(str(caption))
+        name = _table(self.config, "labeler").get("name")
+        if name is None:
             return "labeler (not recorded)"
-        return "simulated labeler (VADER)" if names[0] == _VADER else f"simulated labeler ({names[0]})"
+        return visible(f"simulated labeler ({'VADER' if name == _VADER else name})")
 
     def change(self, arm: str, quantity: str) -> Change | None:
         """How PPO changed "gold", "score" or "pretraining_loss": by the samples, else by the summary."""
