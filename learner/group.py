@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from actors.chat import ChatExample
+from actors.transfer import Manifest, Rendezvous
 from learner.batch import Batch
 from learner.engine import OptimizerConfig
 from learner.networks import NetworkConfig
+from learner.publish import PublishConfig
 from learner.worker import Evaluation, PPOStep, Targets, targets_of
 
 
@@ -21,8 +23,9 @@ class LearnerGroup:
     def __init__(self, ranks: Sequence[Any]) -> None:
         self.ranks = ranks
 
-    async def start(self, address: str, port: int, deadline_s: float) -> None:
-        """Let the ranks find each other at `address:port`."""
+    async def start(self, loopback: bool, deadline_s: float) -> None:
+        """Let the ranks find each other, at an address of the first one's machine."""
+        address, port = await self.ranks[0].meeting_point(loopback)
         await self._every("start", address, port, deadline_s)
 
     async def load(
@@ -95,6 +98,26 @@ class LearnerGroup:
     async def probe_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """Teacher-forced log-probs of every token after the first, by the policy as it is now."""
         return (await self._every("probe_logprobs", sequences))[0]
+
+    async def open_sender(self, config: PublishConfig) -> None:
+        """Prepare to send weights."""
+        await self.ranks[0].open_sender(config)
+
+    async def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous:
+        """Open the meeting point of a transfer group."""
+        return await self.ranks[0].listen_transfer(world_size, epoch)
+
+    async def connect_transfer(self) -> None:
+        """Meet the generators."""
+        await self.ranks[0].connect_transfer()
+
+    async def transfer_manifest(self) -> Manifest:
+        """What will be sent."""
+        return await self.ranks[0].transfer_manifest()
+
+    async def send_weights(self) -> dict[str, int]:
+        """Send the policy's weights to every generator; returns each tensor's checksum."""
+        return await self.ranks[0].send_weights()
 
     async def save(self, name: str, path: Path, ema: bool = False) -> None:
         """Write a network, or its moving average, as a Hugging Face folder."""

@@ -172,7 +172,8 @@ def save_network(
 ) -> None:
     """Write a plain Hugging Face folder (safetensors, config, tokenizer, chat template) with LoRA merged."""
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in merged_weights(model, replace)}
+    # Copies: DeepSpeed keeps all weights in one flat buffer, and views of one storage cannot be saved apart.
+    weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in merged_weights(model, replace)}
     save_torch_state_dict(weights, path)
     model.config.save_pretrained(path)
     if model.can_generate() and model.generation_config is not None:

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from actors.chat import ChatExample
+from actors.transfer import Manifest, Rendezvous
 from learner.batch import Batch, microbatches
 from learner.engine import Engine, OptimizerConfig, init_distributed
 from learner.losses import kwise_loss, lm_loss_sum, policy_loss_sum, value_loss_sum
 from learner.networks import NetworkConfig, load_network, merged_weights, save_network
+from learner.publish import PublishConfig
+from learner.sender import NcclWeightSender, WeightSender
+from reward_server.address import free_port, own_address
 from reward_server.encoding import ChatEncoding
 from reward_server.model import Normalisation, set_normalisation
 
@@ -86,6 +90,13 @@ class LearnerWorker:
         self._engines: dict[str, Engine] = {}
         self._frozen: dict[str, nn.Module] = {}
         self._tokenizers: dict[str, ChatEncoding] = {}
+        self._host = "127.0.0.1"
+        self._sender: WeightSender
+
+    def meeting_point(self, loopback: bool) -> tuple[str, int]:
+        """An address and a free port of this machine, where the ranks can meet."""
+        self._host = own_address(loopback)
+        return self._host, free_port(self._host)
 
     def start(self, address: str, port: int, deadline_s: float) -> None:
         """Join the other ranks at `address:port` within `deadline_s` seconds."""
@@ -313,6 +324,27 @@ class LearnerWorker:
         if self.rank == 0:
             replace = {key.removeprefix("model."): value for key, value in averages.items()}
             save_network(network.model, self._tokenizers[name].tokenizer, path, replace)
+
+    def open_sender(self, config: PublishConfig) -> None:
+        """Prepare rank 0 to send weights."""
+        sender = NcclWeightSender if torch.cuda.is_available() else WeightSender
+        self._sender = sender(config.bucket_mb, config.deadline_s, self._host)
+
+    def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous:
+        """Open the meeting point of a transfer group (see WeightSender)."""
+        return self._sender.listen(world_size, epoch)
+
+    def connect_transfer(self) -> None:
+        """Meet the generators."""
+        self._sender.connect()
+
+    def transfer_manifest(self) -> Manifest:
+        """What will be sent."""
+        return self._sender.manifest(self.weights())
+
+    def send_weights(self) -> dict[str, int]:
+        """Send the policy's merged weights to every generator; returns each tensor's checksum."""
+        return self._sender.send(self.weights())
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """The policy's merged weights under their Hugging Face names."""

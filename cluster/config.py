@@ -1,0 +1,115 @@
+"""The configuration of a run: the sections that live beside the code they configure, composed."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from actors.generator import GeneratorConfig
+from actors.wave import RolloutConfig
+from cluster.build import ClusterConfig
+from cluster.tracking import TrackingConfig
+from learner.ppo import PPOConfig
+from learner.publish import PublishConfig
+from learner.reward_modeling import RewardModelingConfig
+from learner.sft import SFTConfig
+from reward_server.labeling import LabelerConfig
+from reward_server.sources import SourceConfig
+
+
+class ModelsConfig(BaseModel):
+    """Which models the steps start from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    base: str | None = None
+    """Hugging Face folder or hub id of the language model that is fine-tuned."""
+    sft: Path | None = None
+    """Folder of the SFT model; RUN/sft when not set."""
+    reward: Path | None = None
+    """Folder of the reward model; RUN/reward when not set."""
+    policy: Path | None = None
+    """Folder of the model to evaluate; RUN/policy when not set."""
+
+
+class DataConfig(BaseModel):
+    """Files of JSON lines, read by the steps that need them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    demonstrations: Path | None = None
+    """{"prompt": text or messages, "response": text}: what SFT learns, and what the reward model scores 0 on average."""
+    demonstrations_valid: Path | None = None
+    """The same, held out."""
+    preference_prompts: Path | None = None
+    """{"prompt": text or messages}: prompts whose sampled completions are compared."""
+    completions: Path | None = None
+    """Completions to rank; RUN/data/completions.jsonl when not set."""
+    comparisons: Path | None = None
+    """Ranked completions; RUN/data/comparisons.jsonl when not set."""
+    prompts: Path | None = None
+    """{"prompt": text or messages}: what PPO samples from."""
+    prompts_heldout: Path | None = None
+    """Prompts on which models are compared; none of them is trained on."""
+    pretraining: Path | None = None
+    """{"text": text}: the pretraining mix of SFT and PPO-ptx."""
+    pretraining_valid: Path | None = None
+    """The same, held out: the loss on it shows what alignment costs."""
+    max_bad_rows: int = Field(default=0, ge=0)
+    """Malformed rows of a file that may be skipped, each with a warning; one more stops the run before it starts."""
+
+
+class SampleConfig(BaseModel):
+    """Completions to be ranked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    completions_per_prompt: int = Field(default=4, ge=2)
+    """K: completions of one prompt that are ranked against each other (paper: 4 to 9)."""
+    seed: int = 0
+    """Seed of the samples."""
+
+
+class EvaluationConfig(BaseModel):
+    """Held-out measurements before and after PPO."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    prompts: int = Field(default=128, ge=1)
+    """Held-out prompts to answer at most."""
+    seed: int = 1234
+    """Seed of the samples, the same for every model."""
+
+
+class Config(BaseModel):
+    """Everything that a run can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    models: ModelsConfig = ModelsConfig()
+    """Which models the steps start from."""
+    data: DataConfig = DataConfig()
+    """Which files they read."""
+    cluster: ClusterConfig = ClusterConfig()
+    """How many processes there are."""
+    sft: SFTConfig = SFTConfig()
+    """Step 1."""
+    sample: SampleConfig = SampleConfig()
+    """Completions for step 2."""
+    labeler: LabelerConfig = LabelerConfig()
+    """Who ranks them."""
+    reward: RewardModelingConfig = RewardModelingConfig()
+    """Step 2."""
+    scoring: SourceConfig = SourceConfig()
+    """What scores responses in step 3."""
+    ppo: PPOConfig = PPOConfig()
+    """Step 3."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How responses are sampled."""
+    generator: GeneratorConfig = GeneratorConfig()
+    """The vLLM engines."""
+    publish: PublishConfig = PublishConfig()
+    """How weights travel."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out measurements."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Weights & Biases."""

@@ -1,0 +1,201 @@
+"""The steps of a run: what each command reads, asks of the processes, and writes into the run directory."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.chat import ChatExample
+from actors.prompts import Prompt, check_prompts, read_demonstrations, read_prompts
+from actors.sampling import sample
+from actors.wave import Generator
+from cluster.config import Config
+from cluster.tracking import Tracker
+from learner.agreement import Agreement
+from learner.corpora import demonstration_examples, pack, read_texts, text_examples
+from learner.group import LearnerGroup
+from learner.reward_modeling import ranked_groups, reward_modeling, split_groups
+from learner.sft import SFTConfig, sft
+from reward_server.encoding import ChatEncoding
+from reward_server.labeling import Comparison, label, load_labeler, read_comparisons, write_comparisons
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One command at work in its run directory."""
+
+    config: Config
+    """what the run was told"""
+    run_dir: Path
+    """where everything is written"""
+    tracker: Tracker
+    """metrics, phases and the console"""
+
+    def model(self, name: str) -> Path:
+        """Folder of the model "sft", "reward" or "policy": the configured one, else the run's own.
+
+        Raises ValueError naming the key when neither exists.
+        """
+        configured = getattr(self.config.models, name)
+        path = configured or self.run_dir / name
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"there is no {name} model in {path}: run `rayward {'ppo' if name == 'policy' else name}` in this run "
+                f"directory first, or set models.{name} to a Hugging Face folder"
+            )
+        return path
+
+    def file(self, name: str) -> Path:
+        """The configured data file. Raises ValueError naming the key when it is not set."""
+        path = getattr(self.config.data, name)
+        own = self.run_dir / "data" / f"{name}.jsonl"
+        if path is None and not own.is_file():
+            raise ValueError(f"data.{name} is not set and {own} does not exist: set it to a JSONL file")
+        return path or own
+
+    def summarise(self, *keys: str, **figures: Any) -> None:
+        """Merge final figures into RUN/summary.json, under a path of keys."""
+        path = self.run_dir / "summary.json"
+        summary = json.loads(path.read_text()) if path.is_file() else {}
+        table = summary
+        for key in keys:
+            table = table.setdefault(key, {})
+        table.update(figures)
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTData:
+    """Encoded files of supervised fine-tuning."""
+
+    demonstrations: list[ChatExample]
+    """what is learnt"""
+    valid: list[ChatExample]
+    """what the held-out loss is measured on"""
+    pretraining: list[ChatExample]
+    """text that is mixed in; empty when the share is 0"""
+
+
+def sft_data(job: Job, base: str | Path) -> SFTData:
+    """Read and encode the files of step 1, before anything heavy starts."""
+    config, encoding, bad = job.config.sft, ChatEncoding.load(base), job.config.data.max_bad_rows
+
+    def examples(name: str) -> list[ChatExample]:
+        rows = read_demonstrations(job.file(name), bad)
+        return demonstration_examples(rows, encoding, config.max_tokens, config.mask_prompt)
+
+    return SFTData(
+        demonstrations=examples("demonstrations"),
+        valid=examples("demonstrations_valid"),
+        pretraining=(
+            packed_text(job, "pretraining", encoding, sequence_tokens(job)) if config.pretraining_share else []
+        ),
+    )
+
+
+def packed_text(job: Job, name: str, encoding: ChatEncoding, tokens: int) -> list[ChatExample]:
+    """A file of texts as packed sequences in which every token but the first is a target."""
+    return text_examples(pack(read_texts(job.file(name), job.config.data.max_bad_rows), encoding, tokens))
+
+
+def sequence_tokens(job: Job) -> int:
+    """Length of packed pretraining sequences: what PPO uses, within what SFT allows."""
+    return min(job.config.ppo.pretraining.sequence_tokens, job.config.sft.max_tokens)
+
+
+async def run_sft(
+    job: Job,
+    learner: LearnerGroup,
+    base: Path,
+    data: SFTData,
+    config: SFTConfig,
+    stage: str = "sft",
+    out: str = "sft",
+) -> None:
+    """Step 1: fine-tune `base` on demonstrations and write it to RUN/sft."""
+    trained = await learner.load("policy", "policy", base, config.network, config.optimizer)
+    with job.tracker.phase(f"{stage}: {len(data.demonstrations)} examples, {trained / 1e6:.1f} M parameters", stage):
+        before, after = await sft(
+            learner, data.demonstrations, data.pretraining, data.valid, config, job.tracker.log, stage
+        )
+    await learner.save("policy", job.run_dir / out)
+    await learner.unload()
+    job.summarise(stage, valid_before=before, valid_after=after)
+
+
+async def run_sample(job: Job, generators: Sequence[Generator], model: Path) -> None:
+    """Sample K completions a prompt from the SFT policy, to be ranked; writes RUN/data/completions.jsonl."""
+    encoding, count = ChatEncoding.load(model), job.config.sample.completions_per_prompt
+    prompts = read_prompts(job.file("preference_prompts"), job.config.data.max_bad_rows)
+    check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
+    title = f"sample {count} completions of {len(prompts)} prompts"
+    with job.tracker.phase(title, "sample"), job.tracker.console.progress("sample", len(prompts)) as advance:
+        groups = await sample(
+            generators, prompts, encoding, job.config.rollout, count, job.config.sample.seed, advance
+        )
+    (job.run_dir / "data").mkdir(exist_ok=True)
+    write_comparisons(
+        job.run_dir / "data" / "completions.jsonl",
+        (
+            Comparison(
+                id=prompt.id,
+                prompt=prompt.messages,
+                responses=tuple(c.text for c in group),
+                ended=tuple(c.ended for c in group),
+                ranks=None,
+                labeler=None,
+            )
+            for prompt, group in zip(prompts, groups, strict=True)
+        ),
+    )
+
+
+def run_rank(job: Job) -> None:
+    """Have the configured labeler rank the completions; writes RUN/data/comparisons.jsonl."""
+    labeler = load_labeler(job.config.labeler)
+    completions = read_comparisons(job.file("completions"), job.config.data.max_bad_rows)
+    with job.tracker.phase(f"rank {len(completions)} prompts' completions by the {labeler.caption}", "rank"):
+        ranked = label(completions, labeler)
+        write_comparisons(job.run_dir / "data" / "comparisons.jsonl", ranked)
+    job.summarise(labeler=labeler.caption)
+
+
+async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
+    """Step 2: train a reward model on the ranked completions and write it to RUN/reward."""
+    config, encoding, bad = job.config.reward, ChatEncoding.load(base), job.config.data.max_bad_rows
+    groups = ranked_groups(read_comparisons(job.file("comparisons"), bad), encoding)
+    demonstrations = [
+        (*encoding.prompt(row.prompt), *encoding.response(row.response, ended=True))
+        for row in read_demonstrations(job.file("demonstrations"), bad)
+    ]
+    train, _ = split_groups(groups, config)
+    trained = await learner.load("reward", "new_value", base, config.network, config.optimizer)
+    completions = sum(len(group.sequences) for group in train)
+    with job.tracker.phase(f"reward: {completions} completions, {trained / 1e6:.1f} M parameters", "reward"):
+        found = await reward_modeling(learner, groups, demonstrations, config, job.tracker.log)
+    await learner.save("reward", job.run_dir / "reward")
+    await learner.unload()
+    _write_calibration(job.run_dir / "reward" / "calibration.json", found)
+    job.summarise(
+        "reward",
+        accuracy=found.accuracy,
+        accuracy_ci=found.accuracy_ci,
+        longer_wins=found.longer_wins,
+        pairs=found.pairs,
+        log_loss=found.log_loss,
+    )
+
+
+def _write_calibration(path: Path, found: Agreement) -> None:
+    path.write_text(json.dumps(asdict(found), indent=2) + "\n")
+
+
+def heldout_prompts(job: Job, encoding: ChatEncoding) -> list[Prompt]:
+    """The first prompts of the held-out file, as many as are evaluated."""
+    prompts = read_prompts(job.file("prompts_heldout"), job.config.data.max_bad_rows)
+    prompts = prompts[: job.config.evaluation.prompts]
+    check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
+    return prompts
+
+

@@ -1,0 +1,19 @@
+"""Under which address a process can be reached by the others of its run."""
+
+import socket
+
+
+def own_address(loopback: bool) -> str:
+    """127.0.0.1 when the whole run is on one machine, else this machine's address on its default route."""
+    if loopback:
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("10.255.255.255", 1))  # sends nothing, only picks a route
+        return probe.getsockname()[0]
+
+
+def free_port(host: str) -> int:
+    """A TCP port of `host` that is free now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,40 @@
+"""The reward service as one object that a process of its own can hold: a source behind the HTTP app."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from reward_server.address import own_address
+from reward_server.app import ScoreServer, serve
+from reward_server.sources import SourceConfig, build_source
+
+TOKEN_VARIABLE = "RAYWARD_REWARD_TOKEN"
+"""Environment variable with the bearer token that clients must send; needed off the loopback."""
+
+
+class RewardService:
+    """Loads the configured sources and serves them until `close`."""
+
+    def __init__(self, config: SourceConfig, model_path: Path | None, threads: int) -> None:
+        self.config = config
+        self.model_path = model_path
+        self.threads = threads
+        self._server: ScoreServer | None = None
+
+    def start(self, loopback: bool) -> str:
+        """Load and listen on a free port; returns the URL. Off the loopback a token is needed.
+
+        Raises ValueError for a source that cannot load, or a missing token.
+        """
+        torch.set_num_threads(self.threads)
+        token = os.environ.get(TOKEN_VARIABLE)
+        source = build_source(self.config, self.model_path, token)
+        self._server = serve(source, host=own_address(loopback), token=token)
+        return self._server.url
+
+    def close(self) -> None:
+        """Stop serving."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
