@@ -111,7 +111,9 @@ def summary(run_dir: Path) -> RenderableType:
     ]
     chosen = exchanges(run)[:_TERMINAL]
     if chosen:
-        parts.append(Text(f"  {chosen[0].why}; the number is gold, by the {run.labeler}", style="dim"))
+        parts.append(
+            Text(f"  The first prompts by id; the number is gold, by the {run.labeler}", style="dim")
+        )
     for exchange in chosen:
         table = Table.grid(padding=(0, 2))
         table.add_row("", "", Text(exchange.prompt[-1][1] if exchange.prompt else "", style="italic"))
@@ -245,6 +247,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -252,6 +252,6 @@ def test_the_terminal_shows_figures_and_samples_and_names_the_labeler(one: Path)
         "3.97 → 4.01 nats a token",
     ):
         assert part in shown
-    assert f"The first 8 prompts by id; the number is gold, by the {CAPTION}" in shown
+    assert f"The first prompts by id; the number is gold, by the {CAPTION}" in shown
     first = read_run(one).evaluations["ppo"][0]
     assert f"PPO-ptx  {first.gold:+.2f}  {first.response}" in shown
