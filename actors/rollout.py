@@ -7,7 +7,7 @@ from typing import Any
 
 from actors.prompts import PromptEncoding, PromptStream
 from actors.trajectory import BufferClosed, TrajectoryBuffer
-from actors.wave import Generator, GeneratorFailed, RolloutConfig, Scorer, Waves
+from actors.waves import Generator, GeneratorFailed, RolloutConfig, Scorer, Waves
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from actors.prompts import Prompt, stable_hash
 from actors.trajectory import Completion
-from actors.wave import Generator, RolloutConfig
+from actors.waves import Generator, RolloutConfig
 from reward_server.schema import Message
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.generator import GeneratorConfig
-from actors.wave import RolloutConfig
+from actors.waves import RolloutConfig
 from cluster.build import ClusterConfig
 from cluster.tracking import TrackingConfig
 from learner.ppo import PPOConfig

@@ -9,7 +9,7 @@ from typing import Any
 from actors.chat import ChatExample
 from actors.prompts import Prompt, check_prompts, read_demonstrations, read_prompts
 from actors.sampling import sample
-from actors.wave import Generator
+from actors.waves import Generator
 from cluster.config import Config
 from cluster.tracking import Tracker
 from learner.agreement import Agreement

@@ -3,13 +3,14 @@
 import asyncio
 import multiprocessing
 import pickle
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
 from learner.group import LearnerGroup
 from learner.worker import LearnerWorker
 
-DEADLINE_S = 60.0
+DEADLINE_S = 30.0
 
 
 class InProcess:
@@ -74,5 +75,6 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
         try:
             answer = getattr(worker, method)(*args)
         except Exception as error:
+            error.add_note(traceback.format_exc())
             answer = error
         pipe.send_bytes(pickle.dumps(list(answer) if method == "weights" else answer))

@@ -14,7 +14,7 @@ import pytest
 from actors.prompts import Prompt, PromptStream
 from actors.rollout import rollout, supervise
 from actors.trajectory import Completion, Trajectory
-from actors.wave import Generator, GeneratorFailed, MissingEos, PromptFailed, RolloutConfig
+from actors.waves import Generator, GeneratorFailed, MissingEos, PromptFailed, RolloutConfig
 from learner.buffer import Buffer
 from learner.ledger import Ledger, audit
 from reward_server.schema import Message, ScoreReply, ScoreRequest

@@ -1,0 +1,261 @@
+"""One wave: sample the prompts of some tickets, have the responses scored, put them into the buffer.
+
+Nothing is lost silently: a ticket ends as scored samples in the buffer, or is forfeited with a reason and
+issued again, or stops the run with an error that names its prompt.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, Self
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from actors.prompts import Prompt, PromptEncoding, PromptStream, encode_prompt, stable_hash
+from actors.trajectory import (
+    Completion,
+    SampleKey,
+    StaleTrajectories,
+    Ticket,
+    Trajectory,
+    TrajectoryBuffer,
+)
+from reward_server.schema import ScoreReply, ScoreRequest
+
+# A generator that fails twice in a row is taken to be broken; so a ticket that it has spoilt twice still has
+# its last attempt left for another one.
+_FAILED_WAVES = 2
+log = logging.getLogger(__name__)
+
+
+class GeneratorFailed(RuntimeError):
+    """A generator failed wave after wave. Its tickets are forfeited; other generators can go on."""
+
+
+class PromptFailed(RuntimeError):
+    """A prompt could not be sampled in as many attempts as it may have."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class MissingEos(_Section):
+    """What becomes of the score of a response that was cut off before its EOS."""
+
+    rule: Literal["replace", "subtract", "none"] = "replace"
+    """replace: `value` is the score; subtract: `value` is taken off the score; none: the score stays."""
+    value: float = -1.0
+    """The score, or the positive penalty, of the rule."""
+
+    @model_validator(mode="after")
+    def _penalty_is_positive(self) -> Self:
+        if self.rule == "subtract" and self.value <= 0:
+            raise ValueError(
+                f"missing_eos.value is {self.value}: the rule 'subtract' needs a positive penalty"
+            )
+        return self
+
+    def apply(self, score: float, ended: bool) -> float:
+        """Return the score of a response."""
+        if ended or self.rule == "none":
+            return score
+        return self.value if self.rule == "replace" else score - self.value
+
+
+class RolloutConfig(_Section):
+    """How responses are sampled."""
+
+    prompts_per_wave: int = Field(default=32, ge=1)
+    """Prompts that a generator is given at once; their responses are scored in one request."""
+    waves_in_flight: int = Field(default=1, ge=1)
+    """Waves that one generator has at the same time. With 1, it rests while its wave is scored."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each prompt."""
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """Longest prompt, in tokens; a longer one is refused before the run starts."""
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """Longest response, in tokens, its EOS included; it is cut off there."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; training divides its logits by the same number."""
+    missing_eos: MissingEos = MissingEos()
+    """What a cut-off response scores."""
+    wave_deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds in which a wave must be sampled; after them it counts as lost."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Times that a prompt is tried before the run stops; the last time it is sampled alone, which finds the
+    guilty.
+    """
+
+
+class Generator(Protocol):
+    """What the rollout needs of `actors.generator.Generator`."""
+
+    async def generate(
+        self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
+    ) -> list[Completion]:
+        """Sample one response to each query, in the same order."""
+        ...
+
+
+class Scorer(Protocol):
+    """What the rollout needs of `reward_server.client.RewardClient`."""
+
+    async def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        """Score each response. Raises when there is no score; a missing score is never a number."""
+        ...
+
+
+@dataclass(slots=True)
+class Waves:
+    """Sends waves through one generator, one after the other in each task that runs `run`."""
+
+    generator: Generator
+    scorer: Scorer
+    stream: PromptStream
+    buffer: TrajectoryBuffer
+    encoding: PromptEncoding
+    config: RolloutConfig
+    seed: int
+    failed_waves: int = 0
+    # makes the ids of score requests differ from those of another run at the same reward server
+    nonce: str = field(default_factory=lambda: uuid4().hex[:12])
+
+    async def run(self) -> None:
+        """Admit tickets and send their waves, for ever. Whatever ends it, no ticket stays in flight."""
+        while True:
+            tickets = await self.buffer.admit(self.config.prompts_per_wave)
+            try:
+                last_attempts = [t for t in tickets if t.attempt + 1 >= self.config.max_attempts > 1]
+                together = [t for t in tickets if t not in last_attempts]
+                for wave in (together, *([ticket] for ticket in last_attempts)):
+                    if wave:
+                        await self._wave(wave)
+            except BaseException as error:
+                reason = "stopped" if isinstance(error, asyncio.CancelledError) else "run failed"
+                for ticket in tickets:
+                    self.buffer.forfeit(ticket, reason)
+                raise
+
+    async def _wave(self, tickets: list[Ticket]) -> None:
+        try:
+            sampled = await self._generate(tickets)
+        except _GenerationError as error:
+            self._lose(tickets, "generation failed", str(error))
+            self._count_failure(tickets, str(error))
+            return
+        full: dict[Ticket, list[Completion]] = {}
+        for ticket, completions in sampled.items():
+            if all(completion.response_ids for completion in completions):
+                self.buffer.generated(ticket)
+                full[ticket] = completions
+            else:
+                self._lose([ticket], "empty response", "a response has no token, not even an EOS")
+        if full:
+            await self._score(full)
+
+    async def _generate(self, tickets: list[Ticket]) -> dict[Ticket, list[Completion]]:
+        samples = range(self.config.samples_per_prompt)
+        prompts = [self.stream[ticket.number][0] for ticket in tickets]
+        encoded = [encode_prompt(p, self.encoding, self.config.max_prompt_tokens) for p in prompts]
+        queries = [ids for ids in encoded for _ in samples]
+        seeds = [
+            stable_hash(self.seed, ticket.number, k, ticket.attempt) for ticket in tickets for k in samples
+        ]
+        deadline_s = self.config.wave_deadline_s
+        limit = asyncio.timeout(deadline_s)
+        try:
+            async with limit:
+                completions = await self.generator.generate(
+                    queries, seeds, self.config.max_new_tokens, self.config.temperature
+                )
+        except Exception as error:
+            late = isinstance(error, TimeoutError) and limit.expired()
+            reason = f"no answer in {deadline_s:g} s" if late else f"{type(error).__name__}: {error}"
+            raise _GenerationError(reason) from error
+        if len(completions) != len(queries):
+            raise _GenerationError(f"{len(completions)} responses came back for {len(queries)} queries")
+        size = len(samples)
+        return {ticket: completions[i * size : (i + 1) * size] for i, ticket in enumerate(tickets)}
+
+    async def _score(self, sampled: dict[Ticket, list[Completion]]) -> None:
+        keyed = [
+            (ticket, self._key(ticket, k), completion)
+            for ticket, completions in sampled.items()
+            for k, completion in enumerate(completions)
+        ]
+        requests = [
+            ScoreRequest(
+                id=f"{self.nonce}/{key}",
+                prompt=self._prompt(ticket).messages,
+                response=completion.text,
+                ended=completion.ended,
+            )
+            for ticket, key, completion in keyed
+        ]
+        replies = await self.scorer.score(requests)
+        got = [reply.id for reply in replies]
+        if got != [request.id for request in requests]:
+            raise ValueError(
+                f"{len(requests)} responses were to be scored, the replies are to others: {got[:3]}"
+            )
+        trajectories: dict[Ticket, list[Trajectory]] = {ticket: [] for ticket in sampled}
+        for (ticket, key, completion), reply in zip(keyed, replies, strict=True):
+            trajectories[ticket].append(
+                Trajectory(
+                    key=key,
+                    prompt=self._prompt(ticket).messages,
+                    completion=completion,
+                    score=self.config.missing_eos.apply(reply.score, completion.ended),
+                    parts={**reply.parts, "raw_score": reply.score},
+                )
+            )
+        self._put(trajectories)
+
+    def _put(self, trajectories: dict[Ticket, list[Trajectory]]) -> None:
+        stale: list[Ticket] = []
+        why = ""
+        for ticket, samples in trajectories.items():
+            try:
+                self.buffer.put(ticket, samples)
+            except StaleTrajectories as error:
+                stale.append(ticket)
+                why = str(error)
+        if not stale:
+            self.failed_waves = 0
+            return
+        self._lose(stale, "stale", why)
+        self._count_failure(stale, why)
+
+    def _lose(self, tickets: list[Ticket], reason: str, why: str) -> None:
+        """Forfeit tickets; raise PromptFailed for one that has had its last attempt."""
+        for ticket in tickets:
+            self.buffer.forfeit(ticket, reason)
+        log.warning("forfeited %d tickets from %d on, %s: %s", len(tickets), tickets[0].number, reason, why)
+        for ticket in tickets:
+            if ticket.attempt + 1 >= self.config.max_attempts:
+                raise PromptFailed(
+                    f"prompt {self._prompt(ticket).id!r} could not be sampled in {ticket.attempt + 1} "
+                    f"attempts; the last: {reason}, {why}. Remove the prompt, or see to the generators"
+                )
+
+    def _count_failure(self, tickets: list[Ticket], why: str) -> None:
+        self.failed_waves += 1
+        if self.failed_waves >= _FAILED_WAVES:
+            names = [self._prompt(ticket).id for ticket in tickets[:4]]
+            raise GeneratorFailed(
+                f"{self.failed_waves} waves in a row failed; the last, of {len(tickets)} prompts, "
+                f"{names} and on: {why}"
+            )
+
+    def _prompt(self, ticket: Ticket) -> Prompt:
+        return self.stream[ticket.number][0]
+
+    def _key(self, ticket: Ticket, k: int) -> SampleKey:
+        prompt, epoch = self.stream[ticket.number]
+        return SampleKey(prompt_id=prompt.id, epoch=epoch, k=k, attempt=ticket.attempt)
+
+
+class _GenerationError(Exception):
+    """The generator did not answer, or not as agreed."""
