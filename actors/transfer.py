@@ -1,4 +1,4 @@
-"""What the learner and its generators agree on when weights travel: the meeting point, the layout and the checksums."""
+"""What learner and generators agree on when weights travel: the meeting point, the layout, the checksums."""
 
 import math
 import socket
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work  # pyright: ignore[reportPrivateImportUsage]
 
 _ALIGNMENT = 16  # bytes; a view of any dtype, and of the checksum's words, starts on such a boundary
 _WORD = 8  # bytes of a checksum's word
@@ -19,7 +19,7 @@ _MODULUS = 1 << 64
 
 
 class TransferError(RuntimeError):
-    """The group that carries weights broke or missed its deadline; the text says what was awaited, and from whom."""
+    """The group that carries weights broke or missed its deadline; the text says what was awaited."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Rendezvous:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Which tensors travel, in order, and how they are packed: all that the receivers must know beforehand."""
+    """Which tensors travel, in order, and how they are packed: all that a receiver must know beforehand."""
 
     names: tuple[str, ...]
     """Names as in the model's checkpoint."""
@@ -120,9 +120,9 @@ class Bucket:
 def checksum(tensor: Tensor) -> int:
     """Exact checksum of a tensor's bytes: sum over 8-byte words x_i * (2i + 1), modulo 2**64.
 
-    Integers wrap alike on every device, so the value does not depend on where or in which order it is added up. An odd
-    weight is invertible: a change of any single word always shows, and so does an exchange of two words, but for
-    differences that are multiples of a high power of two.
+    Integers wrap alike on every device, so the value does not depend on where or in which order it is added
+    up. An odd weight is invertible, so a change of any single word always shows; so does an exchange of two
+    words, unless they differ by a multiple of a high power of two.
     """
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     rest = data.numel() % _WORD
@@ -145,24 +145,25 @@ def mismatched(sent: dict[str, int], received: dict[str, int]) -> list[str]:
 
 
 class GlooGroup:
-    """A process group of its own over gloo; the process's default group, which belongs to DeepSpeed, is not touched."""
+    """A gloo process group of its own; the process's default group, which is DeepSpeed's, is not touched."""
 
     def __init__(self, rendezvous: Rendezvous, rank: int, store: Store | None = None) -> None:
-        """Meet the other members; blocks until all are there. The sender passes the store that it listens with.
+        """Meet the other members; blocks until all are there. The sender passes the store it listens with.
 
         Raises TransferError when somebody is missing at the deadline.
         """
         self._rendezvous = rendezvous
         limit = timedelta(seconds=rendezvous.deadline_s)
-        options = ProcessGroupGloo._Options()
+        gloo: Any = ProcessGroupGloo  # its type stub lacks half of it
+        options = gloo._Options()
         options._timeout = limit
         with self._awaited(f"{rendezvous.world_size} members to meet (this is rank {rank})"):
             store = store or TCPStore(rendezvous.host, rendezvous.port, timeout=limit)
-            options._devices = [ProcessGroupGloo.create_device(hostname=_local_address(rendezvous))]
-            group = ProcessGroupGloo(
+            options._devices = [gloo.create_device(hostname=_local_address(rendezvous))]
+            group = gloo(
                 PrefixStore(f"weights/{rendezvous.epoch}", store), rank, rendezvous.world_size, options
             )
-        self._group: ProcessGroupGloo | None = group
+        self._group: Any = group
 
     def broadcast(self, buffer: Tensor) -> Work:
         """Start to send (rank 0) or to receive (others) a bucket of bytes."""
@@ -186,13 +187,13 @@ class GlooGroup:
             yield
         except (RuntimeError, ValueError) as error:  # c10d raises both, and subclasses of RuntimeError
             raise TransferError(
-                f"weight transfer, epoch {meeting.epoch} at {meeting.host}:{meeting.port}: failed while waiting for {what} "
-                f"(deadline {meeting.deadline_s:g} s): {error}"
+                f"weight transfer, epoch {meeting.epoch} at {meeting.host}:{meeting.port}: failed while "
+                f"waiting for {what} (deadline {meeting.deadline_s:g} s): {error}"
             ) from error
 
 
 def _local_address(rendezvous: Rendezvous) -> str:
-    """This machine's address on the way to the sender; gloo would otherwise look up the host name, which may not resolve."""
+    """This machine's address on the way to the sender; gloo's own choice, the host name, may not resolve."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((rendezvous.host, rendezvous.port))  # sends nothing, only picks a route
         return probe.getsockname()[0]

@@ -8,7 +8,9 @@ import select
 import signal
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +21,15 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferUpdateInfo,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.engine import GENERATOR_PID
 from actors.transfer import GlooGroup, Manifest, Rendezvous, checksum
-
-GENERATOR_PID = "RAYWARD_GENERATOR_PID"
-"""Environment variable with the process id of the generator that a worker belongs to."""
 
 
 @dataclass(kw_only=True)
@@ -72,7 +74,7 @@ class ManifestInfo(WeightTransferUpdateInfo):
 
 
 class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
-    """Receives over gloo and holds what arrived until `finish`, so that a broken transfer leaves the old weights live."""
+    """Receives over gloo and loads at the end, so that a broken transfer leaves the old weights in use."""
 
     init_info_cls = JoinInfo
     update_info_cls = ManifestInfo
@@ -101,7 +103,7 @@ class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
         """Forget whatever an earlier transfer left."""
         self.discard()
 
-    def update_weights(self, update_info: dict) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive all buckets. (The parent also synchronises an accelerator, which a CPU does not have.)"""
         self.receive_weights(self.parse_update_info(update_info))
 
@@ -124,17 +126,18 @@ class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
         if not self.staged:
             return
         # Kernels on a CPU keep packed copies: only a layer-wise reload knows how to make them again.
-        initialize_layerwise_reload(self.model)
-        self.model.load_weights(self.staged)
-        finalize_layerwise_reload(self.model, self.model_config)
+        model: Any = self.model
+        initialize_layerwise_reload(model)
+        model.load_weights(self.staged)
+        finalize_layerwise_reload(model, self.model_config)
         self.repack_heads()
         self.staged = []
 
     def repack_heads(self) -> None:
         """Pack every output head again.
 
-        A head tied to the embeddings has no weights of its own to load, so the reload passes it over, and on a CPU its
-        packed copy silently stays that of the old weights.
+        A head tied to the embeddings has no weights of its own to load, so the reload passes it over, and on
+        a CPU its packed copy silently stays that of the old weights.
         """
         repack_heads(self.model)
 
@@ -159,51 +162,54 @@ def repack_heads(model: nn.Module) -> None:
 class NcclReceiver(NCCLWeightTransferEngine):
     """vLLM's own receiver between GPUs, with our manifest and a checksum of every tensor.
 
-    Loads each bucket as it arrives: a GPU seldom has room for a second copy of the weights. So a broken transfer leaves
-    the engine unusable, and `discard` says so.
+    Loads each bucket as it arrives: a GPU seldom has room for a second copy of the weights. So a broken
+    transfer leaves the engine unusable, and `discard` says so.
     """
-
-    init_info_cls = JoinInfo
-    update_info_cls = ManifestInfo
 
     checksums: dict[str, int]
 
-    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+    def parse_init_info(self, init_dict: dict[str, Any]) -> NCCLWeightTransferInitInfo:
+        """Put the meeting point into vLLM's words."""
+        info = JoinInfo(**init_dict)
+        return NCCLWeightTransferInitInfo(
+            master_address=info.host,
+            master_port=info.port,
+            rank_offset=info.rank_offset,
+            world_size=info.world_size,
+            packed=True,
+        )
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> NCCLWeightTransferUpdateInfo:
+        """Put the manifest into vLLM's words, and take the size of its buckets."""
+        info = ManifestInfo(**update_dict)
+        self.packed_buffer_size_bytes = info.bucket_bytes
+        return NCCLWeightTransferUpdateInfo(names=info.names, dtype_names=info.dtypes, shapes=info.shapes)
+
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         """Join the group; blocks until every member is there."""
         self.shutdown()
-        super().init_transfer_engine(
-            NCCLWeightTransferInitInfo(
-                master_address=init_info.host,
-                master_port=init_info.port,
-                rank_offset=init_info.rank_offset,
-                world_size=init_info.world_size,
-                packed=True,
-            )
-        )
+        super().init_transfer_engine(init_info)
 
     def start_weight_update(self) -> None:
         """Open a layer-wise reload."""
         self.checksums = {}
         super().start_weight_update()
 
-    def receive_weights(self, update_info: ManifestInfo) -> None:
-        """Receive every bucket and load it."""
-        if self.model_update_group is None:
-            raise RuntimeError("this engine has not joined a transfer group; call join first")
-        manifest = update_info.manifest()
-        expected = (
-            (name, (list(shape), manifest.dtype(index)))
-            for index, (name, shape) in enumerate(zip(manifest.names, manifest.shapes, strict=True))
-        )
-        packed_nccl_broadcast_consumer(
-            iterator=expected,
-            group=self.model_update_group,
-            src=0,
-            post_unpack_func=self._load,
-            buffer_size_bytes=manifest.bucket_bytes,
-            num_buffers=self.packed_num_buffers,
-            device=self.device,
-        )
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        """Receive and load every bucket, and add up checksums on the way."""
+        model: Any = self.model
+        load = model.load_weights
+
+        def add_up_and_load(tensors: Iterable[tuple[str, Tensor]]) -> None:
+            tensors = list(tensors)
+            self.checksums.update((name, checksum(tensor)) for name, tensor in tensors)
+            load(tensors)
+
+        model.load_weights = add_up_and_load
+        try:
+            super().receive_weights(update_info)
+        finally:
+            del model.load_weights  # the class's own again
 
     def finish_weight_update(self) -> None:
         """Close the reload."""
@@ -213,11 +219,6 @@ class NcclReceiver(NCCLWeightTransferEngine):
     def discard(self) -> None:
         """Refuse: the buckets were loaded as they came."""
         raise RuntimeError("part of the weights was replaced already; restart this engine")
-
-    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        tensors = list(tensors)
-        self.checksums.update((name, checksum(tensor)) for name, tensor in tensors)
-        self.model.load_weights(tensors)
 
 
 class WeightReceiver:
@@ -238,24 +239,22 @@ class WeightReceiver:
 
 
 def die_with_generator() -> None:
-    """Watch the generator and the engine core from a thread; when either is gone, end the core and this worker.
+    """Watch the generator and the parent; when either is gone, end the parent and this process.
 
-    A killed generator would otherwise leave both, and their gigabytes, behind.
+    vLLM's processes would otherwise outlive a killed generator and keep their gigabytes.
     """
     generator = int(os.environ.get(GENERATOR_PID, os.getpid()))
     if generator == os.getpid():
         return
-    core = os.pidfd_open(os.getppid())
+    parent = os.pidfd_open(os.getppid())  # the engine core, or the generator itself
     poll = select.poll()
-    for process in (core, os.pidfd_open(generator)):
+    for process in (parent, os.pidfd_open(generator)):
         poll.register(process, select.POLLIN)  # readable once the process has ended
 
     def watch() -> None:
         poll.poll()
-        try:
-            signal.pidfd_send_signal(core, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(parent, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name="die-with-generator", daemon=True).start()

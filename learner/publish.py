@@ -1,4 +1,4 @@
-"""Publishing: the learner's weights to every generator, in four phases, with proof that they arrived and are in use."""
+"""Publishing: the learner's weights to every generator, in four phases, with proof that they are in use."""
 
 import asyncio
 import time
@@ -29,7 +29,7 @@ class ParityError(PublishError):
 
 
 class ParityConfig(BaseModel):
-    """How far a generator's log-probabilities may be from the learner's, on the same tokens and the same weights."""
+    """How far a generator's log-probabilities may be from the learner's, on the same tokens and weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -55,6 +55,11 @@ class PublishConfig(BaseModel):
 class Receiver(Protocol):
     """What publishing asks of a generator, or of a handle to one elsewhere."""
 
+    @property
+    def name(self) -> str:
+        """Name in messages; no two have the same."""
+        ...
+
     async def join(self, rendezvous: Rendezvous, rank: int) -> None:
         """See Generator."""
 
@@ -77,7 +82,7 @@ class Receiver(Protocol):
 
 
 class Source(Protocol):
-    """What publishing asks of the learner: a WeightSender over its weights, and its own view of some tokens."""
+    """What publishing asks of the learner: a WeightSender over its weights, and its view of some tokens."""
 
     async def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous:
         """See WeightSender.listen."""
@@ -115,7 +120,7 @@ class Publisher:
     def __init__(
         self, source: Source, config: PublishConfig, probe: Sequence[Sequence[int]], workers: int = 1
     ) -> None:
-        """`probe`: token sequences to compare generators and learner on; `workers`: receiving processes a generator has."""
+        """`probe`: token sequences to compare log-probs on; `workers`: receiving processes a generator."""
         self.source = source
         self.config = config
         self.probe = probe
@@ -124,16 +129,16 @@ class Publisher:
         self._members: dict[str, Receiver] = {}  # of the current epoch; empty without a usable group
         self._manifest: Manifest | None = None
 
-    async def publish(self, generators: Mapping[str, Receiver], version: int) -> Publication:
-        """Give every generator, by name, the learner's weights as `version`.
+    async def publish(self, generators: Sequence[Receiver], version: int) -> Publication:
+        """Give every generator the learner's weights as `version`.
 
-        The group is formed anew whenever the generators are not those of the last time. One that fails is left out and
-        named in the result, and the others get the version all the same.
-        Raises PublishError when none is left or the transfer itself keeps failing, StaleWeights and ParityError when a
-        proof fails.
+        The group is formed anew whenever the generators are not those of the last time. One that fails is
+        left out and named in the result, and the others get the version all the same.
+        Raises PublishError when none is left or the transfer itself keeps failing, StaleWeights and
+        ParityError when a proof fails.
         """
         started = time.monotonic()
-        members = dict(generators)
+        members = {generator.name: generator for generator in generators}
         lost: dict[str, str] = {}
         metrics: dict[str, float] = {}
         failures = 0
@@ -143,7 +148,7 @@ class Publisher:
                 raise PublishError(f"version {version} reached no generator: {reasons}")
             error, gone = await self._attempt(members, version, metrics)
             lost |= gone
-            members = {name: member for name, member in members.items() if name not in gone}
+            members = {name: m for name, m in members.items() if name not in gone}
             if error is None and members:
                 break
             failures += not gone
@@ -210,31 +215,27 @@ class Publisher:
 
     async def _prove(self, members: dict[str, Receiver], version: int) -> dict[str, float]:
         """Compare log-probabilities on the probe's tokens; returns the largest gaps of any generator."""
-        expected = list(chain.from_iterable(await self.source.probe_logprobs(self.probe)))
-        answers = await self._all(
-            "give log-probabilities", {name: m.logprobs(self.probe) for name, m in members.items()}
-        )
+        expected = await self.source.probe_logprobs(self.probe)
+        calls = {name: m.logprobs(self.probe) for name, m in members.items()}
+        answers = await self._all("give log-probabilities", calls)
+        bounds = self.config.parity
         worst = {"parity/mean_gap": 0.0, "parity/max_gap": 0.0}
         for name, answer in answers.items():
-            gaps = [
-                abs(ours - theirs) for ours, theirs in zip(expected, chain.from_iterable(answer), strict=True)
-            ]
-            mean, largest = sum(gaps) / len(gaps), max(gaps)
-            bounds = self.config.parity
-            # written so that a NaN fails
-            if not (mean <= bounds.mean_bound and largest <= bounds.max_bound):
+            mean, largest = log_prob_gaps(expected, answer)
+            if not (mean <= bounds.mean_bound and largest <= bounds.max_bound):  # so that a NaN fails
                 raise ParityError(
-                    f"version {version}: generator {name!r} and the learner disagree on log-probabilities of the same "
-                    f"{len(gaps)} tokens: mean gap {mean:.4g} nats (bound {bounds.mean_bound:g}), largest {largest:.4g} "
-                    f"(bound {bounds.max_bound:g}). The weights arrived, so the engine does not use all of them, or "
-                    "computes otherwise (dtype, kernels): compare a fresh engine before raising parity.mean_bound"
+                    f"version {version}: {name} and the learner disagree on the same tokens: mean gap "
+                    f"{mean:.4g} nats (bound {bounds.mean_bound:g}), largest {largest:.4g} (bound "
+                    f"{bounds.max_bound:g}). The weights arrived, so the engine does not use all of them, or "
+                    "it computes otherwise (dtype, kernels): see the gap of a fresh engine before raising "
+                    "the bounds of publish.parity"
                 )
             worst["parity/mean_gap"] = max(worst["parity/mean_gap"], mean)
             worst["parity/max_gap"] = max(worst["parity/max_gap"], largest)
         return worst
 
     async def _all(self, phase: str, calls: Mapping[str, Coroutine[Any, Any, Any]]) -> dict[str, Any]:
-        """Run calls at once; the first that fails, or the deadline, ends them all with an error that names who."""
+        """Run calls at once; the first that fails, or the deadline, ends all with an error that names who."""
         results, failed = await self._run(phase, calls, asyncio.FIRST_EXCEPTION)
         if failed:
             raise PublishError("; ".join(failed.values()))
@@ -260,16 +261,20 @@ class Publisher:
             for name, task in tasks.items()
             if task in done and task.exception() is not None
         }
-        if not failed or until == asyncio.ALL_COMPLETED:  # else the others are not to blame
-            late = {
-                name: f"{name} did not {phase} within {seconds:g} s"
-                for name, task in tasks.items()
-                if task in pending
-            }
-            failed |= late
-        return {
-            name: task.result() for name, task in tasks.items() if task in done and name not in failed
-        }, failed
+        results = {name: task.result() for name, task in tasks.items() if task in done and name not in failed}
+        if not failed or until == asyncio.ALL_COMPLETED:  # else those that still wait are not to blame
+            late = [name for name, task in tasks.items() if task in pending]
+            failed |= {name: f"{name} did not {phase} within {seconds:g} s" for name in late}
+        return results, failed
+
+
+def log_prob_gaps(
+    expected: Sequence[Sequence[float]], given: Sequence[Sequence[float]]
+) -> tuple[float, float]:
+    """Mean and largest absolute difference over all tokens of some sequences, in nats."""
+    pairs = zip(chain.from_iterable(expected), chain.from_iterable(given), strict=True)
+    gaps = [abs(ours - theirs) for ours, theirs in pairs]
+    return sum(gaps) / len(gaps), max(gaps)
 
 
 def _compare(sums: Mapping[str, dict[str, int]], version: int) -> None:
@@ -279,6 +284,7 @@ def _compare(sums: Mapping[str, dict[str, int]], version: int) -> None:
         if wrong := mismatched(sent, received):
             first = wrong[0]
             raise StaleWeights(
-                f"version {version}: {len(wrong)} of {len(sent)} tensors did not reach {name} as they were sent, first "
-                f"{first!r} (checksum sent {sent.get(first)}, received {received.get(first)}); {name} keeps its old weights"
+                f"version {version}: {len(wrong)} of {len(sent)} tensors did not reach {name} as they were "
+                f"sent, first {first!r} (checksum sent {sent.get(first)}, received {received.get(first)}); "
+                "the generators keep their old weights"
             )

@@ -1,4 +1,4 @@
-"""The sending side of a weight transfer, in the process of the learner's rank 0; actors/weights.py receives."""
+"""The sending side of a weight transfer, in the learner's rank 0; actors/weights.py is the other one."""
 
 import socket
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from actors.transfer import Bucket, GlooGroup, Manifest, Rendezvous, TransferError, checksum
 
@@ -23,7 +23,7 @@ class WeightSender:
     ) -> None:
         """See PublishConfig for the first two.
 
-        `host`: this machine's address as the generators see it; `dtype`: what to send in, if not each tensor's own type.
+        `host`: this machine's address for the generators; `dtype`: what to send, if not each tensor's own.
         """
         self.bucket_mb = bucket_mb
         self.deadline_s = deadline_s
@@ -34,7 +34,7 @@ class WeightSender:
         self._group: GlooGroup | None = None
 
     def listen(self, world_size: int, epoch: int) -> Rendezvous:
-        """Open a meeting point on a free port for `world_size` members, this one included; ends an earlier one."""
+        """Open a meeting point on a free port for `world_size` members with this one; ends an earlier one."""
         self.close()
         limit = timedelta(seconds=self.deadline_s)
         self._store = TCPStore(self.host, 0, is_master=True, timeout=limit, wait_for_workers=False)
@@ -53,7 +53,7 @@ class WeightSender:
     def send(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         """Send named tensors to all receivers, and return the checksum of each.
 
-        Raises TransferError when a receiver is gone or does not read, and closes the group, so that nobody else waits.
+        Raises TransferError when a receiver is gone or does not read, and closes the group: nobody waits on.
         """
         assert self._group is not None, "connect before send"
         group = self._group
