@@ -10,7 +10,7 @@ from actors.prompts import Prompt, PromptStream, check_prompts, read_prompts
 from actors.rollout import rollout, supervise
 from actors.sampling import sample
 from actors.trajectory import Completion, SampleKey, Trajectory
-from cluster.remote import RemoteHandle
+from cluster.build import Sampler
 from cluster.steps import Job, heldout_prompts, packed_text
 from learner.batch import collate, minibatches
 from learner.buffer import Buffer
@@ -49,7 +49,7 @@ class Alignment:
         self,
         job: Job,
         learner: LearnerGroup,
-        generators: Sequence[RemoteHandle],
+        generators: Sequence[Sampler],
         rewards: RewardClient,
     ) -> None:
         self.job = job
@@ -139,7 +139,7 @@ class Alignment:
                 publish,
                 lambda i, parts: text.iteration(i, parts, sequences) if text else [[]] * parts,
                 self._observe,
-                lambda _, step, metrics: job.tracker.log(
+                lambda _stage, step, metrics: job.tracker.log(
                     stage, step, {**metrics, "progress/total": float(config.iterations)}
                 ),
             )
@@ -180,9 +180,7 @@ class Alignment:
                 "kl": kl,
                 "label": name,
             }
-            for prompt, completion, gold, score, kl in zip(
-                self.heldout, completions, golds, scores, kls, strict=True
-            )
+            for prompt, completion, gold, score, kl in zip(self.heldout, completions, golds, scores, kls, strict=True)
         ]
         path = job.run_dir / "evaluations" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -194,7 +192,9 @@ class Alignment:
 
     async def _scores(self, name: str, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
         requests = [
-            ScoreRequest(id=f"{self.job.tracker.run_id}/{name}/{p.id}", prompt=p.messages, response=c.text, ended=c.ended)
+            ScoreRequest(
+                id=f"{self.job.tracker.run_id}/{name}/{p.id}", prompt=p.messages, response=c.text, ended=c.ended
+            )
             for p, c in zip(prompts, completions, strict=True)
         ]
         missing_eos = self.job.config.rollout.missing_eos
@@ -211,4 +211,3 @@ class Alignment:
             batch, parts, config.max_tokens_per_microbatch, self.job.config.rollout.temperature
         )
         return kl_per_response(found.logprobs, found.ref_logprobs, batch.mask).tolist()
-

@@ -5,15 +5,17 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 
+from actors import waves
 from actors.generator import Generator, GeneratorConfig
 from cluster.remote import ActorOptions, RemoteHandle, remote
 from cluster.resources import Plan, Process, check, default_plan, machine_cores, machine_gpus
 from learner.group import LearnerGroup
+from learner.publish import Receiver
 from learner.worker import LearnerWorker
 from reward_server.client import RewardClient
 from reward_server.service import TOKEN_VARIABLE, RewardService
@@ -53,6 +55,10 @@ def plan_run(config: ClusterConfig, max_staleness: int, waves_in_flight: int) ->
     return plan
 
 
+class Sampler(waves.Generator, Receiver, Protocol):
+    """What a run asks of a generator's handle: to sample, and to take new weights."""
+
+
 class Processes:
     """Starts the processes of a plan; those of one block end with it."""
 
@@ -77,7 +83,7 @@ class Processes:
             yield group
 
     @contextlib.asynccontextmanager
-    async def generators(self, config: GeneratorConfig, model_path: Path) -> AsyncIterator[list[RemoteHandle]]:
+    async def generators(self, config: GeneratorConfig, model_path: Path) -> AsyncIterator[list[Sampler]]:
         """All generators, with the weights of `model_path` as version 0."""
         async with contextlib.AsyncExitStack() as stack:
             handles = []
@@ -86,7 +92,7 @@ class Processes:
                 own = config.model_copy(update={"threads": self._threads(name)})
                 handles.append(await stack.enter_async_context(self._process(Generator, name, own, model_path, name)))
             await asyncio.gather(*(h.call("start", deadline_s=config.start_deadline_s + 30) for h in handles))
-            yield handles
+            yield cast(list[Sampler], handles)  # a handle has the methods of its class, which no type checker sees
             await asyncio.gather(*(handle.stop() for handle in handles), return_exceptions=True)
 
     @contextlib.asynccontextmanager

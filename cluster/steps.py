@@ -131,9 +131,7 @@ async def run_sample(job: Job, generators: Sequence[Generator], model: Path) -> 
     check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
     title = f"sample {count} completions of {len(prompts)} prompts"
     with job.tracker.phase(title, "sample"), job.tracker.console.progress("sample", len(prompts)) as advance:
-        groups = await sample(
-            generators, prompts, encoding, job.config.rollout, count, job.config.sample.seed, advance
-        )
+        groups = await sample(generators, prompts, encoding, job.config.rollout, count, job.config.sample.seed, advance)
     (job.run_dir / "data").mkdir(exist_ok=True)
     write_comparisons(
         job.run_dir / "data" / "completions.jsonl",
@@ -197,5 +195,3 @@ def heldout_prompts(job: Job, encoding: ChatEncoding) -> list[Prompt]:
     prompts = prompts[: job.config.evaluation.prompts]
     check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
     return prompts
-
-

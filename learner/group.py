@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,8 +81,8 @@ class LearnerGroup:
         self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int, temperature: float
     ) -> Evaluation:
         """Log-probs, reference log-probs, values and entropies of the batch's response tokens."""
-        first, *others = await self._every("evaluate", batch, minibatches, max_tokens, temperature)
-        return sum(others, start=first)
+        by_rank = await self._every("evaluate", batch, minibatches, max_tokens, temperature)
+        return reduce(Evaluation.__add__, by_rank)
 
     async def update(
         self,
@@ -95,7 +96,7 @@ class LearnerGroup:
         by_rank = await self._every("update", batch, targets, minibatches, pretraining, step)
         return [added(minibatch) for minibatch in zip(*by_rank, strict=True)]
 
-    async def probe_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+    async def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced log-probs of every token after the first, by the policy as it is now."""
         return (await self._every("probe_logprobs", sequences))[0]
 

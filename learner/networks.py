@@ -31,7 +31,7 @@ class NetworkConfig(BaseModel):
     """Precision of weights and activations; the optimizer keeps float32 master weights either way."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of the LoRA adapters (peft) that are trained instead of the weights; 0 trains the weights themselves."""
-    lora_alpha: float = Field(default=32.0, gt=0)
+    lora_alpha: int = Field(default=32, ge=1)
     """LoRA scale: the adapters' product is multiplied by lora_alpha / lora_rank."""
     last_layers: int = Field(default=0, ge=0)
     """Train only this many of the last transformer layers (0: every weight); the rest is frozen and cheap."""
@@ -64,6 +64,7 @@ class PolicyNetwork(nn.Module):
         """
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, positions]
         head = self.model.get_output_embeddings()
+        assert head is not None, "a causal language model has output embeddings"
         return token_logprobs(
             hidden, head.weight, getattr(head, "bias", None), targets, temperature, self.chunk, self.softcap
         )
@@ -89,7 +90,10 @@ class ValueNetwork(nn.Module):
         return self.gain * token_values(self.model, ids)[rows, positions] + self.bias
 
 
-def load_network(kind: Literal["policy", "value", "new_value"], path: Path, network: NetworkConfig) -> nn.Module:
+Network = PolicyNetwork | ValueNetwork
+
+
+def load_network(kind: Literal["policy", "value", "new_value"], path: Path, network: NetworkConfig) -> Network:
     """A network from a Hugging Face folder, dropout off, on the CPU, with the weights that `network` names trainable.
 
     kind "new_value" puts a fresh scalar head on a language model (the start of reward modelling).
@@ -128,9 +132,7 @@ def make_trainable(model: PreTrainedModel, network: NetworkConfig) -> None:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear | Conv1D) and _layer_index(name) is not None and chosen(name)
         ]
-        lora = LoraConfig(
-            r=network.lora_rank, lora_alpha=network.lora_alpha, lora_dropout=0.0, target_modules=targets
-        )
+        lora = LoraConfig(r=network.lora_rank, lora_alpha=network.lora_alpha, lora_dropout=0.0, target_modules=targets)
         inject_adapter_in_model(lora, model)
     for name, parameter in model.named_parameters():
         trained = ("lora_" in name) if network.lora_rank else chosen(name)
@@ -159,11 +161,12 @@ def merged_weights(model: PreTrainedModel, replace: dict[str, Tensor] | None = N
 
 def _lora_product(owner: str, layer: LoraLayer, replace: dict[str, Tensor]) -> Tensor:
     """scale * B A in float32, transposed for GPT-2's Conv1D."""
-    down, up = (
-        replace.get(f"{owner}.{side}.default.weight", getattr(layer, side)["default"].weight).detach().float()
-        for side in ("lora_A", "lora_B")
-    )
-    product = (up @ down) * layer.scaling["default"]
+
+    def factor(side: str) -> Tensor:
+        weight: Tensor = getattr(layer, side)["default"].weight
+        return replace.get(f"{owner}.{side}.default.weight", weight).detach().float()
+
+    product = (factor("lora_B") @ factor("lora_A")) * layer.scaling["default"]
     return product.T if isinstance(layer.get_base_layer(), Conv1D) else product
 
 

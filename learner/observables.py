@@ -47,7 +47,14 @@ def iteration_metrics(
     total = rewards.sum(1)
     lengths = batch.response_len.float()
     update = added(sums)
-    names = ("loss/policy", "loss/value", "ratio/mean", "policy/clip_fraction", "policy/approx_kl", "value/clip_fraction")
+    names = (
+        "loss/policy",
+        "loss/value",
+        "ratio/mean",
+        "policy/clip_fraction",
+        "policy/approx_kl",
+        "value/clip_fraction",
+    )
     return {
         "score/mean": batch.score.mean().item(),
         "score/std": batch.score.std(correction=0).item(),
@@ -64,7 +71,11 @@ def iteration_metrics(
         "value/explained_variance": explained_variance(old.values, targets.returns, mask),
         **{name: update[name] / update["tokens"] for name in names},
         "ratio/first_minibatch": sums[0]["ratio/mean"] / sums[0]["tokens"],
-        **({"loss/pretraining": update["loss/pretraining"] / update["pretraining_tokens"]} if "pretraining_tokens" in update else {}),
+        **(
+            {"loss/pretraining": update["loss/pretraining"] / update["pretraining_tokens"]}
+            if "pretraining_tokens" in update
+            else {}
+        ),
         **{name: value / len(sums) for name, value in update.items() if name.startswith("grad_norm/")},
         **{name: value for name, value in update.items() if name.startswith("time/")},
         "progress/version": float(version + 1),

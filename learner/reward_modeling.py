@@ -76,7 +76,9 @@ def ranked_groups(comparisons: Sequence[Comparison], encoding: ChatEncoding) -> 
     return groups
 
 
-def split_groups(groups: Sequence[RankedGroup], config: RewardModelingConfig) -> tuple[list[RankedGroup], list[RankedGroup]]:
+def split_groups(
+    groups: Sequence[RankedGroup], config: RewardModelingConfig
+) -> tuple[list[RankedGroup], list[RankedGroup]]:
     """(train, held out) by prompt."""
     order = random.Random(config.seed).sample(range(len(groups)), len(groups))
     held_out = max(1, round(config.valid_share * len(groups)))

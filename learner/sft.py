@@ -41,7 +41,7 @@ class SFTConfig(BaseModel):
 class Log(Protocol):
     """Where a loop's metrics go."""
 
-    def __call__(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+    def __call__(self, stage: str, step: int, metrics: dict[str, float], /) -> None:
         """Record the metrics of one step."""
         ...
 

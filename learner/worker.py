@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.chat import ChatExample
 from actors.transfer import Manifest, Rendezvous
 from learner.batch import Batch, microbatches
 from learner.engine import Engine, OptimizerConfig, init_distributed
 from learner.losses import kwise_loss, lm_loss_sum, policy_loss_sum, value_loss_sum
-from learner.networks import NetworkConfig, load_network, merged_weights, save_network
+from learner.networks import Network, NetworkConfig, ValueNetwork, load_network, merged_weights, save_network
 from learner.publish import PublishConfig
 from learner.sender import NcclWeightSender, WeightSender
 from reward_server.address import free_port, own_address
@@ -88,7 +88,7 @@ class LearnerWorker:
         self.world_size = world_size
         self.threads = threads
         self._engines: dict[str, Engine] = {}
-        self._frozen: dict[str, nn.Module] = {}
+        self._frozen: dict[str, Network] = {}
         self._tokenizers: dict[str, ChatEncoding] = {}
         self._host = "127.0.0.1"
         self._sender: WeightSender
@@ -201,7 +201,8 @@ class LearnerWorker:
 
     def normalise(self, name: str, gain: float, bias: float) -> None:
         """Store the reward model's normalisation with it."""
-        network = self._engines[name].module
+        network = self._network(name)
+        assert isinstance(network, ValueNetwork), name
         network.gain, network.bias = gain, bias
         set_normalisation(network.model, Normalisation(gain=gain, bias=bias))
 
@@ -211,7 +212,9 @@ class LearnerWorker:
 
     # --- PPO
 
-    def evaluate(self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int, temperature: float) -> Evaluation:
+    def evaluate(
+        self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int, temperature: float
+    ) -> Evaluation:
         """Log-probs, reference log-probs, values and entropies, in the micro-batches that `update` will train on.
 
         The same cut makes the probability ratio of the first minibatch exactly 1.
@@ -306,7 +309,7 @@ class LearnerWorker:
 
     # --- weights out
 
-    def probe_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+    def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced log-probs of every token after the first, by the policy as it is now."""
         answers = []
         with torch.no_grad():
@@ -319,7 +322,7 @@ class LearnerWorker:
 
     def save(self, name: str, path: Path, ema: bool = False) -> None:
         """Write the network (or its moving average) as a plain Hugging Face folder, from rank 0."""
-        network = self._module(name)
+        network = self._network(name)
         averages = self._engines[name].ema if ema else {}
         if self.rank == 0:
             replace = {key.removeprefix("model."): value for key, value in averages.items()}
@@ -348,7 +351,7 @@ class LearnerWorker:
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """The policy's merged weights under their Hugging Face names."""
-        return merged_weights(self._engines["policy"].module.model)
+        return merged_weights(self._network("policy").model)
 
     # --- shares and devices
 
@@ -357,12 +360,12 @@ class LearnerWorker:
         """Where this rank computes."""
         return next(iter(self._engines.values())).device
 
-    def _module(self, name: str) -> nn.Module:
+    def _network(self, name: str) -> Network:
         return self._engines[name].module if name in self._engines else self._frozen[name]
 
     def _call(self, name: str, ids: Tensor, *places: Tensor | float) -> Tensor:
         network = self._engines[name].network if name in self._engines else self._frozen[name]
-        device = next(self._module(name).parameters()).device
+        device = next(self._network(name).parameters()).device
         return network(ids.to(device), *(p.to(device) if isinstance(p, Tensor) else p for p in places))
 
     def _share(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -131,7 +131,9 @@ def test_the_two_terms_of_ppo_ptx_share_one_step_and_gamma_scales_one(worker, fo
     for gamma in (0.0, 1.0, 3.0):
         load_ppo(worker, folders, FULL)
         batch, parts, targets, text = ppo_inputs(worker)
-        step = PPOStep(**{name: getattr(STEP, name) for name in PPOStep.__dataclass_fields__} | {"pretraining_coef": gamma})
+        step = PPOStep(
+            **{name: getattr(STEP, name) for name in PPOStep.__dataclass_fields__} | {"pretraining_coef": gamma}
+        )
         norms[gamma] = worker.update(batch, targets, parts, text, step)[0]
         worker.unload()
     assert "grad_norm/pretraining" not in norms[0.0]
@@ -184,6 +186,4 @@ def test_only_the_named_layers_are_trained(worker, folders):
 
 def test_bfloat16_without_zero_is_refused(worker, folders):
     with pytest.raises(ValueError, match="zero_stage = 1"):
-        worker.load(
-            "policy", "policy", folders / "policy", NetworkConfig(), OptimizerConfig(lr=1e-3, zero_stage=0)
-        )
+        worker.load("policy", "policy", folders / "policy", NetworkConfig(), OptimizerConfig(lr=1e-3, zero_stage=0))
