@@ -37,7 +37,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     demonstrations: Path | None = None
-    """{"prompt": text or messages, "response": text}: what SFT learns, and what the reward model scores 0 on average."""
+    """{"prompt": text or messages, "response": text}: what SFT learns, and what scores 0 on average."""
     demonstrations_valid: Path | None = None
     """The same, held out."""
     preference_prompts: Path | None = None
