@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 SESSION_MARK = "RAYWARD_SESSION"
@@ -17,6 +18,11 @@ SESSION_MARK = "RAYWARD_SESSION"
 
 ACTOR_MARK = "RAYWARD_ACTOR"
 """Environment variable with the id of the Ray actor that the process belongs to."""
+
+
+SPAWNING = threading.Lock()
+"""Held while this process's own environment carries a mark, by whoever starts processes that are to inherit it, and
+by other threads while they start processes that are not."""
 
 
 def marked(mark: str) -> list[int]:

@@ -16,12 +16,13 @@ from typing import Any
 import ray
 import ray._private.worker
 
-from cluster.reaping import SESSION_MARK, kill_marked, marked, watch
+from cluster.reaping import SESSION_MARK, SPAWNING, kill_marked, marked, watch
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local Ray: batches of tokens pass through it, weights do not."""
 
 _SHUTDOWN_S = 10.0
+_SPAWNING_S = 30.0  # a thread that hangs while it starts a process must not keep Ray from starting
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -89,7 +90,8 @@ def start_ray(
 
 def _start(cpus: int, mark: str) -> None:
     name, value = mark.split("=")
-    # Ray's processes inherit the mark; what this process starts later is not theirs and must not.
+    # Ray's processes inherit the mark; what other threads start meanwhile, or this process later, must not.
+    alone = SPAWNING.acquire(timeout=_SPAWNING_S)
     os.environ[name] = value
     try:
         ray.init(
@@ -106,6 +108,8 @@ def _start(cpus: int, mark: str) -> None:
         raise RuntimeError(f"Ray did not start on this machine: {error}") from error
     finally:
         del os.environ[name]
+        if alone:
+            SPAWNING.release()
 
 
 def _connect(address: str, deadline_s: float) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.console import Console
+from cluster.reaping import SPAWNING
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,8 @@ class _WandbFeed:
         wandb, run = self._wandb, None
         try:
             wandb = wandb or importlib.import_module("wandb")
-            run = self._init(wandb)
+            with SPAWNING:  # W&B's own process must not be taken for one of Ray's
+                run = self._init(wandb)
         except BaseException as error:  # wandb raises SystemExit too
             self._warn(f"W&B could not be started ({_reason(error)})")
         while (item := self._items.get()) is not None:
