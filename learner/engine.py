@@ -12,6 +12,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from learner.networks import Network
 from learner.schedules import ema_update
 
 
@@ -51,7 +52,9 @@ def init_distributed(rank: int, world_size: int, address: str, port: int, deadli
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not cuda:
-        deepspeed.ops.__compatible_ops__ = {}  # else its shared-memory reduce compiles C++ for half a minute
+        deepspeed.ops.__dict__[
+            "__compatible_ops__"
+        ] = {}  # else its shared-memory reduce compiles C++ for half a minute
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=deadline_s), verbose=False
     )
@@ -64,7 +67,7 @@ class Engine:
     may be called any number of times before `step`: micro-batches and the two terms of PPO-ptx add up.
     """
 
-    def __init__(self, network: nn.Module, config: OptimizerConfig, ema_decay: float | None = None) -> None:
+    def __init__(self, network: Network, config: OptimizerConfig, ema_decay: float | None = None) -> None:
         import deepspeed
 
         trained = [p for p in network.parameters() if p.requires_grad]
@@ -76,7 +79,7 @@ class Engine:
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=network,
-            model_parameters=trained,
+            model_parameters=trained,  # pyright: ignore[reportArgumentType]  # DeepSpeed's annotation is too narrow
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
@@ -109,7 +112,7 @@ class Engine:
         return self._engine
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Network:
         """The bare network."""
         return self._engine.module
 
@@ -128,9 +131,11 @@ class Engine:
 
     def norm(self, gradients: list[Tensor]) -> float:
         """Global norm of the gradients summed over ranks. A collective: every rank calls it."""
-        for gradient in gradients if dist.get_world_size() > 1 else ():
-            dist.all_reduce(gradient)
-        total = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        total = 0.0
+        for gradient in gradients:
+            summed = gradient.clone()  # the caller still needs this rank's part
+            dist.all_reduce(summed)
+            total += float(summed.double().square().sum())
         return math.sqrt(total) / dist.get_world_size()  # `backward` multiplied by the number of ranks
 
     def step(self, lr: float) -> float:
@@ -145,16 +150,29 @@ class Engine:
             raise FloatingPointError("the gradient is not finite: the optimizer step was not taken")
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        norm = (
+            None if self._engine.zero_optimization() else self.norm(self.gradients())
+        )  # DeepSpeed keeps none without ZeRO
         self._engine.step()
         if self.ema_decay is not None:
             ema_update(self.ema.values(), (self._master(p) for _, p in self.trained), self.ema_decay)
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     @property
     def _buffers(self) -> list[Tensor]:
-        """Where this rank's gradients add up: DeepSpeed's float32 copies beside bfloat16 weights, else `.grad`."""
-        float32 = getattr(self._engine.optimizer, "fp32_groups_gradients_flat", None)
+        """Where this rank's gradients add up: DeepSpeed's float32 copies beside bfloat16 weights, else `.grad`.
+
+        What no loss has reached is given zeros: a rank without a micro-batch still takes part in every sum over ranks.
+        """
+        optimizer = self._engine.optimizer
+        float32 = getattr(optimizer, "fp32_groups_gradients_flat", None)
+        if float32:
+            groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_has_gradients, strict=True)
+            unreached = [p for group, flags in groups for p, has in zip(group, flags, strict=True) if not has]
+        else:
+            unreached = [p for _, p in self.trained if p.grad is None]
+        if unreached:
+            self.backward(torch.stack([p.flatten()[0] for p in unreached]).sum() * 0.0)
         return float32 or [p.grad for _, p in self.trained if p.grad is not None]
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
