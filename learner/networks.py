@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.pytorch_utils import Conv1D
 
 from learner.logprobs import token_logprobs
-from reward_server.model import load_reward_model, new_reward_model, normalisation, token_values
+from reward_server.model import Normalisation, load_reward_model, new_reward_model, normalisation, token_values
 
 
 class NetworkConfig(BaseModel):
@@ -76,14 +76,10 @@ class ValueNetwork(nn.Module):
     Values are on the reward model's normalised scale, since the critic starts as a copy of it (Stiennon et al. 2020).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, scale: Normalisation) -> None:
         super().__init__()
         self.model = model
-        try:
-            stored = normalisation(model)
-            self.gain, self.bias = stored.gain, stored.bias
-        except ValueError:
-            self.gain, self.bias = 1.0, 0.0
+        self.gain, self.bias = scale.gain, scale.bias
 
     def forward(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Values, float32 [N], at `ids[rows[n], positions[n]]`; ids: [B, S] right padded."""
@@ -96,7 +92,8 @@ Network = PolicyNetwork | ValueNetwork
 def load_network(kind: Literal["policy", "value", "new_value"], path: Path, network: NetworkConfig) -> Network:
     """A network from a Hugging Face folder, dropout off, on the CPU, with the weights that `network` names trainable.
 
-    kind "new_value" puts a fresh scalar head on a language model (the start of reward modelling).
+    kind "new_value" puts a fresh scalar head on a language model (the start of reward modelling); "value" is a trained
+    reward model. Raises ValueError for one that is not normalised.
     """
     if kind == "policy":
         model = AutoModelForCausalLM.from_pretrained(path, dtype=network.torch_dtype)
@@ -108,11 +105,12 @@ def load_network(kind: Literal["policy", "value", "new_value"], path: Path, netw
     make_trainable(model, network)
     if network.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-    return PolicyNetwork(model, network.logprob_chunk) if kind == "policy" else ValueNetwork(model)
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # else it checkpoints nothing; the modules in it stay without dropout
+    if kind == "policy":
+        return PolicyNetwork(model, network.logprob_chunk)
+    return ValueNetwork(model, normalisation(model) if kind == "value" else Normalisation(gain=1.0, bias=0.0))
 
 
 def make_trainable(model: PreTrainedModel, network: NetworkConfig) -> None:
