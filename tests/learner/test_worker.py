@@ -1,5 +1,7 @@
 """One rank of the learner on tiny real models under DeepSpeed, held against plain PyTorch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
