@@ -19,13 +19,13 @@ from learner.group import LearnerGroup
 from learner.kl import kl_per_response
 from learner.ledger import Ledger
 from learner.ppo import PPOConfig, ppo
-from learner.publish import Publisher
+from learner.publish import Probe, Publisher
 from reward_server.client import RewardClient
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Labeler, load_labeler
 from reward_server.schema import ScoreRequest
 
-_PROBES = 4  # prompts whose tokens the parity probe compares
+_PROBES = 8  # replies that the parity probe compares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,10 @@ class Alignment:
         with tracker.phase(f"{stage}: load networks and hand the weights to the actors", stage):
             await self._load(config)
             publisher = Publisher(
-                self.learner, job.config.publish, probe=self._probe(), workers=job.config.generator.tensor_parallel_size
+                self.learner,
+                job.config.publish,
+                probes=self._probes(),
+                workers=job.config.generator.tensor_parallel_size,
             )
             await self.learner.open_sender(job.config.publish)
             await publisher.publish(self.generators, 0)
@@ -152,12 +155,11 @@ class Alignment:
         verdicts = self.labeler.verdicts([t.completion.text for t in trajectories])
         return {"gold/mean": fmean(verdicts), "gold/std": pstdev(verdicts)}
 
-    def _probe(self) -> list[list[int]]:
-        """Real token sequences of prompts with their human replies, on which actors and learner must agree."""
-        return [
-            self.encoding.prompt(prompt.messages) + self.encoding.response(prompt.reference or "Yes.", ended=True)
-            for prompt in self.heldout[:_PROBES]
-        ]
+    def _probes(self) -> list[Probe]:
+        """Human replies to held-out prompts, on whose log-probs actors and learner must agree."""
+        queries = [self.encoding.prompt(prompt.messages) for prompt in self.heldout[:_PROBES]]
+        replies = [self.encoding.response(p.reference or "Yes, I do.", ended=True) for p in self.heldout[:_PROBES]]
+        return [Probe(ids=query + reply, first=len(query)) for query, reply in zip(queries, replies, strict=True)]
 
     async def measure(self, name: str, config: PPOConfig) -> Held:
         """Answer the held-out prompts with the present weights; writes RUN/evaluations/<name>.jsonl."""

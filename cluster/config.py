@@ -23,6 +23,8 @@ class ModelsConfig(BaseModel):
 
     base: str | None = None
     """Hugging Face folder or hub id of the language model that is fine-tuned."""
+    chat_template: str | None = None
+    """Jinja text that replaces the base model's chat template, or gives one to a model without; saved with RUN/sft."""
     sft: Path | None = None
     """Folder of the SFT model; RUN/sft when not set."""
     reward: Path | None = None

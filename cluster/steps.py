@@ -79,7 +79,8 @@ class SFTData:
 
 def sft_data(job: Job, base: str | Path) -> SFTData:
     """Read and encode the files of step 1, before anything heavy starts."""
-    config, encoding, bad = job.config.sft, ChatEncoding.load(base), job.config.data.max_bad_rows
+    config, bad = job.config.sft, job.config.data.max_bad_rows
+    encoding = ChatEncoding.load(base, job.config.models.chat_template)
 
     def examples(name: str) -> list[ChatExample]:
         rows = read_demonstrations(job.file(name), bad)
@@ -114,7 +115,9 @@ async def run_sft(
     out: str = "sft",
 ) -> None:
     """Step 1: fine-tune `base` on demonstrations and write it to RUN/sft."""
-    trained = await learner.load("policy", "policy", base, config.network, config.optimizer)
+    trained = await learner.load(
+        "policy", "policy", base, config.network, config.optimizer, chat_template=job.config.models.chat_template
+    )
     with job.tracker.phase(f"{stage}: {len(data.demonstrations)} examples, {trained / 1e6:.1f} M parameters", stage):
         before, after = await sft(
             learner, data.demonstrations, data.pretraining, data.valid, config, job.tracker.log, stage

@@ -22,9 +22,7 @@ def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Floa
     return torch.where(mask, x, 0.0).sum()
 
 
-def whiten(
-    x: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], shift_mean: bool = True
-) -> Float[Tensor, "b t"]:
+def whiten(x: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], shift_mean: bool = True) -> Float[Tensor, "b t"]:
     """`(x - mean) / sqrt(var + 1e-8)` with the population variance over the mask, zero elsewhere.
 
     `shift_mean=False` adds the mean back (lm-human-preferences whitens rewards so). Statistics are taken in
@@ -83,9 +81,7 @@ def gae(
     return advantages, advantages + values
 
 
-def explained_variance(
-    values: Float[Tensor, "b t"], returns: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]
-) -> float:
+def explained_variance(values: Float[Tensor, "b t"], returns: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> float:
     """`1 - mean((R - V)^2) / var(R)` over the mask: 1 is a perfect critic.
 
     0 is no better than the mean of the returns; returns that do not vary give 0 as well.

@@ -80,9 +80,7 @@ def pack(texts: Iterable[str], encoding: TextEncoding, sequence_tokens: int) -> 
 
 def text_examples(packed: Tensor) -> list[ChatExample]:
     """Turn packed sequences into examples in which every token but the first is a target."""
-    return [
-        ChatExample(ids=tuple(row), loss_mask=(False, *[True] * (len(row) - 1))) for row in packed.tolist()
-    ]
+    return [ChatExample(ids=tuple(row), loss_mask=(False, *[True] * (len(row) - 1))) for row in packed.tolist()]
 
 
 class TextStream:
@@ -97,9 +95,7 @@ class TextStream:
         position, _ = self._shuffle[number]
         return text_examples(self._packed[position : position + 1])[0]
 
-    def iteration(
-        self, iteration: int, minibatches: int, sequences_per_minibatch: int
-    ) -> list[list[ChatExample]]:
+    def iteration(self, iteration: int, minibatches: int, sequences_per_minibatch: int) -> list[list[ChatExample]]:
         """Return the sequences of one PPO iteration, which no earlier iteration of the epoch has used."""
         first = iteration * minibatches * sequences_per_minibatch
         return [

@@ -37,9 +37,10 @@ class LearnerGroup:
         network: NetworkConfig,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
+        chat_template: str | None = None,
     ) -> int:
         """Load a network on every rank; returns how many of its parameters are trained."""
-        return (await self._every("load", name, kind, path, network, optimizer, ema_decay))[0]
+        return (await self._every("load", name, kind, path, network, optimizer, ema_decay, chat_template))[0]
 
     async def unload(self) -> None:
         """Forget every network, to make room for the next step's."""

@@ -64,12 +64,8 @@ class WeightSender:
         under_way = []
         try:
             for number, bucket in enumerate(buckets, start=1):
-                buffer = self._pack(
-                    manifest, bucket, tensors, checksums
-                )  # while the last bucket is under way
-                under_way.append(
-                    (group.broadcast(buffer), f"the generators to take bucket {number} of {len(buckets)}")
-                )
+                buffer = self._pack(manifest, bucket, tensors, checksums)  # while the last bucket is under way
+                under_way.append((group.broadcast(buffer), f"the generators to take bucket {number} of {len(buckets)}"))
                 if len(under_way) > 1:
                     group.wait(*under_way.pop(0))
             for sending in under_way:
@@ -86,9 +82,7 @@ class WeightSender:
         self._group = self._store = self._meeting = None
 
     def _rendezvous(self, port: int, world_size: int, epoch: int) -> Rendezvous:
-        return Rendezvous(
-            host=self.host, port=port, world_size=world_size, epoch=epoch, deadline_s=self.deadline_s
-        )
+        return Rendezvous(host=self.host, port=port, world_size=world_size, epoch=epoch, deadline_s=self.deadline_s)
 
     def _pack(
         self, manifest: Manifest, bucket: Bucket, tensors: dict[str, Tensor], checksums: dict[str, int]

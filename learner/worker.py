@@ -112,8 +112,12 @@ class LearnerWorker:
         network: NetworkConfig,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
+        chat_template: str | None = None,
     ) -> int:
-        """Load a network under `name`, to train with `optimizer` or frozen without; returns its trained parameters."""
+        """Load a network under `name`, to train with `optimizer` or frozen without; returns its trained parameters.
+
+        `chat_template` is saved with it in place of its own.
+        """
         torch.manual_seed(0)  # LoRA adapters start alike on every rank and in every run
         module = load_network(kind, path, network)
         if optimizer is None:
@@ -121,7 +125,7 @@ class LearnerWorker:
             self._frozen[name] = module.to("cuda" if torch.cuda.is_available() else "cpu")
         else:
             self._engines[name] = Engine(module, optimizer, ema_decay)
-        self._tokenizers[name] = ChatEncoding.load(path)
+        self._tokenizers[name] = ChatEncoding.load(path, chat_template)
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     def unload(self) -> None:
