@@ -46,13 +46,11 @@ COMMANDS = {
         entry="cluster.launch:quickstart",
         sections=(
             *(*_TRAINING, "sft", "sample", "labeler", "reward", "ppo", *_SAMPLING),
-            *("scoring", "publish", "evaluation", "tracking"),
+            *("scoring", "publish", "evaluation", "tracking", "quickstart"),
         ),
         run="runs/quickstart",
         preset="quickstart",
-        variants={
-            "tiny": "a model of 3 million parameters, pretrained on the spot; PPO with and without the mix"
-        },
+        variants={"tiny": "a model of 3 million parameters, pretrained on the spot; PPO with and without the mix"},
     ),
     "sft": Command(
         purpose="Step 1: fine-tune a language model on demonstrations.",

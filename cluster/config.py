@@ -82,6 +82,23 @@ class EvaluationConfig(BaseModel):
     """Seed of the samples, the same for every model."""
 
 
+class QuickstartConfig(BaseModel):
+    """What the quickstart takes from the conversations that come with it, and the pretraining of its tiny model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    demonstrations: int = Field(default=1000, ge=1)
+    """Prompts with the human reply, for SFT."""
+    preference_prompts: int = Field(default=256, ge=2)
+    """Prompts whose completions are ranked."""
+    prompts: int = Field(default=1200, ge=1)
+    """Prompts for PPO."""
+    pretraining: int = Field(default=500, ge=1)
+    """Whole chats for the pretraining mix, and for pretraining from scratch."""
+    pretrain: SFTConfig = SFTConfig()
+    """Language-model pretraining of the tiny model."""
+
+
 class Config(BaseModel):
     """Everything that a run can be told."""
 
@@ -115,3 +132,5 @@ class Config(BaseModel):
     """Held-out measurements."""
     tracking: TrackingConfig = TrackingConfig()
     """Weights & Biases."""
+    quickstart: QuickstartConfig = QuickstartConfig()
+    """What only the quickstart reads."""

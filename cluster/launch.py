@@ -15,7 +15,7 @@ from cluster.steps import Job, run_rank, run_reward, run_sample, run_sft, sft_da
 
 def quickstart(job: Job, tiny: bool) -> None:
     """Every step on a small model, and the report."""
-    _on_ray(job, lambda processes: every_step(job, tiny))
+    _on_ray(job, lambda processes: every_step(job, processes, tiny))
     report(job.run_dir, job.tracker.console)
 
 

@@ -1,0 +1,100 @@
+"""A shortened tiny quickstart through the command line: real Ray, vLLM and DeepSpeed, from raw chats to the report."""
+
+import json
+import os
+import subprocess
+import sys
+from statistics import fmean
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from learner.ledger import audit
+from reward_server.encoding import ChatEncoding
+
+ITERATIONS = 8
+SHORT = {
+    "quickstart.pretraining": 150,
+    "quickstart.demonstrations": 300,
+    "quickstart.preference_prompts": 120,
+    "quickstart.prompts": 400,
+    "ppo.iterations": ITERATIONS,
+    "ppo.warmup_iterations": 0,
+    "ppo.prompts_per_batch": 64,
+    "ppo.minibatch_size": 32,
+    "evaluation.prompts": 48,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    options = [part for key, value in SHORT.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "cluster.cli", "quickstart", "--tiny", "--run", str(folder), *options]
+    environment = {**os.environ, "WANDB_API_KEY": "canary-0123456789abcdef0123456789abcdef01234567"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    assert done.stderr == ""  # the chatter of libraries belongs into the log files
+    return folder
+
+
+def rows(run, stage):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in lines if row["stage"] == stage]
+
+
+@pytest.mark.timeout(660)
+def test_the_reward_rises_in_both_arms(run):
+    for arm in ("ppo", "ppo-noptx"):
+        scores = [row["score/mean"] for row in rows(run, arm)]
+        assert len(scores) == ITERATIONS
+        assert fmean(scores[-2:]) > fmean(scores[:2]) + 0.1, scores
+
+
+def test_the_first_iteration_is_on_policy_and_starts_at_the_reference(run):
+    first = rows(run, "ppo")[0]
+    assert first["kl/mean"] == pytest.approx(0, abs=1e-4)
+    assert first["ratio/first_minibatch"] == pytest.approx(1, abs=1e-5)
+    assert first["staleness/max"] == 0
+    assert rows(run, "ppo")[-1]["kl/mean"] > 0.01
+
+
+def test_sampler_and_learner_agree_at_every_publication(run):
+    for row in rows(run, "ppo"):
+        assert row["parity/mean_gap"] < 1e-3
+        assert row["importance/log_ratio_mean"] < 1e-3  # on the tokens that were trained, too
+
+
+def test_every_sample_is_accounted_for(run):
+    for arm in ("ppo", "ppo-noptx"):
+        found = audit(run / f"ledger-{arm}.jsonl")
+        assert found.trained == ITERATIONS * SHORT["ppo.prompts_per_batch"]
+        assert found.issued == found.trained + sum(found.dropped.values()) + found.outstanding
+        assert found.outstanding == 0
+
+
+def test_the_models_are_plain_folders(run):
+    for name in ("base", "sft", "policy", "policy_ema", "policy-noptx"):
+        model = AutoModelForCausalLM.from_pretrained(run / name)
+        assert model.config.pad_token_id != model.config.eos_token_id
+        assert ChatEncoding.load(run / name).tokenizer.chat_template
+    reward = AutoModelForSequenceClassification.from_pretrained(run / "reward")
+    assert reward.config.num_labels == 1
+    assert set(reward.config.rayward_normalisation) == {"gain", "bias"}
+
+
+def test_the_report_says_whose_verdicts_it_shows(run):
+    page = (run / "report.html").read_text()
+    assert "simulated labeler (VADER)" in page
+    assert "http" not in page.split("</style>")[0]  # self-contained
+    assert (run / "report.png").stat().st_size > 10_000
+    shown = (run / "stdout.txt").read_text()
+    assert "simulated labeler (VADER)" in shown
+    assert len(shown.splitlines()) < 120
+
+
+def test_no_file_of_the_run_holds_a_secret(run):
+    for path in run.rglob("*"):
+        if path.is_file():
+            assert b"canary-0123456789abcdef" not in path.read_bytes(), path
