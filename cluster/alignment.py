@@ -12,7 +12,7 @@ from actors.sampling import sample
 from actors.trajectory import Completion, SampleKey, Trajectory
 from cluster.build import Sampler
 from cluster.steps import Job, heldout_prompts, packed_text
-from learner.batch import collate, minibatches
+from learner.batch import collate
 from learner.buffer import Buffer
 from learner.corpora import TextStream, pack, read_texts
 from learner.group import LearnerGroup
@@ -208,8 +208,8 @@ class Alignment:
         batch = collate(
             [Trajectory(key=key, prompt=(), completion=c, score=0.0, parts={}) for c in completions], pad_id=0
         )
-        parts = minibatches(len(batch), len(batch), seed=0)
-        found = await self.learner.evaluate(
-            batch, parts, config.max_tokens_per_microbatch, self.job.config.rollout.temperature
-        )
-        return kl_per_response(found.logprobs, found.ref_logprobs, batch.mask).tolist()
+        budget, temperature = config.max_tokens_per_microbatch, self.job.config.rollout.temperature
+        policy, reference = [
+            await self.learner.response_logprobs(name, batch, budget, temperature) for name in ("policy", "reference")
+        ]
+        return kl_per_response(policy, reference, batch.mask).tolist()

@@ -72,7 +72,7 @@ class LearnerGroup:
 
     async def last_values(self, name: str, sequences: Sequence[tuple[int, ...]], max_tokens: int) -> Tensor:
         """Value at the last token of each sequence, f32 [N]."""
-        return torch.stack(await self._every("last_values", name, sequences, max_tokens)).sum(0)
+        return sum_of(await self._every("last_values", name, sequences, max_tokens))
 
     async def normalise(self, name: str, gain: float, bias: float) -> None:
         """Store a reward model's normalisation with it."""
@@ -84,6 +84,10 @@ class LearnerGroup:
         """Log-probs, reference log-probs, values and entropies of the batch's response tokens."""
         by_rank = await self._every("evaluate", batch, minibatches, max_tokens, temperature)
         return reduce(Evaluation.__add__, by_rank)
+
+    async def response_logprobs(self, name: str, batch: Batch, max_tokens: int, temperature: float) -> Tensor:
+        """Log-probs of the batch's response tokens by one network, f32 [B, T]; 0 in the padding."""
+        return sum_of(await self._every("response_logprobs", name, batch, max_tokens, temperature))
 
     async def update(
         self,
@@ -127,6 +131,11 @@ class LearnerGroup:
 
     async def _every(self, method: str, *args: Any) -> list[Any]:
         return await asyncio.gather(*(getattr(rank, method)(*args) for rank in self.ranks))
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of the ranks' arrays, each zero where it is another rank's share."""
+    return torch.stack(list(parts)).sum(0)
 
 
 def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:

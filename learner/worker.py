@@ -235,6 +235,15 @@ class LearnerWorker:
                     array[rows, :width] = answer.cpu()
         return Evaluation(**found)
 
+    def response_logprobs(self, name: str, batch: Batch, max_tokens: int, temperature: float) -> Tensor:
+        """Log-probs of the response tokens by one network, f32 [B, T]; 0 in the padding and in other ranks' rows."""
+        found = torch.zeros(batch.mask.shape)
+        with torch.no_grad():
+            for rows in self._micro_rows(batch, [list(range(len(batch)))], max_tokens):
+                part = batch.rows(rows)
+                found[rows, : part.mask.shape[1]] = self._response_logprobs(name, part, temperature)[0].cpu()
+        return found
+
     def update(
         self,
         batch: Batch,
