@@ -162,18 +162,17 @@ class Engine:
     def _buffers(self) -> list[Tensor]:
         """Where this rank's gradients add up: DeepSpeed's float32 copies beside bfloat16 weights, else `.grad`.
 
-        What no loss has reached is given zeros: a rank without a micro-batch still takes part in every sum over ranks.
+        What no loss has reached counts as zeros: a rank without a micro-batch still takes part in every sum over ranks.
         """
-        optimizer = self._engine.optimizer
-        float32 = getattr(optimizer, "fp32_groups_gradients_flat", None)
+        float32 = getattr(self._engine.optimizer, "fp32_groups_gradients_flat", None)
         if float32:
-            groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_has_gradients, strict=True)
-            unreached = [p for group, flags in groups for p, has in zip(group, flags, strict=True) if not has]
-        else:
-            unreached = [p for _, p in self.trained if p.grad is None]
+            for reached in self._engine.optimizer.fp32_groups_has_gradients:
+                reached[:] = [True] * len(reached)
+            return float32
+        unreached = [p for _, p in self.trained if p.grad is None]
         if unreached:
             self.backward(torch.stack([p.flatten()[0] for p in unreached]).sum() * 0.0)
-        return float32 or [p.grad for _, p in self.trained if p.grad is not None]
+        return [p.grad for _, p in self.trained if p.grad is not None]
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param

@@ -10,7 +10,7 @@ from typing import Any
 from learner.group import LearnerGroup
 from learner.worker import LearnerWorker
 
-DEADLINE_S = 120.0
+DEADLINE_S = 200.0
 
 
 class InProcess:

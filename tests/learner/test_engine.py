@@ -1,0 +1,183 @@
+"""The engine on networks of a few numbers: what adds up, what a step does, what the average follows."""
+
+import pytest
+import torch
+from torch import nn
+
+from learner.engine import Engine, OptimizerConfig
+
+pytestmark = pytest.mark.usefixtures("rank")
+
+
+class Plane(nn.Module):
+    """y = x . w + b, with everything at a known place."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, weight: tuple[float, ...] = (1.0, -2.0)) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.weight.dtype) @ self.weight + self.bias.sum()
+
+
+def engine(network: nn.Module, ema: float | None = None, **settings) -> Engine:
+    return Engine(network, OptimizerConfig(**{"lr": 0.1} | settings), ema)
+
+
+def push(trained: Engine, *x: float) -> None:
+    """Add the gradient (x, 1) of (weight, bias)."""
+    trained.backward(trained.network(torch.tensor(x)).float())
+
+
+def flat(gradients: list[torch.Tensor]) -> list[float]:
+    return torch.cat([g.flatten() for g in gradients])[:3].tolist()
+
+
+MODES = pytest.mark.parametrize(
+    ("dtype", "stage"), [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 1)], ids=str
+)
+
+
+@MODES
+def test_losses_add_up_until_the_step(dtype, stage):
+    trained = engine(Plane(dtype), zero_stage=stage)
+    push(trained, 1.0, 0.0)
+    push(trained, 2.0, 4.0)
+    assert flat(trained.gradients()) == [3.0, 4.0, 2.0]
+    assert trained.norm(trained.gradients()) == pytest.approx(29**0.5)
+    assert trained.step(0.1) == pytest.approx(29**0.5)
+    assert flat(trained.gradients()) == [0.0, 0.0, 0.0]  # the next step starts anew
+    push(trained, 0.0, 1.0)
+    assert trained.step(0.1) == pytest.approx(2**0.5)
+
+
+@MODES
+def test_a_copy_of_the_gradients_is_not_changed_by_what_follows(dtype, stage):
+    trained = engine(Plane(dtype), zero_stage=stage)
+    push(trained, 3.0, 4.0)
+    first = trained.gradients()
+    trained.norm(first)
+    push(trained, 1.0, 1.0)
+    assert flat(first) == [3.0, 4.0, 1.0]
+
+
+@MODES
+def test_steps_are_those_of_adam_at_the_rate_of_each(dtype, stage):
+    network, plain = Plane(dtype), Plane()
+    trained = engine(network, zero_stage=stage, beta1=0.8, beta2=0.9, eps=0.01)
+    adam = torch.optim.Adam(plain.parameters(), lr=1.0, betas=(0.8, 0.9), eps=0.01)
+    for rate, x in ((0.5, (1.0, -3.0)), (0.125, (0.5, 2.0)), (0.0, (9.0, 9.0)), (0.25, (-1.0, 0.0))):
+        push(trained, *x)
+        trained.step(rate)
+        adam.zero_grad()
+        plain(torch.tensor(x)).backward()
+        adam.param_groups[0]["lr"] = rate
+        adam.step()
+    for (name, got), want in zip(network.named_parameters(), plain.parameters(), strict=True):
+        bound = 1e-6 if dtype == torch.float32 else 0.01  # half a step of bfloat16 below 4
+        torch.testing.assert_close(got.float(), want.data, rtol=0, atol=bound, msg=name)
+
+
+def test_small_gradients_add_up_in_float32_beside_bfloat16_weights():
+    trained = engine(Plane(torch.bfloat16))
+    push(trained, 256.0, 0.0)
+    for _ in range(8):
+        push(trained, 0.5, 0.0)  # bfloat16 cannot hold 256.5
+    assert flat(trained.gradients()) == [260.0, 0.0, 9.0]
+
+
+def test_steps_too_small_for_bfloat16_are_kept_in_the_master_weights():
+    network = Plane(torch.bfloat16, weight=(1.0, 1.0))
+    trained = engine(network, ema=0.0)
+    for _ in range(8):
+        push(trained, 1.0, 1.0)
+        trained.step(0.001)  # half of bfloat16's resolution below 1 is 0.002
+    assert network.weight[0] < 1.0
+    assert trained.ema["weight"].tolist() == pytest.approx([0.992, 0.992], abs=1e-5)
+
+
+@MODES
+def test_clipping_scales_all_gradients_to_one_norm_and_reports_the_norm_before(dtype, stage):
+    network = Plane(dtype)
+    trained = engine(network, zero_stage=stage, clip_grad_norm=0.03, eps=0.05)
+    push(trained, 3.0, 4.0)
+    assert trained.step(1.0) == pytest.approx(26**0.5, rel=1e-3)
+    # Adam's first step is g / (|g| + eps); with g = 0.03 / sqrt(26) * (3, 4, 1)
+    scale = 0.03 / 26**0.5
+    expected = [start - scale * g / (scale * g + 0.05) for start, g in ((1.0, 3.0), (-2.0, 4.0), (0.0, 1.0))]
+    bound = 1e-4 if dtype == torch.float32 else 0.01
+    assert [*network.weight.tolist(), network.bias.item()] == pytest.approx(expected, abs=bound)
+
+
+@MODES
+def test_the_moving_average_starts_at_the_weights_and_follows_every_step(dtype, stage):
+    network = Plane(dtype)
+    trained = engine(network, ema=0.75, zero_stage=stage)
+    assert {name: value.tolist() for name, value in trained.ema.items()} == {"weight": [1.0, -2.0], "bias": [0.0]}
+    assert all(value.dtype == torch.float32 for value in trained.ema.values())
+    for _ in range(2):  # constant gradients: Adam moves by the rate each time, against their sign
+        push(trained, 1.0, -1.0)
+        trained.step(0.5)
+    # weight 1, .5, 0: the average is .75 + .25 * .5 = .875, then .75 * .875 + 0
+    assert trained.ema["weight"].tolist() == pytest.approx([0.65625, -1.65625], abs=1e-4)
+    assert trained.ema["bias"].item() == pytest.approx(0.75 * -0.125 + 0.25 * -1.0, abs=1e-4)
+
+
+def test_without_a_decay_there_is_no_average():
+    assert engine(Plane()).ema == {}
+
+
+@MODES
+def test_frozen_parameters_stay_and_are_not_averaged(dtype, stage):
+    network = Plane(dtype)
+    network.bias.requires_grad_(False)
+    trained = engine(network, ema=0.5, zero_stage=stage)
+    push(trained, 1.0, 1.0)
+    trained.step(0.5)
+    assert network.bias.item() == 0.0
+    assert network.weight[0].item() == pytest.approx(0.5, abs=0.01)
+    assert trained.ema.keys() == {"weight"}
+
+
+@MODES
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_leaves_weights_and_average_alone(dtype, stage, poison):
+    network = Plane(dtype)
+    trained = engine(network, ema=0.5, zero_stage=stage)
+    push(trained, 1.0, 1.0)
+    trained.backward(network.bias.sum().float() * poison)
+    with pytest.raises(FloatingPointError, match="the optimizer step was not taken"):
+        trained.step(0.5)
+    assert network.weight.tolist() == [1.0, -2.0]
+    assert trained.ema["weight"].tolist() == [1.0, -2.0]
+    push(trained, 1.0, -1.0)  # and nothing of it is left
+    assert trained.step(0.5) == pytest.approx(3**0.5)
+    assert network.weight.tolist() == pytest.approx([0.5, -1.5], abs=0.01)
+
+
+@MODES
+def test_a_step_without_a_loss_is_a_step_with_gradients_of_zero(dtype, stage):
+    network = Plane(dtype)
+    trained = engine(network, zero_stage=stage)
+    assert trained.step(0.5) == 0.0
+    assert network.weight.tolist() == [1.0, -2.0]
+    push(trained, 1.0, -1.0)
+    trained.step(0.5)
+    assert network.weight[0] < 0.7
+
+
+@MODES
+def test_parameters_that_a_loss_does_not_reach_have_gradients_of_zero(dtype, stage):
+    network = Plane(dtype)
+    trained = engine(network, zero_stage=stage)
+    trained.backward(3.0 * network.bias.sum().float())
+    assert flat(trained.gradients()) == [0.0, 0.0, 3.0]
+    assert trained.step(0.5) == pytest.approx(3.0)
+    assert network.weight.tolist() == [1.0, -2.0]
+    assert network.bias.item() == pytest.approx(-0.5, abs=1e-3)
+
+
+def test_bfloat16_without_zero_is_refused():
+    with pytest.raises(ValueError, match="use zero_stage = 1"):
+        engine(Plane(torch.bfloat16), zero_stage=0)
