@@ -108,8 +108,7 @@ class Engine:
             os.environ["TORCH_COMPILE_DISABLE"] = "1"  # else the first log-prob compiles C++ for 15 s
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
         async with self._within(self.config.start_deadline_s, "start"):
-            self._llm = await asyncio.to_thread(self._load)
-        self.vocabulary = self._llm.model_config.get_vocab_size()
+            await asyncio.to_thread(self._load)
         self._unusable = ""
 
     async def stop(self) -> None:
@@ -146,9 +145,7 @@ class Engine:
         self._progress = time.monotonic()
         self.paused = False
 
-    async def workers(
-        self, what: str, method: str, seconds: float | None = None, **arguments: Any
-    ) -> list[Any]:
+    async def workers(self, what: str, method: str, seconds: float | None = None, **arguments: Any) -> list[Any]:
         """Call a method of every worker, for `seconds` at most (or call_deadline_s); one answer each."""
         return await self._call(what, self._live().collective_rpc(method, kwargs=arguments), seconds)
 
@@ -186,16 +183,16 @@ class Engine:
         """log p(x_j | x_<j) at temperature 1, j = 1 .. len-1 of each prompt."""
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-        )
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
         outputs = await self._run(prompts, [params] * len(prompts))
         return [_flat(output.prompt_logprobs) for output in outputs]
 
-    def _load(self) -> "AsyncLLM":
+    def _load(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        return AsyncLLM.from_engine_args(_arguments(self.config, self.model_path, self.worker_extension))
+        arguments = _arguments(self.config, self.model_path, self.worker_extension)
+        self._llm = AsyncLLM.from_engine_args(arguments)
+        self.vocabulary = self._llm.model_config.get_vocab_size()
 
     def _live(self) -> "AsyncLLM":
         if self._unusable or self._llm is None:
@@ -208,21 +205,16 @@ class Engine:
             result.append(await answer)
         return result[0]
 
-    async def _run(
-        self, prompts: Sequence[Sequence[int]], params: "Sequence[SamplingParams]"
-    ) -> "list[RequestOutput]":
+    async def _run(self, prompts: Sequence[Sequence[int]], params: "Sequence[SamplingParams]") -> "list[RequestOutput]":
         """Run requests to their end, and watch that the engine makes progress."""
         self._progress = time.monotonic()
         tasks = [
-            asyncio.ensure_future(self._one(list(prompt), param))
-            for prompt, param in zip(prompts, params, strict=True)
+            asyncio.ensure_future(self._one(list(prompt), param)) for prompt, param in zip(prompts, params, strict=True)
         ]
         pending = set(tasks)
         try:
             while pending:
-                done, pending = await asyncio.wait(
-                    pending, timeout=_WATCH_S, return_when=asyncio.FIRST_EXCEPTION
-                )
+                done, pending = await asyncio.wait(pending, timeout=_WATCH_S, return_when=asyncio.FIRST_EXCEPTION)
                 for task in done:
                     task.result()
                 silence = time.monotonic() - self._progress
@@ -244,9 +236,7 @@ class Engine:
         self._requests += 1
         last = None
         try:
-            async for output in self._live().generate(
-                tokens_input(prompt), params, f"{self.name}-{self._requests}"
-            ):
+            async for output in self._live().generate(tokens_input(prompt), params, f"{self.name}-{self._requests}"):
                 self._progress = time.monotonic()
                 last = output
         except (EngineDeadError, EngineGenerateError) as error:
@@ -282,9 +272,7 @@ class Engine:
             raise self._failed(what, error) from error
 
     def _failed(self, what: str, error: Exception) -> GeneratorError:
-        return GeneratorError(
-            f"generator {self.name!r}: the engine failed to {what}: {type(error).__name__}: {error}"
-        )
+        return GeneratorError(f"generator {self.name!r}: the engine failed to {what}: {type(error).__name__}: {error}")
 
 
 def _arguments(config: GeneratorConfig, model_path: Path, worker_extension: str) -> "AsyncEngineArgs":
@@ -313,6 +301,7 @@ def _arguments(config: GeneratorConfig, model_path: Path, worker_extension: str)
         enable_prefix_caching=False,  # cached keys would outlive the weights that made them
         logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
         stream_interval=_STREAM_INTERVAL,
+        use_tqdm_on_load=False,
         disable_log_stats=True,
         weight_transfer_config=WeightTransferConfig(backend="rayward_nccl" if cuda else "rayward_gloo"),
         worker_extension_cls=worker_extension,

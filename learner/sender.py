@@ -71,6 +71,7 @@ class WeightSender:
             for sending in under_way:
                 group.wait(*sending)
         except TransferError:
+            under_way.clear()  # work under way would keep the connections open
             self.close()
             raise
         return checksums
