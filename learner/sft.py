@@ -76,7 +76,7 @@ def sft_batches(
     The last batch of an epoch may be smaller, so that every demonstration is seen once an epoch.
     """
     order = random.Random(config.seed)
-    text = round(config.batch_size * config.pretraining_share) if pretraining else 0
+    text = min(round(config.batch_size * config.pretraining_share), config.batch_size - 1) if pretraining else 0
     size = config.batch_size - text
     batches: list[list[ChatExample]] = []
     for _ in range(config.epochs):
