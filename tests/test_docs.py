@@ -1,0 +1,113 @@
+"""The README and docs/ say what the code does: commands, settings, data rows, files and functions."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from actors.prompts import read_demonstrations, read_prompts
+from cluster.cli import load, parse
+from cluster.commands import COMMANDS
+from cluster.config import Config
+from cluster.settings import settings
+from learner.corpora import read_texts
+from reward_server.labeling import read_comparisons
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("reward_server", "actors", "learner", "cluster")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+README = PAGES[0].read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+READERS = {
+    "demonstrations": read_demonstrations,
+    "prompts": read_prompts,
+    "comparisons": read_comparisons,
+    "pretraining": read_texts,
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def command_lines() -> list[str]:
+    return re.findall(r"rayward ([a-z]+ .*)", "\n".join(blocks("sh")))
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_command_of_the_readme_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(blocks("toml")[0], encoding="utf-8")
+    name, *words = shlex.split(line, comments=True)
+    call = parse(COMMANDS[name], words)
+    if COMMANDS[name].sections:
+        load(Config, call)
+
+
+def test_every_step_has_its_command_in_the_readme():
+    assert {line.split()[0] for line in command_lines()} == COMMANDS.keys() - {"quickstart"}
+
+
+def test_a_row_of_the_readme_is_read(tmp_path: Path):
+    known = {setting.key for setting in settings(Config)}
+    table = re.findall(r"^\| (`data\..*?) \| `(\{.*\})` \|$", README, re.MULTILINE)
+    assert len(table) == 5
+    for number, (keys, row) in enumerate(table):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(row + "\n", encoding="utf-8")
+        for key in re.findall(r"`(data\.\w+)`", keys):
+            assert key in known
+            kind = next(kind for kind in READERS if kind in key)
+            assert len(READERS[kind](path)) == 1
+
+
+def test_settings_named_in_the_pages_exist():
+    known = {setting.key for setting in settings(Config)}
+    tables = {key.split(".")[0] for key in known}
+    for page in PAGES:
+        for name in re.findall(r"`(?:--)?([a-z_]+(?:\.[a-z_]+)+)\b", page.read_text(encoding="utf-8")):
+            table, _, last = name.partition(".")
+            if table in tables and last not in ("py", "toml", "jsonl"):
+                assert name in known, f"{page.name} names {name}"
+
+
+def test_targets_of_make_exist():
+    made = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"^(?:make |.*?`make )([a-z]+)", text, re.MULTILINE):
+            assert target in made, f"{page.name} names make {target}"
+
+
+def test_links_and_paths_lead_somewhere():
+    for page in PAGES:
+        text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        links = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+        links += [f"/{path}" for path in re.findall(rf"`((?:{'|'.join(PACKAGES)}|tests)/[\w/.]+)", text)]
+        for link in links:
+            path = ROOT / link[1:] if link.startswith("/") else page.parent / link
+            assert path.exists(), f"{page.name} names {link}"
+
+
+def test_functions_named_in_the_pages_exist():
+    for page in PAGES:
+        for file, dotted in re.findall(r"`([\w/]+\.py):([\w.]+)`", page.read_text(encoding="utf-8")):
+            inside: list[ast.stmt] = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+            for name in dotted.split("."):
+                found = [
+                    node
+                    for node in inside
+                    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                    and node.name == name
+                ]
+                assert found, f"{page.name} names {file}:{dotted}"
+                inside = found[0].body
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_source_file_has_its_line_in_where_to_look(package: str):
+    table = ARCHITECTURE.split(f"\n**{package}/**")[1].split("\n**")[0]
+    files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.py)`", table)) == files
