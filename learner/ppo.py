@@ -168,7 +168,8 @@ async def ppo(
             returns=returns,
             weights=weights if config.max_staleness else None,
         )
-        sums = await learner.update(batch, targets, parts, pretraining(i, len(parts)), config.step(i, temperature))
+        text = pretraining(i, len(parts)) if config.pretraining.coef else [[] for _ in parts]
+        sums = await learner.update(batch, targets, parts, text, config.step(i, temperature))
         lap("update")
         published = await publish(i + 1)
         lap("publish")

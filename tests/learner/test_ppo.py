@@ -1,0 +1,362 @@
+"""The loop of PPO: by hand with a learner that records, and for real with one that learns, all in one process."""
+
+import asyncio
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from actors.prompts import PromptStream
+from actors.rollout import rollout
+from actors.trajectory import Completion, SampleKey, Trajectory
+from actors.waves import MissingEos, RolloutConfig
+from learner.buffer import Buffer
+from learner.engine import OptimizerConfig
+from learner.ledger import Ledger
+from learner.networks import NetworkConfig
+from learner.ppo import KLConfig, PPOConfig, PretrainingConfig, ppo
+from learner.worker import Evaluation, PPOStep, Targets
+from reward_server.sources import FunctionSource
+from tests.fakes import prompts
+from tests.hf_generator import HfGenerator, SourceScorer
+from tests.tiny_batches import example
+
+# --- by hand: golden numbers of two responses, of 5 and of 3 tokens
+
+LOGPROBS = [(-1.2, -0.7, -2.3, -0.4, -0.9), (-0.5, -1.5, -0.8)]
+REFERENCE = [(-1.0, -0.9, -2.0, -0.6, -1.1), (-0.6, -1.1, -1.0)]
+VALUES = [(0.1, 0.25, -0.05, 0.4, 0.6), (0.3, -0.2, 0.1)]
+SCORES = (0.85, -1.0)
+KL = (0.1, -0.1)  # nats of each response
+
+
+def trajectories(shift: float = 0.0, version: int = 0) -> list[Trajectory]:
+    """The two responses, as a sampler saw them whose log-probs were `shift` lower."""
+    return [
+        Trajectory(
+            key=SampleKey(prompt_id=f"p{row}", epoch=0, k=0, attempt=0),
+            prompt=(),
+            completion=Completion(
+                query_ids=(5, 6),
+                response_ids=(7,) * len(logprobs),
+                logprobs=tuple(value - shift for value in logprobs),
+                versions=(version,) * len(logprobs),
+                ended=True,
+                text="",
+            ),
+            score=score,
+            parts={},
+        )
+        for row, (logprobs, score) in enumerate(zip(LOGPROBS, SCORES, strict=True))
+    ]
+
+
+@dataclass
+class RecordingLearner:
+    """Answers with the golden numbers, and keeps what it is to learn."""
+
+    evaluated: list[list[list[int]]] = field(default_factory=list)
+    updates: list[tuple[Targets, list[list[int]], list, PPOStep]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+
+    async def evaluate(self, batch, minibatches, max_tokens, temperature):
+        self.events.append("evaluate")
+        self.evaluated.append(minibatches)
+        padded = {
+            name: torch.tensor([[*row, *[99.0] * (5 - len(row))] for row in rows])  # garbage in the padding
+            for name, rows in (("logprobs", LOGPROBS), ("ref_logprobs", REFERENCE), ("values", VALUES))
+        }
+        return Evaluation(**padded, entropies=torch.ones(2, 5))
+
+    async def update(self, batch, targets, minibatches, pretraining, step):
+        self.events.append("update")
+        self.updates.append((targets, minibatches, pretraining, step))
+        names = ("loss/policy", "loss/value", "ratio/mean", "policy/clip_fraction", "policy/approx_kl")
+        return [dict.fromkeys((*names, "value/clip_fraction"), 4.0) | {"tokens": 4.0} for _ in minibatches]
+
+
+def by_hand(shift: float = 0.0, iterations: int = 1, **settings):
+    """Run the loop on the golden trajectories; (learner, log lines)."""
+    config = PPOConfig(
+        **{
+            "iterations": iterations,
+            "prompts_per_batch": 2,
+            "minibatch_size": 1,
+            "pretraining": PretrainingConfig(coef=0.0),
+        }
+        | settings
+    )
+    learner, logged = RecordingLearner(), []
+
+    async def run():
+        buffer = Buffer(2, 1, config.max_staleness, ledger=Ledger(None))
+
+        async def publish(version):
+            learner.events.append(f"publish {version}")
+            return {"publish/tensors": 1.0}
+
+        async def sample():
+            for _ in range(iterations):
+                tickets = await buffer.admit(1) + await buffer.admit(1)
+                for ticket, trajectory in zip(tickets, trajectories(shift, buffer.version), strict=True):
+                    buffer.put(ticket, [trajectory])
+
+        sampling = asyncio.create_task(sample())
+        await ppo(
+            config,
+            1.0,
+            buffer,
+            learner,
+            publish,
+            lambda i, parts: [[example(4, 1)]] * parts,
+            lambda batch: {"gold/mean": float(len(batch))},
+            lambda *line: logged.append(line),
+        )
+        await sampling
+
+    asyncio.run(run())
+    return learner, logged
+
+
+def test_rewards_advantages_and_returns_are_the_golden_ones():
+    learner, logged = by_hand()
+    ((targets, parts, _, step),) = learner.updates
+    whitened = [
+        [0.881645, 0.717596, 1.162071, 0.605835, 0.370676],
+        [-1.487766, -0.892557, -1.3575, 0.0, 0.0],
+    ]
+    returns = [[0.745154, 0.767004, 0.814215, 0.8297, 0.846], [-0.90576, -0.9408, -1.004]]
+    torch.testing.assert_close(targets.advantages, torch.tensor(whitened), rtol=0, atol=1e-5)
+    torch.testing.assert_close(targets.returns[0], torch.tensor(returns[0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(targets.returns[1, :3], torch.tensor(returns[1]), rtol=0, atol=1e-5)
+    assert targets.weights is None
+    assert sorted(parts) == [[0], [1]]
+    assert (step.clip, step.value_clip, step.temperature) == (0.2, 0.2, 1.0)
+    ((stage, number, metrics),) = logged
+    assert (stage, number) == ("ppo", 1)
+    assert metrics["reward/mean"] == pytest.approx((0.848 - 0.998) / 2)  # score - beta * KL of each
+    assert metrics["kl/mean"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["kl/std"] == pytest.approx(0.1)
+    assert metrics["gold/mean"] == 2.0
+    assert metrics["publish/tensors"] == 1.0
+    assert metrics["buffer/trained"] == 2.0
+    assert metrics["loss/policy"] == 1.0
+
+
+def test_whitened_rewards_keep_their_mean_and_change_the_returns():
+    learner, _ = by_hand(whiten_rewards=True)
+    targets = learner.updates[0][0]
+    # the last token's return is its reward alone: row 1 1.845637, row 2 -2.142933
+    assert targets.returns[0, 4].item() == pytest.approx(1.845637, abs=1e-5)
+    assert targets.returns[1, 2].item() == pytest.approx(-2.142933, abs=1e-5)
+
+
+def test_each_iteration_evaluates_updates_and_publishes_the_next_version():
+    learner, logged = by_hand(iterations=3)
+    events = [f"{name} {i}".removesuffix(" 0") for i in (1, 2, 3) for name in ("evaluate", "update", "publish")]
+    assert learner.events == [e if e.startswith("publish") else e.split()[0] for e in events]
+    assert [(stage, step) for stage, step, _ in logged] == [("ppo", 1), ("ppo", 2), ("ppo", 3)]
+    assert [metrics["progress/version"] for *_, metrics in logged] == [1.0, 2.0, 3.0]
+
+
+def test_epochs_split_the_batch_anew_and_are_evaluated_in_the_first_split():
+    learner, _ = by_hand(iterations=8, epochs=2)
+    for evaluated, (_, parts, _, _) in zip(learner.evaluated, learner.updates, strict=True):
+        assert evaluated == parts[:2]
+        assert sorted(parts[:2]) == sorted(parts[2:]) == [[0], [1]]
+    orders = [parts for _, parts, _, _ in learner.updates]
+    assert len({str(order) for order in orders}) > 1
+    assert [parts for _, parts, _, _ in by_hand(iterations=8, epochs=2)[0].updates] == orders
+
+
+def test_the_policys_rate_warms_up_and_the_critics_does_not():
+    optimizer = OptimizerConfig(lr=1.0)
+    learner, _ = by_hand(iterations=4, warmup_iterations=2, policy_optimizer=optimizer, critic_optimizer=optimizer)
+    assert [step.policy_lr for *_, step in learner.updates] == pytest.approx([0.1, 0.55, 1.0, 1.0])
+    assert [step.critic_lr for *_, step in learner.updates] == [1.0] * 4
+
+
+def test_an_adaptive_beta_changes_after_the_iteration_that_measured_the_kl():
+    # KL 0 against a target of 6: error -1, held at -.2; 2 episodes of a horizon of 10
+    kl = KLConfig(coef=0.5, target=6.0, horizon=10)
+    learner, logged = by_hand(iterations=3, kl=kl)
+    factor = 1 - 0.2 * 2 / 10
+    betas = [0.5, 0.5 * factor, 0.5 * factor**2]
+    assert [metrics["kl/coef"] for *_, metrics in logged] == pytest.approx(betas)
+    for beta, (targets, *_) in zip(betas, learner.updates, strict=True):
+        # the last token's return is its reward: score - beta * (lp - ref)
+        assert targets.returns[0, 4].item() == pytest.approx(0.85 - beta * 0.2, abs=1e-6)
+
+
+def test_a_fixed_beta_stays():
+    _, logged = by_hand(iterations=3, kl=KLConfig(coef=0.5))
+    assert [metrics["kl/coef"] for *_, metrics in logged] == [0.5] * 3
+
+
+def test_staleness_brings_importance_weights_up_to_the_cap():
+    learner, logged = by_hand(shift=0.5, max_staleness=1, importance_cap=1.5)
+    weights = learner.updates[0][0].weights
+    assert weights[0].tolist() == pytest.approx([1.5] * 5)  # exp(.5) = 1.65, cut
+    assert weights[1].tolist() == pytest.approx([1.5, 1.5, 1.5, 0.0, 0.0])
+    learner, logged = by_hand(shift=-0.5, max_staleness=1)
+    assert learner.updates[0][0].weights[0].tolist() == pytest.approx([math.exp(-0.5)] * 5)
+    assert logged[0][2]["importance/log_ratio_max"] == pytest.approx(0.5)
+
+
+def test_fresh_samples_have_no_weights_but_their_drift_is_reported():
+    learner, logged = by_hand(shift=0.25)
+    assert learner.updates[0][0].weights is None
+    assert logged[0][2]["importance/log_ratio_mean"] == pytest.approx(0.25)
+
+
+def test_without_a_coefficient_no_pretraining_text_is_asked_for():
+    learner, _ = by_hand()
+    assert learner.updates[0][2] == [[], []]
+    learner, _ = by_hand(pretraining=PretrainingConfig(coef=2.0))
+    assert learner.updates[0][2] == [[example(4, 1)]] * 2
+    assert learner.updates[0][3].pretraining_coef == 2.0
+
+
+def test_a_batch_that_does_not_come_stops_the_run_with_what_is_missing():
+    async def run():
+        buffer = Buffer(2, 1, 0, ledger=Ledger(None))
+        await buffer.admit(2)
+        config = PPOConfig(prompts_per_batch=2, rollout_deadline_s=0.01)
+        await ppo(config, 1.0, buffer, RecordingLearner(), None, None, None, None)
+
+    with pytest.raises(TimeoutError, match="batch 0: 2 of its 2 prompts are missing"):
+        asyncio.run(run())
+
+
+# --- for real: sampler, buffer, scores and a DeepSpeed learner
+
+SMALL = {
+    "prompts_per_batch": 32,
+    "minibatch_size": 16,
+    "warmup_iterations": 0,
+    "policy_optimizer": OptimizerConfig(lr=1e-2),
+    "critic_optimizer": OptimizerConfig(lr=4e-3),
+    "pretraining": PretrainingConfig(coef=0.0),
+    "network": NetworkConfig(dtype="float32"),
+}
+ROLLOUT = RolloutConfig(prompts_per_wave=16, max_new_tokens=6, missing_eos=MissingEos(rule="none"))
+
+
+def train(worker, learner, folders, **settings):
+    """Run PPO for the share of letters; (metrics of each iteration, versions published, text asked for)."""
+    config = PPOConfig(**SMALL | settings)
+    generator = HfGenerator(folders / "policy")
+    scorer = SourceScorer(FunctionSource("tests.hf_generator:share_of_letters"))
+    worker.load("policy", "policy", folders / "policy", config.network, config.policy_optimizer, config.ema_decay)
+    worker.load("reference", "policy", folders / "policy", config.network)
+    worker.load("critic", "value", folders / "reward", config.network, config.critic_optimizer)
+    lines, versions, asked = [], [], []
+
+    async def publish(version):
+        generator.receive(worker, version)
+        versions.append(version)
+        return {}
+
+    def text(i, parts):
+        asked.append(i)
+        return [[example(12, 1, seed=100 * i + part) for _ in range(2)] for part in range(parts)]
+
+    async def run():
+        stream, stop = PromptStream(prompts(8), seed=0), asyncio.Event()
+        buffer = Buffer(config.prompts_per_batch, 1, config.max_staleness, ledger=Ledger(None, stream))
+        sampling = asyncio.create_task(rollout(generator, scorer, stream, buffer, generator.encoding, ROLLOUT, 0, stop))
+        await ppo(config, 1.0, buffer, learner, publish, text, lambda _: {}, lambda *line: lines.append(line[2]))
+        stop.set()
+        await sampling
+
+    asyncio.run(run())
+    return lines, versions, asked
+
+
+NAMES = [
+    "score/mean",
+    "score/std",
+    "kl/mean",
+    "kl/std",
+    "kl/k3",
+    "kl/coef",
+    "reward/mean",
+    "reward/std",
+    "response/length",
+    "response/eos_rate",
+    "loss/policy",
+    "loss/value",
+    "loss/pretraining",
+    "ratio/mean",
+    "ratio/first_minibatch",
+    "policy/clip_fraction",
+    "policy/approx_kl",
+    "policy/entropy",
+    "value/mean",
+    "value/explained_variance",
+    "value/clip_fraction",
+    "grad_norm/policy",
+    "grad_norm/pretraining",
+    "grad_norm/value",
+    "staleness/mean",
+    "staleness/max",
+    "time/rollout",
+    "time/evaluate",
+    "time/update",
+    "time/publish",
+    "time/iteration",
+    "buffer/issued",
+    "buffer/trained",
+    "progress/version",
+    "importance/log_ratio_mean",
+    "importance/effective_share",
+]
+
+
+@pytest.mark.parametrize(
+    ("network", "iterations"),
+    [(NetworkConfig(dtype="float32"), 16), (NetworkConfig(lora_rank=8), 22)],
+    ids=["full", "lora"],
+)
+def test_the_score_rises(worker, learner, folders, network, iterations):
+    lines, versions, asked = train(worker, learner, folders, iterations=iterations, network=network, epochs=2)
+    scores = [line["score/mean"] for line in lines]
+    assert versions == list(range(1, iterations + 1))
+    assert asked == []
+    assert scores[0] < 0.45  # 26 letters among the characters that random weights write
+    assert sum(scores[-3:]) / 3 > scores[0] + 0.2
+    assert lines[-1]["kl/mean"] > 0.1 > abs(lines[0]["kl/mean"])
+    # the sampler's and the learner's log-probs of a token are the same number, after every publish
+    bound = 1e-4 if network.dtype == "float32" else 0.2
+    assert max(line["importance/log_ratio_max"] for line in lines) < bound
+    assert {line["staleness/max"] for line in lines} == {0.0}
+
+
+def test_with_a_pretraining_mix_every_metric_is_there_and_finite(worker, learner, folders):
+    lines, versions, asked = train(worker, learner, folders, iterations=3, pretraining=PretrainingConfig(coef=1.0))
+    assert versions == [1, 2, 3]
+    assert asked == [0, 1, 2]
+    for line in lines:
+        assert set(NAMES) <= line.keys()
+        assert all(math.isfinite(value) for value in line.values()), line
+    assert lines[-1]["buffer/trained"] == 96.0
+    assert lines[0]["ratio/first_minibatch"] == pytest.approx(1.0, abs=1e-5)
+    assert lines[0]["loss/pretraining"] > 5.0
+
+
+def test_with_staleness_one_the_sampler_runs_ahead_and_the_score_still_rises(worker, learner, folders):
+    lines, versions, _ = train(
+        worker,
+        learner,
+        folders,
+        iterations=16,
+        epochs=2,
+        max_staleness=1,
+    )
+    scores = [line["score/mean"] for line in lines]
+    assert versions == list(range(1, 17))
+    assert [line["staleness/max"] for line in lines] == [0.0] + [1.0] * 15
+    assert lines[0]["importance/log_ratio_max"] < 1e-4
+    assert all(line["importance/log_ratio_mean"] > 1e-3 for line in lines[1:])
+    assert sum(scores[-3:]) / 3 > scores[0] + 0.2
