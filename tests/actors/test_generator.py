@@ -1,0 +1,197 @@
+"""A real engine: what it samples, what it says of it, and new weights while it does."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from actors.generator import Generator, GeneratorConfig, GeneratorError
+from actors.trajectory import Completion
+from learner.publish import ParityConfig, Probe, PublishConfig, Publisher, PublishError, StaleWeights
+from tests.actors.conftest import ENGINE, STOP_IDS, Served
+from tests.hf_learner import CorruptingSender, DyingSender, HfLearner, token_logprobs
+from tests.tiny_models import tiny_tokenizer
+
+pytestmark = pytest.mark.slow
+
+CLOSE = 1e-3  # nats; float32 on both sides, other kernels
+QUERIES = [[1, 10 + i, 20 + i, 30] for i in range(32)]
+PROBES = [Probe(ids=[1, *range(first, first + 40)]) for first in (50, 120, 200)]
+EXACT = ParityConfig(mean_bound=CLOSE, max_bound=10 * CLOSE)
+
+
+def sample(
+    served: Served, queries: Sequence[Sequence[int]], tokens: int, temperature: float = 1.0, seed: int = 0
+) -> list[Completion]:
+    seeds = [seed + i for i in range(len(queries))]
+    return served.runner.run(served.generator.generate(queries, seeds, tokens, temperature))
+
+
+def gap(served: Served, completion: Completion, temperature: float = 1.0) -> float:
+    """Largest difference between a response's behaviour log-probs and the Hugging Face model's."""
+    ids = [*completion.query_ids, *completion.response_ids]
+    expected = token_logprobs(served.model, ids, temperature)[-len(completion.response_ids) :]
+    return (expected - torch.tensor(completion.logprobs)).abs().max().item()
+
+
+def publisher(served: Served, deadline_s: float = 20.0, **sender: type) -> Publisher:
+    config = PublishConfig(deadline_s=deadline_s, bucket_mb=1, parity=EXACT)
+    learner = HfLearner(served.model, config, **sender)
+    return Publisher(learner, config, PROBES)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_behaviour_logprobs_are_of_the_distribution_sampled_from(served: Served, temperature: float) -> None:
+    for completion in sample(served, QUERIES[:8], 24, temperature):
+        assert gap(served, completion, temperature) < CLOSE
+
+
+def test_a_response_ends_with_its_first_eos_or_at_its_length(served: Served) -> None:
+    completions = sample(served, QUERIES, 120)
+    for query, completion in zip(QUERIES, completions, strict=True):
+        *body, last = completion.response_ids
+        assert completion.query_ids == tuple(query)
+        assert not set(body) & set(STOP_IDS)
+        assert completion.ended == (last in STOP_IDS)
+        assert completion.ended or len(completion.response_ids) == 120
+    assert {c.response_ids[-1] for c in completions if c.ended} == set(STOP_IDS)
+
+
+def test_the_text_is_the_response_without_its_eos(served: Served) -> None:
+    completion = next(c for c in sample(served, QUERIES, 120) if c.response_ids[-1] == STOP_IDS[0])
+    assert completion.text == tiny_tokenizer().decode(list(completion.response_ids[:-1]), skip_special_tokens=True)
+
+
+def test_a_seed_gives_the_same_response_whoever_is_beside_it(served: Served) -> None:
+    alone = served.runner.run(served.generator.generate([QUERIES[3]], [99], 40, 1.0))[0]
+    crowd = served.runner.run(served.generator.generate([*QUERIES[:8], QUERIES[3]], [*range(8), 99], 40, 1.0))
+    assert crowd[-1].response_ids == alone.response_ids
+    assert crowd[3].response_ids != alone.response_ids
+
+
+def test_teacher_forced_logprobs_are_the_models(served: Served) -> None:
+    sequences = [probe.ids for probe in PROBES]
+    answers = served.runner.run(served.generator.logprobs(sequences))
+    for sequence, answer in zip(sequences, answers, strict=True):
+        assert len(answer) == len(sequence) - 1
+        assert answer == pytest.approx(token_logprobs(served.model, sequence).tolist(), abs=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("query", "tokens", "text"),
+    [
+        ([], 8, "query 1 is empty"),
+        ([1] * 250, 8, "query 1 has 250 tokens and needs room for 8 more, but max_model_len is 256"),
+        ([1, 320], 8, "query 1 holds token id 320, outside the vocabulary of 320"),
+        ([1, -1], 8, "query 1 holds token id -1"),
+    ],
+)
+def test_a_query_that_cannot_be_served_is_refused_and_the_engine_lives(
+    served: Served, query: list[int], tokens: int, text: str
+) -> None:
+    with pytest.raises(ValueError, match=f"'generator-0': {text}"):
+        served.runner.run(served.generator.generate([QUERIES[0], query], [1, 2], tokens, 1.0))
+    assert len(sample(served, QUERIES[:1], 8)) == 1
+
+
+def test_a_longest_sequence_fits_exactly(served: Served) -> None:
+    (completion,) = sample(served, [[1] * 250], 6)
+    assert 1 <= len(completion.response_ids) <= 6
+
+
+def test_requests_in_flight_survive_an_update_and_carry_both_versions(served: Served) -> None:
+    publish = publisher(served)
+    learner = publish.source
+    assert isinstance(learner, HfLearner)
+
+    async def update() -> tuple[list[Completion], dict[str, float]]:
+        before = await served.generator.version()
+        in_flight = asyncio.ensure_future(served.generator.generate(QUERIES, range(32), 240, 1.0))
+        await asyncio.sleep(0.5)
+        learner.train()
+        publication = await publish.publish([served.generator], before + 1)
+        assert publication.lost == {}
+        return await in_flight, publication.metrics
+
+    old = served.runner.run(served.generator.version())
+    state = {name: weight.clone() for name, weight in served.model.named_parameters()}
+    completions, metrics = served.runner.run(update())
+    assert metrics["parity/max_gap"] < CLOSE
+    across = [c for c in completions if set(c.versions) == {old, old + 1}]
+    assert across, "no request was in flight during the update: sample more tokens"
+    for completion in across:
+        assert list(completion.versions) == sorted(completion.versions)
+        assert gap(served, completion) > 10 * CLOSE  # the older tokens are not of the new weights
+    # Tokens from before the update have the old weights' log-probs.
+    new = {name: weight.detach().clone() for name, weight in served.model.named_parameters()}
+    served.model.load_state_dict(state, strict=False)
+    for completion in across:
+        count = completion.versions.count(old)
+        expected = token_logprobs(served.model, [*completion.query_ids, *completion.response_ids[:count]])[-count:]
+        assert completion.logprobs[:count] == pytest.approx(expected.tolist(), abs=CLOSE)
+    served.model.load_state_dict(new, strict=False)
+    # And from here on everything is of the new ones.
+    assert served.runner.run(served.generator.version()) == old + 1
+    for completion in sample(served, QUERIES[:8], 24):
+        assert set(completion.versions) == {old + 1}
+        assert gap(served, completion) < CLOSE
+
+
+def test_many_updates_through_one_group(served: Served) -> None:
+    publish = publisher(served)
+    version = served.runner.run(served.generator.version())
+    for _ in range(3):
+        publish.source.train()  # pyright: ignore[reportAttributeAccessIssue]
+        version += 1
+        metrics = served.runner.run(publish.publish([served.generator], version)).metrics
+        assert metrics["parity/max_gap"] < CLOSE
+        assert served.runner.run(served.generator.version()) == version
+
+
+@pytest.mark.parametrize(
+    ("sender", "error", "text"),
+    [
+        (CorruptingSender, StaleWeights, "did not reach generator-0 as they were sent"),
+        (DyingSender, PublishError, "2 transfers failed"),
+    ],
+)
+def test_a_broken_transfer_leaves_the_old_weights_in_use(
+    served: Served, sender: type, error: type[Exception], text: str
+) -> None:
+    state = {name: weight.detach().clone() for name, weight in served.model.named_parameters()}
+    version = served.runner.run(served.generator.version())
+    broken = publisher(served, deadline_s=5, sender=sender)
+    broken.source.train()  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def update() -> list[Completion]:
+        in_flight = asyncio.ensure_future(served.generator.generate(QUERIES[:8], range(8), 100, 1.0))
+        await asyncio.sleep(0.2)
+        with pytest.raises(error, match=text):
+            await broken.publish([served.generator], version + 1)
+        return await in_flight
+
+    completions = served.runner.run(update())
+    served.model.load_state_dict(state, strict=False)
+    assert served.runner.run(served.generator.version()) == version
+    for completion in [*completions, *sample(served, QUERIES[:4], 24)]:
+        assert set(completion.versions) == {version}
+        assert gap(served, completion) < CLOSE
+    assert served.runner.run(publisher(served).publish([served.generator], version + 1)).lost == {}
+
+
+def test_a_generator_that_was_not_started_or_was_stopped_says_so(served: Served) -> None:
+    generator = Generator(ENGINE, served.folder, "idle")
+    with pytest.raises(GeneratorError, match="'idle' cannot be used: it was not started"):
+        served.runner.run(generator.version())
+    served.runner.run(generator.stop())
+    with pytest.raises(GeneratorError, match="'idle' cannot be used: it was stopped"):
+        served.runner.run(generator.version())
+
+
+def test_a_folder_that_is_no_model_fails_with_the_engines_words(served: Served, tmp_path) -> None:
+    for file in served.folder.glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    generator = Generator(GeneratorConfig(), tmp_path, "empty")
+    with pytest.raises((GeneratorError, OSError, ValueError), match=str(tmp_path)):
+        served.runner.run(generator.start())

@@ -1,0 +1,126 @@
+"""The receiving side in a real engine: what a packed head needs, dead engines, and engines whose generator died."""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.generator import Generator, GeneratorError
+from learner.publish import ParityConfig, ParityError, Probe, PublishConfig, Publisher
+from tests.actors.conftest import ENGINE, Served
+from tests.hf_learner import HfLearner
+
+pytestmark = pytest.mark.slow
+
+CONFIG = PublishConfig(deadline_s=20, parity=ParityConfig(mean_bound=1e-3, max_bound=1e-2))
+PROBES = [Probe(ids=[1, *range(50, 100)])]
+
+
+class StaleHeadGenerator(Generator):
+    """A generator whose engine forgets to pack the head again."""
+
+    worker_extension = "tests.actors.stale_head.StaleHead"
+
+
+@pytest.fixture(scope="module")
+def stale(served: Served) -> Iterator[tuple[Generator, int]]:
+    """A second engine beside the sound one, and the id of its process."""
+    before = {child.pid for child in multiprocessing.active_children()}
+    generator = StaleHeadGenerator(ENGINE, served.folder, "stale")
+    served.runner.run(generator.start())
+    (engine,) = {child.pid for child in multiprocessing.active_children()} - before
+    assert engine is not None
+    yield generator, engine
+    served.runner.run(generator.stop())
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie has)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while left := [pid for pid in pids if not gone(pid)]:
+        assert time.monotonic() < end, f"processes {left} still live after {seconds} s"
+        time.sleep(0.05)
+
+
+def test_the_parity_probe_notices_a_head_that_was_not_packed_again(
+    served: Served, stale: tuple[Generator, int]
+) -> None:
+    """Two generators get the same weights; all checksums agree; the one without the remedy is named."""
+    generator, _ = stale
+    learner = HfLearner(served.model, CONFIG)
+    learner.train()
+    version = served.runner.run(served.generator.version()) + 1
+    with pytest.raises(ParityError, match="stale and the learner disagree"):
+        served.runner.run(Publisher(learner, CONFIG, PROBES).publish([served.generator, generator], version))
+    metrics = served.runner.run(Publisher(learner, CONFIG, PROBES).publish([served.generator], version + 1)).metrics
+    assert metrics["parity/max_gap"] < 1e-3
+
+
+def test_an_engine_that_is_killed_is_lost_and_the_others_get_the_version(
+    served: Served, stale: tuple[Generator, int]
+) -> None:
+    generator, engine = stale
+    learner = HfLearner(served.model, CONFIG)
+    publisher = Publisher(
+        learner, CONFIG.model_copy(update={"parity": ParityConfig(mean_bound=9, max_bound=9)}), PROBES
+    )
+    version = served.runner.run(served.generator.version()) + 1
+    assert served.runner.run(publisher.publish([served.generator, generator], version)).lost == {}
+
+    async def kill_while_it_samples() -> float:
+        sampling = asyncio.ensure_future(generator.generate([[1, 5, 9]] * 8, range(8), 240, 1.0))
+        await asyncio.sleep(0.2)
+        os.kill(engine, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(GeneratorError, match="generator 'stale': the engine failed to sample: EngineDeadError"):
+            await sampling
+        return time.monotonic() - killed
+
+    assert served.runner.run(kill_while_it_samples()) < 5
+    publication = served.runner.run(publisher.publish([served.generator, generator], version + 1))
+    assert publication.lost.keys() == {"stale"}
+    assert "EngineDeadError" in publication.lost["stale"]
+    assert served.runner.run(served.generator.version()) == version + 1
+
+
+def test_an_untied_model_is_in_parity_and_no_process_outlives_a_killed_generator(tmp_path: Path) -> None:
+    """In a process of its own, since it is killed the hard way."""
+    root = Path(__file__).parents[2]
+    program = Path(__file__).with_name("lonely_generator.py")
+    with subprocess.Popen(
+        [sys.executable, str(program), str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        patience = threading.Timer(120, process.kill)  # ends the output, and so the search below
+        patience.start()
+        try:
+            assert process.stdout is not None
+            report = next((json.loads(line) for line in process.stdout if line.startswith("{")), None)
+            assert report is not None, "the generator did not get its update within 120 s"
+            assert report["gap"] < 1e-3
+            assert report["children"]
+            assert not any(gone(child) for child in report["children"])
+        finally:
+            patience.cancel()
+            process.kill()
+    wait_until_gone(report["children"], 5)
