@@ -1,0 +1,91 @@
+"""Sampling without a buffer: order, seeds, sharing among generators, and faults."""
+
+import asyncio
+
+import pytest
+
+from actors.sampling import sample
+from actors.waves import RolloutConfig
+from tests.fakes import FakeEncoding, FakeGenerator, prompts
+
+CONFIG = RolloutConfig(prompts_per_wave=2, max_new_tokens=4)
+
+
+def run(generators, count, samples=1, seed=0, config=CONFIG, **more):
+    return asyncio.run(sample(generators, prompts(count), FakeEncoding(), config, samples, seed, **more))
+
+
+def test_responses_come_in_the_order_of_the_prompts():
+    found = run([FakeGenerator()], 5, samples=3)
+    assert [len(group) for group in found] == [3] * 5
+    encoding = FakeEncoding()
+    for group, prompt in zip(found, prompts(5), strict=True):
+        assert {completion.query_ids for completion in group} == {tuple(encoding.prompt(prompt.messages))}
+
+
+def test_a_generator_gets_as_many_prompts_at_once_as_configured():
+    generator = FakeGenerator()
+    run([generator], 5, samples=3)
+    assert [len(wave) for wave in generator.waves] == [6, 6, 3]
+
+
+def test_responses_do_not_depend_on_who_samples_them_or_in_what_portions():
+    alone = run([FakeGenerator()], 7, samples=2)
+    turns = iter(range(100))
+    shared = run([FakeGenerator(turns=lambda: next(turns) % 5) for _ in range(3)], 7, samples=2)
+    one_by_one = run([FakeGenerator()], 7, samples=2, config=CONFIG.model_copy(update={"prompts_per_wave": 1}))
+    assert alone == shared == one_by_one
+    assert run([FakeGenerator()], 7, samples=2, seed=1) != alone
+
+
+def test_every_response_has_a_seed_of_its_own():
+    generator = FakeGenerator()
+    run([generator], 6, samples=4)
+    assert len(set(generator.seeds)) == 24
+
+
+def test_whichever_generator_is_free_takes_the_next_prompts():
+    slow, quick = FakeGenerator(turns=lambda: 50), FakeGenerator()
+    run([slow, quick], 12)
+    assert (len(slow.waves), len(quick.waves)) == (1, 5)
+
+
+def test_progress_counts_every_prompt_once():
+    done = []
+    run([FakeGenerator(), FakeGenerator()], 5, advance=done.append)
+    assert sorted(done) == [1, 2, 2]
+
+
+def test_no_prompts_give_no_responses():
+    assert run([FakeGenerator()], 0) == []
+
+
+def test_what_a_generator_raises_is_raised():
+    broken = FakeGenerator(fault=lambda queries: RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run([broken, FakeGenerator()], 6)
+
+
+def test_a_timeout_of_the_generators_own_keeps_its_text():
+    broken = FakeGenerator(fault=lambda queries: TimeoutError("the engine sleeps"))
+    with pytest.raises(TimeoutError, match="the engine sleeps"):
+        run([broken], 2)
+
+
+def test_a_chunk_that_takes_too_long_names_its_prompts_and_the_limit():
+    class Stuck(FakeGenerator):
+        async def generate(self, *args):
+            await asyncio.sleep(60)
+
+    config = CONFIG.model_copy(update={"wave_deadline_s": 0.01})
+    with pytest.raises(TimeoutError, match=r"2 responses, to prompt 'p0' .* within 0.01 s; .*wave_deadline_s"):
+        run([Stuck()], 2, config=config)
+
+
+def test_a_response_too_few_is_not_given_to_the_wrong_prompt():
+    class Lossy(FakeGenerator):
+        async def generate(self, *args):
+            return (await super().generate(*args))[:-1]
+
+    with pytest.raises(AssertionError, match="3 responses came back for 4 queries"):
+        run([Lossy()], 2, samples=2)
