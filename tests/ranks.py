@@ -20,8 +20,8 @@ class InProcess:
         self.worker = worker
 
     def __getattr__(self, method: str) -> Any:
-        async def call(*args: Any) -> Any:
-            return getattr(self.worker, method)(*args)
+        async def call(*args: Any, **settings: Any) -> Any:
+            return getattr(self.worker, method)(*args, **settings)
 
         return call
 
@@ -37,13 +37,13 @@ class RankProcess:
         theirs.close()
 
     def __getattr__(self, method: str) -> Any:
-        async def call(*args: Any) -> Any:
-            return await asyncio.to_thread(self._call, method, args)
+        async def call(*args: Any, **settings: Any) -> Any:
+            return await asyncio.to_thread(self._call, method, args, settings)
 
         return call
 
-    def _call(self, method: str, args: tuple[Any, ...]) -> Any:
-        self._pipe.send_bytes(pickle.dumps((method, args)))
+    def _call(self, method: str, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        self._pipe.send_bytes(pickle.dumps((method, args, settings)))
         if not self._pipe.poll(DEADLINE_S):
             raise TimeoutError(f"a rank has not answered {method} in {DEADLINE_S:g} s")
         answer = pickle.loads(self._pipe.recv_bytes())
@@ -69,11 +69,11 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
     worker = LearnerWorker(rank, world_size, threads=1)
     while True:
         try:
-            method, args = pickle.loads(pipe.recv_bytes())
+            method, args, settings = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
-            answer = getattr(worker, method)(*args)
+            answer = getattr(worker, method)(*args, **settings)
         except Exception as error:
             error.add_note(traceback.format_exc())
             answer = error

@@ -1,0 +1,243 @@
+"""What commands read and write: models, files and figures of a run directory, and each step on stand-ins."""
+
+import asyncio
+import json
+
+import pytest
+import torch
+
+from actors.prompts import Prompt
+from cluster.config import Config
+from cluster.steps import Job, heldout_prompts, run_rank, run_reward, run_sample, run_sft, sequence_tokens, sft_data
+from cluster.tracking import Tracker, TrackingConfig
+from learner.sft import SFTConfig
+from reward_server.encoding import ChatEncoding
+from reward_server.labeling import read_comparisons
+from reward_server.schema import Message
+from tests.fakes import FakeGenerator
+from tests.tiny_models import tiny_tokenizer
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Makes a job of overrides."""
+
+    def make(**sections) -> Job:
+        run_dir = tmp_path / "run"
+        run_dir.mkdir(exist_ok=True)
+        tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), "test")
+        return Job(config=Config.model_validate(sections), run_dir=run_dir, tracker=tracker)
+
+    return make
+
+
+def model_folder(path):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def rows(path, *values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+# --- models and files
+
+
+def test_a_configured_model_comes_before_the_runs_own(job, tmp_path):
+    own, other = model_folder(tmp_path / "run" / "sft"), model_folder(tmp_path / "other")
+    assert job().model("sft") == own
+    assert job(models={"sft": other}).model("sft") == other
+
+
+@pytest.mark.parametrize(("name", "command"), [("sft", "sft"), ("reward", "reward"), ("policy", "ppo")])
+def test_a_missing_model_names_the_command_that_makes_it_and_the_key(job, name, command):
+    with pytest.raises(ValueError, match=rf"no {name} model in .*/run/{name}: run `rayward {command}`.*models\.{name}"):
+        job().model(name)
+
+
+def test_a_configured_model_that_is_not_there_is_not_replaced_by_the_runs_own(job, tmp_path):
+    model_folder(tmp_path / "run" / "sft")
+    with pytest.raises(ValueError, match="/nowhere"):
+        job(models={"sft": tmp_path / "nowhere"}).model("sft")
+
+
+def test_a_configured_file_comes_before_the_runs_own(job, tmp_path):
+    own = rows(tmp_path / "run" / "data" / "completions.jsonl", {})
+    assert job().file("completions") == own
+    assert job(data={"completions": tmp_path / "mine.jsonl"}).file("completions") == tmp_path / "mine.jsonl"
+
+
+def test_a_missing_file_names_the_key_and_where_it_was_looked_for(job):
+    with pytest.raises(ValueError, match=r"data\.prompts is not set and .*/run/data/prompts\.jsonl does not exist"):
+        job().file("prompts")
+
+
+# --- summary.json
+
+
+def summary(job: Job):
+    return json.loads((job.run_dir / "summary.json").read_text())
+
+
+def test_figures_are_merged_under_their_keys(job):
+    one = job()
+    one.summarise("sft", valid_before=3.0, valid_after=2.0)
+    one.summarise("ppo", "ppo", gold_after=0.5)
+    one.summarise("ppo", "ppo-noptx", gold_after=0.6)
+    one.summarise("sft", valid_after=1.5)
+    one.summarise(labeler="simulated labeler (VADER)")
+    assert summary(one) == {
+        "sft": {"valid_before": 3.0, "valid_after": 1.5},
+        "ppo": {"ppo": {"gold_after": 0.5}, "ppo-noptx": {"gold_after": 0.6}},
+        "labeler": "simulated labeler (VADER)",
+    }
+
+
+# --- the steps
+
+
+ASK = {"prompt": "hello", "response": "this is good"}
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    tiny_tokenizer(folder)
+    return folder
+
+
+def test_the_files_of_fine_tuning_are_read_before_anything_starts(job, tmp_path, base):
+    data = {
+        "demonstrations": rows(tmp_path / "d.jsonl", ASK, ASK | {"prompt": "hello world"}),
+        "demonstrations_valid": rows(tmp_path / "v.jsonl", ASK),
+        "pretraining": rows(tmp_path / "t.jsonl", {"text": "the quick brown fox " * 20}),
+    }
+    sections = {"data": data, "sft": {"max_tokens": 64}, "ppo": {"pretraining": {"sequence_tokens": 16}}}
+    found = sft_data(job(**sections), base)
+    assert (len(found.demonstrations), len(found.valid)) == (2, 1)
+    assert found.pretraining
+    assert {len(one.ids) for one in found.pretraining} == {16}
+    del data["pretraining"]
+    with pytest.raises(ValueError, match=r"data\.pretraining is not set"):
+        sft_data(job(**sections), base)
+    sections["sft"] |= {"pretraining_share": 0.0}
+    assert sft_data(job(**sections), base).pretraining == []
+
+
+def test_packed_text_is_as_long_as_fine_tuning_allows(job):
+    assert sequence_tokens(job(sft={"max_tokens": 64}, ppo={"pretraining": {"sequence_tokens": 16}})) == 16
+    assert sequence_tokens(job(sft={"max_tokens": 64}, ppo={"pretraining": {"sequence_tokens": 2048}})) == 64
+
+
+class FakeLearner:
+    """Learns nothing; the better completion of a pair is the one whose last token is smaller."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def __getattr__(self, name):
+        async def call(*args, **_):
+            self.calls.append((name, *args))
+            return {"load": 1_000_000, "ranking_step": {"grad_norm": 0.5}}.get(name)
+
+        return call
+
+    async def language_model_loss(self, *args):
+        return 3.0 - 0.5 * sum(name == "language_model_step" for name, *_ in self.calls)
+
+    async def language_model_step(self, *args):
+        self.calls.append(("language_model_step", *args))
+        return 2.5, 0.5
+
+    async def last_values(self, name, sequences, max_tokens):
+        return torch.tensor([-float(ids[-2]) for ids in sequences])
+
+    def named(self, name: str) -> list[tuple]:
+        return [tuple(args) for called, *args in self.calls if called == name]
+
+
+def test_fine_tuning_writes_the_model_and_its_losses(job, tmp_path, base):
+    data = {"demonstrations": rows(tmp_path / "d.jsonl", ASK), "demonstrations_valid": rows(tmp_path / "v.jsonl", ASK)}
+    one, learner = job(data=data, sft={"pretraining_share": 0.0}), FakeLearner()
+    config = SFTConfig(epochs=2, pretraining_share=0.0)
+    asyncio.run(run_sft(one, learner, base, sft_data(one, base), config, stage="warm", out="base"))
+    assert learner.named("load") == [("policy", "policy", base, config.network, config.optimizer)]
+    assert learner.named("save") == [("policy", one.run_dir / "base")]
+    assert learner.calls[-1] == ("unload",)
+    assert summary(one) == {"warm": {"valid_before": 3.0, "valid_after": 2.0}}
+    lines = [json.loads(line) for line in (one.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["warm"] * 4
+
+
+def test_completions_are_sampled_and_then_ranked(job, tmp_path, base):
+    prompts = rows(tmp_path / "p.jsonl", {"id": "x", "prompt": "hello"}, {"id": "y", "prompt": "world"})
+    one = job(data={"preference_prompts": prompts}, sample={"completions_per_prompt": 3})
+    asyncio.run(run_sample(one, [FakeGenerator()], base))
+    sampled = read_comparisons(one.run_dir / "data" / "completions.jsonl")
+    assert [(c.id, len(c.responses), c.ranks, c.labeler) for c in sampled] == [
+        ("x", 3, None, None),
+        ("y", 3, None, None),
+    ]
+    run_rank(one)
+    ranked = read_comparisons(one.run_dir / "data" / "comparisons.jsonl")
+    assert [c.responses for c in ranked] == [c.responses for c in sampled]
+    assert {c.labeler for c in ranked} == {"simulated:vader"}
+    assert all(min(c.ranks) == 0 for c in ranked)
+    assert summary(one) == {"labeler": "simulated labeler (VADER)"}
+
+
+def test_a_preference_prompt_that_is_too_long_stops_before_sampling(job, tmp_path, base):
+    prompts = rows(tmp_path / "p.jsonl", {"id": "x", "prompt": "hello " * 50})
+    one, generator = job(data={"preference_prompts": prompts}, rollout={"max_prompt_tokens": 20}), FakeGenerator()
+    with pytest.raises(ValueError, match=r"'x' has .* tokens, more than the 20 allowed"):
+        asyncio.run(run_sample(one, [generator], base))
+    assert generator.waves == []
+
+
+def comparison(number: int):
+    return {
+        "id": str(number),
+        "prompt": "hello",
+        "completions": [{"text": "a", "ended": True}, {"text": "b", "ended": True}],
+        "ranks": [0, 1],
+    }
+
+
+def test_reward_modelling_writes_the_model_its_calibration_and_figures(job, tmp_path, base):
+    data = {
+        "comparisons": rows(tmp_path / "c.jsonl", *map(comparison, range(8))),
+        "demonstrations": rows(tmp_path / "d.jsonl", ASK),
+    }
+    one, learner = job(data=data, reward={"valid_share": 0.25}), FakeLearner()
+    (one.run_dir / "reward").mkdir()  # as the learner's save does
+    asyncio.run(run_reward(one, learner, base))
+    assert learner.named("load")[0][:3] == ("reward", "new_value", base)
+    assert learner.named("save") == [("reward", one.run_dir / "reward")]
+    ((gain, bias),) = [scale[1:] for scale in learner.named("normalise")]
+    assert gain == 1.0
+    assert bias > 0
+    figures = summary(one)["reward"]
+    assert (figures["accuracy"], figures["pairs"]) == (1.0, 2)
+    calibration = json.loads((one.run_dir / "reward" / "calibration.json").read_text())
+    assert calibration["accuracy"] == 1.0
+    assert sum(one["count"] for one in calibration["bins"]) == 2
+
+
+def test_unranked_comparisons_stop_before_anything_is_loaded(job, tmp_path, base):
+    unranked = {key: value for key, value in comparison(1).items() if key != "ranks"}
+    data = {"comparisons": rows(tmp_path / "c.jsonl", unranked), "demonstrations": rows(tmp_path / "d.jsonl", ASK)}
+    learner = FakeLearner()
+    with pytest.raises(ValueError, match="'1' has no ranks"):
+        asyncio.run(run_reward(job(data=data), learner, base))
+    assert learner.calls == []
+
+
+def test_only_the_first_prompts_are_held_out_for_evaluation(job, tmp_path, base):
+    prompts = rows(tmp_path / "p.jsonl", *({"id": str(i), "prompt": "hello"} for i in range(5)))
+    one = job(data={"prompts_heldout": prompts}, evaluation={"prompts": 3})
+    found = heldout_prompts(one, ChatEncoding.load(base))
+    assert [prompt.id for prompt in found] == ["0", "1", "2"]
+    assert found[0] == Prompt(id="0", messages=(Message(role="user", content="hello"),), reference=None)

@@ -1,0 +1,106 @@
+"""The reward service: one object that loads what it is told and answers over HTTP."""
+
+import asyncio
+
+import pytest
+import torch
+
+from reward_server import service
+from reward_server.client import RewardClient, RewardUnavailable
+from reward_server.schema import Message, ScoreReply, ScoreRequest
+from reward_server.service import TOKEN_VARIABLE, RewardService
+from reward_server.sources import PartConfig, SourceConfig
+from tests.tiny_models import tiny_reward_model
+
+REQUEST = ScoreRequest(id="1", prompt=(Message(role="user", content="hello"),), response="good", ended=True)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No token from outside, and the process's threads as they were."""
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def lengths(tmp_path, monkeypatch) -> SourceConfig:
+    """Scores by the length of the response."""
+    (tmp_path / "own_rewards.py").write_text(
+        "def length(prompts, responses):\n    return [len(response) for response in responses]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return SourceConfig(parts=(PartConfig(kind="function", target="own_rewards:length"),))
+
+
+def score(url: str, token: str | None = None) -> ScoreReply:
+    async def ask() -> ScoreReply:
+        client = RewardClient(url, token=token, deadline_s=10.0, max_retries=1)
+        try:
+            return (await client.score([REQUEST]))[0]
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())
+
+
+def test_it_serves_its_source_on_the_loopback_until_it_is_closed(lengths):
+    held = RewardService(lengths, None, threads=1)
+    url = held.start(loopback=True)
+    assert url.startswith("http://127.0.0.1:")
+    assert score(url).score == 4.0
+    held.close()
+    with pytest.raises(RewardUnavailable):
+        score(url)
+    held.close()  # once more does nothing
+
+
+def test_it_can_be_started_again(lengths):
+    held = RewardService(lengths, None, threads=1)
+    for _ in range(2):
+        assert score(held.start(loopback=True)).score == 4.0
+        held.close()
+
+
+def test_it_serves_the_reward_model_of_the_run(tmp_path):
+    tiny_reward_model(tmp_path)
+    held = RewardService(SourceConfig(dtype="float32"), tmp_path, threads=1)
+    try:
+        assert abs(score(held.start(loopback=True)).score) < 100
+    finally:
+        held.close()
+
+
+def test_it_computes_with_the_threads_it_is_given(lengths):
+    held = RewardService(lengths, None, threads=3)
+    held.start(loopback=True)
+    held.close()
+    assert torch.get_num_threads() == 3
+
+
+def test_a_token_of_the_environment_is_needed_by_clients(lengths, monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, "sesame-open")
+    held = RewardService(lengths, None, threads=1)
+    url = held.start(loopback=True)
+    try:
+        assert score(url, "sesame-open").score == 4.0
+        with pytest.raises(Exception, match="401"):
+            score(url)
+    finally:
+        held.close()
+
+
+def test_other_machines_are_not_served_without_a_token(lengths, monkeypatch):
+    monkeypatch.setattr(service, "own_address", lambda loopback: "127.0.0.1" if loopback else "0.0.0.0")
+    held = RewardService(lengths, None, threads=1)
+    with pytest.raises(ValueError, match="without a token"):
+        held.start(loopback=False)
+
+
+def test_a_source_that_cannot_load_is_an_error_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match="there is none; train one"):
+        RewardService(SourceConfig(), None, threads=1).start(loopback=True)
+    missing = SourceConfig(parts=(PartConfig(kind="function", target="no_such_module:score"),))
+    with pytest.raises(ValueError, match="no_such_module"):
+        RewardService(missing, None, threads=1).start(loopback=True)
