@@ -46,8 +46,9 @@ def test_every_response_has_a_seed_of_its_own():
 
 def test_whichever_generator_is_free_takes_the_next_prompts():
     slow, quick = FakeGenerator(turns=lambda: 50), FakeGenerator()
-    run([slow, quick], 12)
+    found = run([slow, quick], 12)
     assert (len(slow.waves), len(quick.waves)) == (1, 5)
+    assert found == run([FakeGenerator()], 12)  # the slow one's prompts came first, its responses last
 
 
 def test_progress_counts_every_prompt_once():

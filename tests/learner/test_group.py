@@ -206,6 +206,8 @@ def test_ppo_steps_are_those_of_one_rank(one_and_two, folders, tmp_path, episode
     for name, group in one_and_two.items():
         batch, parts, targets, text = ppo_inputs(group, folders, episodes, size, texts)
         old[name] = targets.evaluation
+        alone = call(group.response_logprobs("policy", batch, STEP.max_tokens, 1.0))
+        torch.testing.assert_close(alone, old[name].logprobs, rtol=1e-4, atol=1e-5)
         sums[name] = call(group.update(batch, targets, parts, text, STEP))
         weights[name] = {
             "policy": saved(group, "policy", tmp_path / f"{name}-policy"),
