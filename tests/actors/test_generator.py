@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from actors.engine import Engine
 from actors.generator import Generator, GeneratorConfig, GeneratorError
 from actors.trajectory import Completion
+from actors.transfer import Manifest
 from learner.publish import ParityConfig, Probe, PublishConfig, Publisher, PublishError, StaleWeights
 from tests.actors.conftest import ENGINE, STOP_IDS, Served
 from tests.hf_learner import CorruptingSender, DyingSender, HfLearner, token_logprobs
@@ -186,6 +188,34 @@ def test_a_broken_transfer_leaves_the_old_weights_in_use(
         assert set(completion.versions) == {version}
         assert gap(served, completion) < CLOSE
     assert served.runner.run(publisher(served).publish([served.generator], version + 1)).lost == {}
+
+
+def test_to_receive_without_a_group_is_an_error_that_can_be_undone(served: Served) -> None:
+    generator, run = served.generator, served.runner.run
+    version = run(generator.version())
+    run(generator.leave())
+    run(generator.begin_update())
+    manifest = Manifest.of([("w", torch.zeros(1))], bucket_bytes=64, dtype=None)
+    with pytest.raises(GeneratorError, match=r"failed to receive weights.*has not joined a transfer group"):
+        run(generator.receive(manifest))
+    run(generator.abort_update())
+    assert run(generator.version()) == version
+    assert len(sample(served, QUERIES[:1], 8)) == 1
+    run(generator.abort_update())  # without an update, only a sign of life
+
+
+def test_weights_that_do_not_fit_end_the_generator(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading is the one step that cannot be undone; what could be half replaced must not be sampled from."""
+    generator, run = Generator(ENGINE, served.folder, "half"), served.runner.run
+
+    async def refuse(self: Engine, what: str, method: str, *_: object, **__: object) -> list[object]:
+        raise GeneratorError(f"cannot {what}")
+
+    monkeypatch.setattr(Engine, "workers", refuse)
+    with pytest.raises(GeneratorError, match="cannot load weights"):
+        run(generator.finish_update(1))
+    with pytest.raises(GeneratorError, match="its weights are half replaced, since cannot load weights"):
+        run(generator.version())
 
 
 def test_a_generator_that_was_not_started_or_was_stopped_says_so(served: Served) -> None:

@@ -9,12 +9,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from actors.generator import Generator, GeneratorError
+from actors.generator import Generator, GeneratorError, GeneratorTimeout
+from actors.transfer import Manifest, Rendezvous, checksum
 from learner.publish import ParityConfig, ParityError, Probe, PublishConfig, Publisher
 from tests.actors.conftest import ENGINE, Served
 from tests.hf_learner import HfLearner
@@ -35,7 +40,8 @@ class StaleHeadGenerator(Generator):
 def stale(served: Served) -> Iterator[tuple[Generator, int]]:
     """A second engine beside the sound one, and the id of its process."""
     before = {child.pid for child in multiprocessing.active_children()}
-    generator = StaleHeadGenerator(ENGINE, served.folder, "stale")
+    hasty = ENGINE.model_copy(update={"progress_deadline_s": 2.0, "call_deadline_s": 2.0})
+    generator = StaleHeadGenerator(hasty, served.folder, "stale")
     served.runner.run(generator.start())
     (engine,) = {child.pid for child in multiprocessing.active_children()} - before
     assert engine is not None
@@ -71,6 +77,33 @@ def test_the_parity_probe_notices_a_head_that_was_not_packed_again(
         served.runner.run(Publisher(learner, CONFIG, PROBES).publish([served.generator, generator], version))
     metrics = served.runner.run(Publisher(learner, CONFIG, PROBES).publish([served.generator], version + 1)).metrics
     assert metrics["parity/max_gap"] < 1e-3
+
+
+def test_an_engine_that_hangs_is_found_out_by_its_tokens(served: Served, stale: tuple[Generator, int]) -> None:
+    generator, engine = stale
+    run = served.runner.run
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        with pytest.raises(GeneratorTimeout, match=r"made no token for \d s, and 2 of 2 requests wait"):
+            run(generator.generate([[1, 5], [1, 6]], [1, 2], 8, 1.0))
+        with pytest.raises(GeneratorTimeout, match="the engine did not tell its version within 2 s"):
+            run(generator.version())
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    assert len(run(generator.generate([[1, 5]], [1], 8, 1.0))) == 1
+
+
+def test_to_stand_still_for_new_weights_is_no_hang(served: Served, stale: tuple[Generator, int]) -> None:
+    generator, _ = stale
+
+    async def wait_longer_than_progress_may_take() -> int:
+        await generator.begin_update()
+        sampling = asyncio.ensure_future(generator.generate([[1, 5]], [1], 8, 1.0))
+        await asyncio.sleep(generator.config.progress_deadline_s + 1.5)
+        await generator.abort_update()
+        return len(await sampling)
+
+    assert served.runner.run(wait_longer_than_progress_may_take()) == 1
 
 
 def test_an_engine_that_is_killed_is_lost_and_the_others_get_the_version(
@@ -124,3 +157,42 @@ def test_an_untied_model_is_in_parity_and_no_process_outlives_a_killed_generator
             patience.cancel()
             process.kill()
     wait_until_gone(report["children"], 5)
+
+
+def test_vllms_receiver_between_gpus_takes_our_words_and_adds_up_what_it_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As far as that goes without a GPU: with vLLM's own receiving method replaced."""
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    from actors.weights import NcclReceiver
+
+    loaded: list[str] = []
+
+    class Model(torch.nn.Module):
+        def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+            loaded.extend(name for name, _ in tensors)
+
+    sides: Any = SimpleNamespace(parallel_config=None, model_config=None)
+    model: Any = Model()
+    receiver = NcclReceiver(WeightTransferConfig(backend="rayward_nccl"), sides, torch.device("cpu"), model)
+    meeting = Rendezvous(host="h", port=7, world_size=3, epoch=1, deadline_s=1)
+    init = receiver.parse_init_info({**asdict(meeting), "rank_offset": 2})
+    assert (init.master_address, init.master_port, init.world_size, init.rank_offset) == ("h", 7, 3, 2)
+    assert init.packed
+    tensor = torch.arange(6.0).view(2, 3)
+    info = receiver.parse_update_info(asdict(Manifest.of([("w", tensor)], bucket_bytes=99, dtype=None)))
+    assert (info.names, info.dtype_names, info.shapes) == (("w",), ("float32",), ((2, 3),))
+    assert receiver.packed_buffer_size_bytes == 99
+
+    monkeypatch.setattr(
+        NCCLWeightTransferEngine, "receive_weights", lambda self, _: self.model.load_weights(iter([("w", tensor)]))
+    )
+    receiver.checksums = {}
+    receiver.receive_weights(info)
+    assert loaded == ["w"]
+    assert receiver.checksums == {"w": checksum(tensor)}
+    assert "load_weights" not in vars(model)  # the class's own again
+    with pytest.raises(RuntimeError, match="replaced already"):
+        receiver.discard()

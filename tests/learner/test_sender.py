@@ -1,9 +1,12 @@
 """Sending weights over gloo: what arrives, and what happens when a receiver does not take it."""
 
+import inspect
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from actors.transfer import GlooGroup, Manifest, Rendezvous, TransferError, checksum
-from learner.sender import WeightSender
+from learner.sender import NcclWeightSender, WeightSender
 
 MB = 1 << 20
 
@@ -145,4 +148,29 @@ def test_a_meeting_point_is_open_before_anybody_is_told() -> None:
     assert first.port > 0
     assert second == Rendezvous(host="127.0.0.1", port=second.port, world_size=2, epoch=2, deadline_s=5)
     assert TCPStore("127.0.0.1", second.port).port == second.port
+    sender.close()
+
+
+def test_vllms_sender_between_gpus_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that goes without a GPU: our arguments fit vLLM's signatures, and every tensor has its checksum."""
+    from vllm.distributed.weight_transfer import nccl_common, packed_tensor
+
+    joined: dict[str, object] = {}
+    sent: list[Tensor] = []
+    signature = inspect.signature(packed_tensor.packed_nccl_broadcast_producer)
+
+    def broadcast(**arguments: Any) -> None:
+        signature.bind(**arguments)
+        assert arguments["buffer_size_bytes"] == 3 << 20
+        sent.extend(arguments["post_iter_func"](pair) for pair in arguments["iterator"])
+
+    monkeypatch.setattr(nccl_common, "trainer_init", lambda info: joined.update(info) or SimpleNamespace(destroy=int))
+    monkeypatch.setattr(packed_tensor, "packed_nccl_broadcast_producer", broadcast)
+    sender = NcclWeightSender(bucket_mb=3, deadline_s=5, dtype=torch.bfloat16)
+    meeting = sender.listen(2, epoch=1)
+    sender.connect()
+    assert joined == {"master_address": "127.0.0.1", "master_port": meeting.port, "world_size": 2}
+    tensor = torch.randn(5)
+    assert sender.send([("w", tensor)]) == {"w": checksum(tensor.to(torch.bfloat16))}
+    assert sent[0].dtype == torch.bfloat16
     sender.close()
