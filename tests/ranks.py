@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import pickle
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -73,8 +74,8 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
         except EOFError:
             return
         try:
-            answer = getattr(worker, method)(*args, **settings)
+            answer: Any = getattr(worker, method)(*args, **settings)
         except Exception as error:
             error.add_note(traceback.format_exc())
             answer = error
-        pipe.send_bytes(pickle.dumps(list(answer) if method == "weights" else answer))
+        pipe.send_bytes(pickle.dumps(list(answer) if isinstance(answer, Iterator) else answer))

@@ -75,8 +75,9 @@ def test_a_timeout_of_the_generators_own_keeps_its_text():
 
 def test_a_chunk_that_takes_too_long_names_its_prompts_and_the_limit():
     class Stuck(FakeGenerator):
-        async def generate(self, *args):
+        async def generate(self, query_ids, seeds, max_new_tokens, temperature):
             await asyncio.sleep(60)
+            return []
 
     config = CONFIG.model_copy(update={"wave_deadline_s": 0.01})
     with pytest.raises(TimeoutError, match=r"2 responses, to prompt 'p0' .* within 0.01 s; .*wave_deadline_s"):
@@ -85,8 +86,8 @@ def test_a_chunk_that_takes_too_long_names_its_prompts_and_the_limit():
 
 def test_a_response_too_few_is_not_given_to_the_wrong_prompt():
     class Lossy(FakeGenerator):
-        async def generate(self, *args):
-            return (await super().generate(*args))[:-1]
+        async def generate(self, query_ids, seeds, max_new_tokens, temperature):
+            return (await super().generate(query_ids, seeds, max_new_tokens, temperature))[:-1]
 
     with pytest.raises(AssertionError, match="3 responses came back for 4 queries"):
         run([Lossy()], 2, samples=2)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,8 @@ class FakeLearner:
 
 def test_fine_tuning_writes_the_model_and_its_losses(job, tmp_path, base):
     data = {"demonstrations": rows(tmp_path / "d.jsonl", ASK), "demonstrations_valid": rows(tmp_path / "v.jsonl", ASK)}
-    one, learner = job(data=data, sft={"pretraining_share": 0.0}), FakeLearner()
+    one = job(data=data, sft={"pretraining_share": 0.0})
+    learner: Any = FakeLearner()
     config = SFTConfig(epochs=2, pretraining_share=0.0)
     asyncio.run(run_sft(one, learner, base, sft_data(one, base), config, stage="warm", out="base"))
     assert learner.named("load") == [("policy", "policy", base, config.network, config.optimizer)]
@@ -185,7 +187,7 @@ def test_completions_are_sampled_and_then_ranked(job, tmp_path, base):
     ranked = read_comparisons(one.run_dir / "data" / "comparisons.jsonl")
     assert [c.responses for c in ranked] == [c.responses for c in sampled]
     assert {c.labeler for c in ranked} == {"simulated:vader"}
-    assert all(min(c.ranks) == 0 for c in ranked)
+    assert all(c.ranks and min(c.ranks) == 0 for c in ranked)
     assert summary(one) == {"labeler": "simulated labeler (VADER)"}
 
 
@@ -211,7 +213,8 @@ def test_reward_modelling_writes_the_model_its_calibration_and_figures(job, tmp_
         "comparisons": rows(tmp_path / "c.jsonl", *map(comparison, range(8))),
         "demonstrations": rows(tmp_path / "d.jsonl", ASK),
     }
-    one, learner = job(data=data, reward={"valid_share": 0.25}), FakeLearner()
+    one = job(data=data, reward={"valid_share": 0.25})
+    learner: Any = FakeLearner()
     (one.run_dir / "reward").mkdir()  # as the learner's save does
     asyncio.run(run_reward(one, learner, base))
     assert learner.named("load")[0][:3] == ("reward", "new_value", base)
@@ -229,7 +232,7 @@ def test_reward_modelling_writes_the_model_its_calibration_and_figures(job, tmp_
 def test_unranked_comparisons_stop_before_anything_is_loaded(job, tmp_path, base):
     unranked = {key: value for key, value in comparison(1).items() if key != "ranks"}
     data = {"comparisons": rows(tmp_path / "c.jsonl", unranked), "demonstrations": rows(tmp_path / "d.jsonl", ASK)}
-    learner = FakeLearner()
+    learner: Any = FakeLearner()
     with pytest.raises(ValueError, match="'1' has no ranks"):
         asyncio.run(run_reward(job(data=data), learner, base))
     assert learner.calls == []

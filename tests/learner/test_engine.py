@@ -1,5 +1,7 @@
 """The engine on networks of a few numbers: what adds up, what a step does, what the average follows."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -21,8 +23,8 @@ class Plane(nn.Module):
         return x.to(self.weight.dtype) @ self.weight + self.bias.sum()
 
 
-def engine(network: nn.Module, ema: float | None = None, **settings) -> Engine:
-    return Engine(network, OptimizerConfig(**{"lr": 0.1} | settings), ema)
+def engine(network: Any, ema: float | None = None, **settings: Any) -> Engine:
+    return Engine(network, OptimizerConfig.model_validate({"lr": 0.1} | settings), ema)
 
 
 def push(trained: Engine, *x: float) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from reward_server.schema import Message
 from tests.fakes import ASSISTANT, EOS, USER, FakeEncoding
 from tests.tiny_batches import tokens
 
+ENCODING: Any = FakeEncoding()
 ASK = (Message(role="user", content="a"),)
 
 
@@ -44,7 +46,7 @@ def config(**settings) -> RewardModelingConfig:
 
 def test_completions_are_encoded_after_their_prompt_with_an_eos_only_where_they_ended():
     comparison = Comparison(id="x", prompt=ASK, responses=("b", "cc"), ended=(True, False), ranks=(1, 0), labeler=None)
-    (found,) = ranked_groups([comparison], FakeEncoding())
+    (found,) = ranked_groups([comparison], ENCODING)
     query = (USER, 4, ASSISTANT)
     assert found.sequences == ((*query, 5, EOS), (*query, 6, 6))
     assert found.ranks == (1, 0)
@@ -54,7 +56,7 @@ def test_completions_are_encoded_after_their_prompt_with_an_eos_only_where_they_
 def test_a_comparison_without_ranks_is_an_error_that_names_it():
     unranked = Comparison(id="row 7", prompt=ASK, responses=("b", "c"), ended=(True, True), ranks=None, labeler=None)
     with pytest.raises(ValueError, match=r"'row 7' has no ranks: rank it first"):
-        ranked_groups([unranked], FakeEncoding())
+        ranked_groups([unranked], ENCODING)
 
 
 def test_whole_prompts_are_held_out_by_the_seed():
@@ -157,14 +159,15 @@ def test_the_result_is_measured_on_held_out_prompts_after_normalising():
 
 
 def test_ties_form_no_pair():
-    learner = FakeLearner(lambda token: 100.0 - token)
+    learner: Any = FakeLearner(lambda token: 100.0 - token)
     found = asyncio.run(held_out_agreement(learner, [group(0, (0, 0)), group(1, (0, 1, 1)), group(2, (1, 1))], 64))
     assert (found.prompts, found.pairs) == (1, 2)
 
 
 def test_held_out_prompts_that_are_all_tied_are_an_error():
+    learner: Any = FakeLearner(float)
     with pytest.raises(ValueError, match="no pair to measure accuracy on"):
-        asyncio.run(held_out_agreement(FakeLearner(float), [group(0, (0, 0))], 64))
+        asyncio.run(held_out_agreement(learner, [group(0, (0, 0))], 64))
 
 
 # --- a real model

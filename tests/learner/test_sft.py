@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,8 @@ class FakeLearner:
 
 
 def test_the_rate_falls_to_a_tenth_along_a_cosine_and_every_step_is_logged():
-    learner, logged, valid = FakeLearner(), [], [example(5, 2)]
+    learner: Any = FakeLearner()
+    logged, valid = [], [example(5, 2)]
     settings = config(epochs=1, batch_size=6, optimizer=OptimizerConfig(lr=1.0))  # 23 examples: 4 steps
     found = asyncio.run(sft(learner, DEMONSTRATIONS, [], valid, settings, lambda *line: logged.append(line), "warm"))
     assert found == (6.0, 2.0)
