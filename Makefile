@@ -11,7 +11,7 @@ setup: ## make .venv as the lock says (PYTHON=... and LOCK=... override what is 
 quickstart: setup ## train SmolLM2-135M from simulated feedback, end to end, and write a report (15 minutes on two cores)
 	@.venv/bin/rayward quickstart
 
-tiny: setup ## the same with a model of 3 M parameters that is pretrained on the spot (5 minutes)
+tiny: setup ## the same with a model of 2 M parameters that is pretrained on the spot (5 minutes)
 	@.venv/bin/rayward quickstart --tiny
 
 test: setup ## run every check: format, lint, types, import contracts, tests

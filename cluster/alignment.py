@@ -5,16 +5,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
+from typing import Self
+
+from torch import Tensor
 
 from actors.prompts import Prompt, PromptStream, check_prompts, read_prompts
 from actors.rollout import rollout, supervise
 from actors.sampling import sample
 from actors.trajectory import Completion, SampleKey, Trajectory
 from cluster.build import Sampler
-from cluster.steps import Job, heldout_prompts, packed_text
+from cluster.steps import Job, heldout_prompts
 from learner.batch import collate
 from learner.buffer import Buffer
-from learner.corpora import TextStream, pack, read_texts
+from learner.corpora import TextStream, pack, read_texts, text_examples
 from learner.group import LearnerGroup
 from learner.kl import kl_per_response
 from learner.ledger import Ledger
@@ -45,22 +48,29 @@ class Held:
 class Alignment:
     """PPO of one run directory. `run` may be called once for each arm, such as with and without pretraining."""
 
-    def __init__(
-        self,
-        job: Job,
-        learner: LearnerGroup,
-        generators: Sequence[Sampler],
-        rewards: RewardClient,
-    ) -> None:
+    learner: LearnerGroup
+    generators: Sequence[Sampler]
+    rewards: RewardClient
+
+    def __init__(self, job: Job, trains: bool = True) -> None:
+        """Read and check every file, before anything heavy starts; without `trains`, only what is measured on."""
         self.job = job
-        self.learner = learner
-        self.generators = generators
-        self.rewards = rewards
         self.encoding = ChatEncoding.load(job.model("sft"))
         self.labeler: Labeler = load_labeler(job.config.labeler)
         self.heldout = heldout_prompts(job, self.encoding)
-        self.prompts = read_prompts(job.file("prompts"), job.config.data.max_bad_rows)
-        check_prompts(self.prompts, self.encoding, job.config.rollout.max_prompt_tokens)
+        self.valid = self._packed("pretraining_valid")
+        self.prompts: list[Prompt] = []
+        self.text: TextStream | None = None
+        if trains:
+            self.prompts = read_prompts(job.file("prompts"), job.config.data.max_bad_rows)
+            check_prompts(self.prompts, self.encoding, job.config.rollout.max_prompt_tokens)
+            if job.config.ppo.pretraining.coef:
+                self.text = TextStream(self._packed("pretraining"), job.config.ppo.seed)
+
+    def connect(self, learner: LearnerGroup, generators: Sequence[Sampler], rewards: RewardClient) -> Self:
+        """Take the processes to work with."""
+        self.learner, self.generators, self.rewards = learner, generators, rewards
+        return self
 
     async def run(self, config: PPOConfig, stage: str = "ppo") -> tuple[Held, Held]:
         """Load the networks, train, measure before and after, and write RUN/policy and RUN/policy_ema."""
@@ -107,13 +117,11 @@ class Alignment:
     async def _train(self, config: PPOConfig, publisher: Publisher, stage: str) -> None:
         job = self.job
         stream = PromptStream(self.prompts, seed=config.seed)
-        ledger = Ledger(job.run_dir / f"ledger-{stage}.jsonl", stream)
+        ledger_file = job.run_dir / f"ledger-{stage}.jsonl"
+        ledger_file.unlink(missing_ok=True)  # of an earlier run in this directory, whose policy is replaced too
+        ledger = Ledger(ledger_file, stream)
         samples = job.config.rollout.samples_per_prompt
         buffer = Buffer(config.prompts_per_batch, samples, config.max_staleness, ledger=ledger)
-        text = None
-        if config.pretraining.coef:
-            rows = read_texts(job.file("pretraining"), job.config.data.max_bad_rows)
-            text = TextStream(pack(rows, self.encoding, config.pretraining.sequence_tokens), config.seed)
         sequences = max(1, round(config.pretraining.sequences_per_episode * config.minibatch_size))
 
         async def publish(version: int) -> dict[str, float]:
@@ -140,7 +148,7 @@ class Alignment:
                 buffer,
                 self.learner,
                 publish,
-                lambda i, parts: text.iteration(i, parts, sequences) if text else [[]] * parts,
+                lambda i, parts: self.text.iteration(i, parts, sequences) if self.text else [[]] * parts,
                 self._observe,
                 lambda _stage, step, metrics: job.tracker.log(
                     stage, step, {**metrics, "progress/total": float(config.iterations)}
@@ -150,6 +158,10 @@ class Alignment:
             stop.set()
             buffer.close()
             await asyncio.gather(sampling, return_exceptions=True)
+
+    def _packed(self, name: str) -> Tensor:
+        texts = read_texts(self.job.file(name), self.job.config.data.max_bad_rows)
+        return pack(texts, self.encoding, self.job.config.ppo.pretraining.sequence_tokens)
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         verdicts = self.labeler.verdicts([t.completion.text for t in trajectories])
@@ -188,8 +200,8 @@ class Alignment:
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         job.tracker.table(f"heldout/{name}", [{**row, "prompt": row["prompt"][-1]["content"]} for row in rows])
-        valid = packed_text(job, "pretraining_valid", self.encoding, config.pretraining.sequence_tokens)
-        loss = await self.learner.language_model_loss("policy", valid, config.max_tokens_per_microbatch)
+        valid, budget = text_examples(self.valid), config.max_tokens_per_microbatch
+        loss = await self.learner.language_model_loss("policy", valid, budget)
         return Held(gold=fmean(golds), score=fmean(scores), kl=fmean(kls), pretraining_loss=loss)
 
     async def _scores(self, name: str, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:

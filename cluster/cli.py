@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             near = nearest(name, COMMANDS)
-            raise ConfigError(
-                f"there is no command {name!r}. " + (f"Did you mean {near}?" if near else "See --help")
-            )
+            raise ConfigError(f"there is no command {name!r}. " + (f"Did you mean {near}?" if near else "See --help"))
         command = COMMANDS[name]
         if "-h" in words or "--help" in words:
             sys.stdout.write(help_text(name, _config_class() if command.sections else None))
@@ -84,9 +82,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         name, given, text = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             if command.sections or "run" in options:
-                raise ConfigError(
-                    f"{word!r} stands alone. Remedy: write --KEY VALUE, with quotes around spaces"
-                )
+                raise ConfigError(f"{word!r} stands alone. Remedy: write --KEY VALUE, with quotes around spaces")
             options["run"] = word
             continue
         if name in command.variants and not given:
@@ -138,15 +134,11 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
     """Run the command; what goes wrong is said in a line, and its traceback is kept in a file."""
     logs = call.run_dir / "logs"
     if config is None and not call.run_dir.is_dir():
-        raise ConfigError(
-            f"there is no run directory {call.run_dir}. Remedy: name one that a command has written"
-        )
+        raise ConfigError(f"there is no run directory {call.run_dir}. Remedy: name one that a command has written")
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR"
-        ) from error
+        raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
     with Console(logs) as console, _sigterm_exits():
         try:
             _work(name, command, call, config, words, console)
@@ -168,9 +160,7 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
     return DONE
 
 
-def _work(
-    name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console
-) -> None:
+def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console) -> None:
     module, _, function = command.entry.partition(":")
     entry = getattr(importlib.import_module(module), function)
     if config is None:

@@ -50,7 +50,7 @@ COMMANDS = {
         ),
         run="runs/quickstart",
         preset="quickstart",
-        variants={"tiny": "a model of 3 million parameters, pretrained on the spot; PPO with and without the mix"},
+        variants={"tiny": "a model of 2 million parameters, pretrained on the spot; PPO with and without the mix"},
     ),
     "sft": Command(
         purpose="Step 1: fine-tune a language model on demonstrations.",
@@ -71,7 +71,7 @@ COMMANDS = {
         files="Reads RUN/data/completions.jsonl (or data.completions). Writes RUN/data/comparisons.jsonl.",
         example="rayward rank --run runs/mine --labeler.name my_module:my_verdicts",
         entry="cluster.launch:rank",
-        sections=("data", "labeler"),
+        sections=("data", "labeler", "tracking"),
     ),
     "reward": Command(
         purpose="Step 2c: train a reward model on ranked completions.",

@@ -26,7 +26,7 @@ HEADLINES = (
     ("accuracy", "pair accuracy", "5.3f"),
     ("longer_wins", "longer wins", "5.3f"),
     ("score/mean", "score", "6.2f"),
-    ("gold/mean", "gold", "6.2f"),
+    ("gold/mean", "gold (simulated)", "6.2f"),
     ("kl/mean", "KL", "5.2f"),
     ("response/length", "length", "5.1f"),
     ("time/iteration", "seconds", "5.1f"),
@@ -45,9 +45,7 @@ class _Bar:
 class Console:
     """Prints a run's progress. Enter it before noisy libraries are imported."""
 
-    def __init__(
-        self, log_dir: Path | None = None, stream: TextIO | None = None, live: bool | None = None
-    ) -> None:
+    def __init__(self, log_dir: Path | None = None, stream: TextIO | None = None, live: bool | None = None) -> None:
         """Print to `stream`, else the standard output. With a `log_dir`, keep all else off the terminal.
 
         live: draw spinners and bars; None does so on a terminal.
@@ -203,9 +201,7 @@ class _Quiet(Rich):
 
 def _rich(stream: TextIO | None, live: bool | None) -> Rich:
     """Prints what it is given as it is: long lines are not broken, and nothing in them is markup."""
-    return _Quiet(
-        file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True, force_terminal=live or None
-    )
+    return _Quiet(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True, force_terminal=live or None)
 
 
 def duration(seconds: float) -> str:
@@ -228,9 +224,7 @@ def _captured(path: Path) -> Iterator[tuple[TextIO, TextIO]]:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    out, err = (
-        os.fdopen(os.dup(file), "w", buffering=1, encoding="utf-8", errors="replace") for file in (1, 2)
-    )
+    out, err = (os.fdopen(os.dup(file), "w", buffering=1, encoding="utf-8", errors="replace") for file in (1, 2))
     crashes = faulthandler.is_enabled()
     faulthandler.enable(err)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -37,9 +37,7 @@ class Handle:
         self._name = name
         self._deadline_s = deadline_s
         if clash := sorted(_RESERVED & self._methods.keys()):
-            raise ValueError(
-                f"{cls.__name__} has methods named {clash}, which a handle needs for itself: rename them"
-            )
+            raise ValueError(f"{cls.__name__} has methods named {clash}, which a handle needs for itself: rename them")
 
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         if method.startswith("_") or method not in self._methods:
@@ -65,9 +63,7 @@ class Handle:
             raise AttributeError(self._unknown(method))
         return await self._call(method, args, kwargs, deadline_s)
 
-    async def _call(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float
-    ) -> Any:
+    async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
         raise NotImplementedError
 
     def _unknown(self, method: str) -> str:
@@ -96,9 +92,7 @@ class LocalHandle(Handle):
         self._alive = False
         self._compute.shutdown(wait=False, cancel_futures=True)
 
-    async def _call(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float
-    ) -> Any:
+    async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
         if not self._alive:
             raise ActorDied(self._name, "it was killed by its handle")
         bound = partial(getattr(self._object, method), *args, **kwargs)

@@ -182,9 +182,7 @@ def _write_output_to(path: Path) -> None:
     os.close(file)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115, lives as long as the process
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def _die_with_parent() -> None:
@@ -199,9 +197,7 @@ def _pin(cores: Sequence[int]) -> None:
     """
     allowed = sorted(os.sched_getaffinity(0))
     if missing := sorted(core for core in cores if not 0 <= core < len(allowed)):
-        raise ValueError(
-            f"cannot pin to cores {missing}: this process may use {len(allowed)} cores, from 0 on"
-        )
+        raise ValueError(f"cannot pin to cores {missing}: this process may use {len(allowed)} cores, from 0 on")
     chosen = {allowed[core] for core in cores}
     for thread in os.listdir("/proc/self/task"):
         try:

@@ -62,7 +62,7 @@ def reward(job: Job) -> None:
 
 def ppo(job: Job) -> None:
     """Step 3."""
-    _aligned(job, job.model("sft"), lambda alignment: alignment.run(job.config.ppo))
+    _aligned(job, Alignment(job), job.model("sft"), lambda alignment: alignment.run(job.config.ppo))
 
 
 def evaluate(job: Job) -> None:
@@ -74,7 +74,7 @@ def evaluate(job: Job) -> None:
         await alignment.learner.load("reference", "policy", job.model("sft"), network)
         await alignment.measure(policy.name, job.config.ppo)
 
-    _aligned(job, policy, work)
+    _aligned(job, Alignment(job, trains=False), policy, work)
 
 
 def report(run_dir: Path, console: Console) -> None:
@@ -84,16 +84,17 @@ def report(run_dir: Path, console: Console) -> None:
     console.line(f"The report is in {path}")
 
 
-def _aligned(job: Job, model: Path, work: Callable[[Alignment], Awaitable[object]]) -> None:
+def _aligned(job: Job, alignment: Alignment, model: Path, work: Callable[[Alignment], Awaitable[object]]) -> None:
     """Run something that needs the learner, generators of `model`, and the reward service."""
+    reward_model = _own_reward_model(job)
 
     async def start(processes: Processes) -> None:
         async with (
             processes.learner() as learner,
             processes.generators(job.config.generator, model) as generators,
-            processes.reward(job.config.scoring, _own_reward_model(job)) as rewards,
+            processes.reward(job.config.scoring, reward_model) as rewards,
         ):
-            await work(Alignment(job, learner, generators, rewards))
+            await work(alignment.connect(learner, generators, rewards))
 
     _on_ray(job, start)
 

@@ -68,9 +68,7 @@ def _by_arm(run: Run, metrics: Iterable[tuple[str, str]]) -> Iterator[Picture]:
     for metric, title in metrics:
         deviation = metric.replace("/mean", "/std")
         curves = [
-            _curve(
-                names[arm], shades[arm], series, run.series(arm, deviation) if deviation != metric else None
-            )
+            _curve(names[arm], shades[arm], series, run.series(arm, deviation) if deviation != metric else None)
             for arm in run.arms
             if (series := run.series(arm, metric))
         ]
@@ -102,9 +100,7 @@ def tax(run: Run) -> Iterator[Picture]:
         if (change := run.change(arm, "pretraining_loss"))
     ]
     if rows:
-        yield plots.dumbbells(
-            "Alignment tax: loss on pretraining text", rows, "nats a token; grey: before PPO"
-        )
+        yield plots.dumbbells("Alignment tax: loss on pretraining text", rows, "nats a token; grey: before PPO")
 
 
 def gold_by_kl(run: Run) -> Iterator[Picture]:

@@ -36,9 +36,7 @@ class Curve:
     """one of this module's colours"""
 
 
-def lines(
-    title: str, xlabel: str, curves: Sequence[Curve], log: bool = False, smooth: bool = False
-) -> Picture:
+def lines(title: str, xlabel: str, curves: Sequence[Curve], log: bool = False, smooth: bool = False) -> Picture:
     """Curves with bands. `smooth` draws a running mean over the values themselves, which become faint."""
 
     def draw(axes: Axes) -> None:
@@ -125,16 +123,10 @@ def dumbbells(title: str, rows: Sequence[tuple[str, str, float, float]], unit: s
             )
             axes.plot(before, -row, "o", color=BEFORE, markersize=7)
             axes.plot(after, -row, "o", color=colour, markersize=9)
-            axes.annotate(
-                name, (min(before, after), -row), (0, 13), textcoords="offset points", weight="bold"
-            )
+            axes.annotate(name, (min(before, after), -row), (0, 13), textcoords="offset points", weight="bold")
             label = f"{before:.2f} → {after:.2f}  ({after - before:+.2f})"
-            axes.annotate(
-                label, (min(before, after), -row), (0, -18), textcoords="offset points", color=MUTED
-            )
-        axes.set_xlim(
-            min(min(row[2:]) for row in rows) - 0.1 * reach, max(max(row[2:]) for row in rows) + 0.35 * reach
-        )
+            axes.annotate(label, (min(before, after), -row), (0, -18), textcoords="offset points", color=MUTED)
+        axes.set_xlim(min(min(row[2:]) for row in rows) - 0.1 * reach, max(max(row[2:]) for row in rows) + 0.35 * reach)
         axes.set_ylim(-len(rows) + 0.3, 0.7)
         axes.set_yticks([])
         axes.set_xlabel(unit)
@@ -163,9 +155,7 @@ def bars(title: str, rows: Sequence[tuple[str, str, float]], unit: str, shares: 
         axes.set_xlabel(unit)
 
     told = "; ".join(f"{name} {figure(value)}" for name, _, value in rows)
-    return Picture(
-        title=title, alt=f"Bar chart, {title}, {unit}: {told}.", draw=draw, height=0.9 + 0.32 * len(rows)
-    )
+    return Picture(title=title, alt=f"Bar chart, {title}, {unit}: {told}.", draw=draw, height=0.9 + 0.32 * len(rows))
 
 
 def accuracy(title: str, rows: Sequence[tuple[str, str, float, tuple[float, float] | None]]) -> Picture:
@@ -177,9 +167,7 @@ def accuracy(title: str, rows: Sequence[tuple[str, str, float, tuple[float, floa
             if interval:
                 axes.plot(interval, (-row, -row), color=colour, linewidth=6, alpha=0.35)
             axes.plot(share, -row, "o", color=colour, markersize=9)
-            names.append(
-                f"{name}\n{share:.3f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
-            )
+            names.append(f"{name}\n{share:.3f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""))
         axes.axvline(0.5, color=MUTED, linestyle=(0, (1, 1.5)))
         axes.annotate("chance", (0.5, -len(rows) + 0.35), (4, 2), textcoords="offset points", color=MUTED)
         axes.set_xlim(min(0.4, *(share - 0.05 for _, _, share, _ in rows)), 1)
@@ -201,17 +189,14 @@ def calibration(title: str, bins: Sequence[tuple[float, float, int]]) -> Picture
         axes.plot((0, 1), (0, 1), color=MUTED, linestyle=(0, (1, 1.5)), linewidth=1.4)
         axes.annotate("perfect", (0.97, 0.97), (-4, -12), textcoords="offset points", ha="right", color=MUTED)
         axes.plot(predicted, observed, color=SERIES[0], linewidth=1.2, alpha=0.6)
-        axes.scatter(
-            predicted, observed, s=14 + 160 * counts / counts.max(), color=SERIES[0], alpha=0.75, linewidths=0
-        )
+        axes.scatter(predicted, observed, s=14 + 160 * counts / counts.max(), color=SERIES[0], alpha=0.75, linewidths=0)
         left = max(0.0, math.floor(10 * min(predicted.min(), observed.min(), 0.5)) / 10)
         axes.set(xlim=(left, 1.02), ylim=(left, 1.02))
         axes.set_xlabel("predicted")
         axes.set_ylabel("observed")
 
     told = "; ".join(
-        f"{predicted:.2f} predicted, {observed:.2f} observed, {count} pairs"
-        for predicted, observed, count in bins
+        f"{predicted:.2f} predicted, {observed:.2f} observed, {count} pairs" for predicted, observed, count in bins
     )
     return Picture(title=title, alt=f"Calibration curve, {title}: {told}.", draw=draw)
 
@@ -229,9 +214,7 @@ def scatter(
         axes.set_ylabel(labels[1])
         _legend(axes, len(groups))
 
-    told = "; ".join(
-        f"{label}, {len(group[2])} responses" for label, group in zip(names, groups, strict=True)
-    )
+    told = "; ".join(f"{label}, {len(group[2])} responses" for label, group in zip(names, groups, strict=True))
     return Picture(title=title, alt=f"Scatter plot, {title}: {told}.", draw=draw, height=3.3)
 
 

@@ -30,7 +30,7 @@ async def quickstart(job: Job, processes: Processes, tiny: bool) -> None:
         await run_reward(job, learner, sft_model)
         with job.tracker.phase("start the reward service"):
             rewards = await stack.enter_async_context(processes.reward(job.config.scoring, job.model("reward")))
-        alignment = Alignment(job, learner, generators, rewards)
+        alignment = Alignment(job).connect(learner, generators, rewards)
         await alignment.run(job.config.ppo)
         if tiny:
             mix = job.config.ppo.pretraining.model_copy(update={"coef": 0.0})

@@ -85,9 +85,7 @@ class RemoteHandle(Handle):
         if ray.is_initialized():
             ray.kill(self._actor)
 
-    async def _call(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float
-    ) -> Any:
+    async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
         if self._methods[method]:
             reference = self._actor.call_async.remote(method, args, kwargs)
             return await self._answer(reference, method, deadline_s, cancel=True)
@@ -144,9 +142,7 @@ class RemoteHandle(Handle):
             return f"; it is dead: {_reason(error)}"
         except TimeoutError:
             if ray.wait([self._started], timeout=0)[0]:
-                return (
-                    f"; it answers nothing within {_PROBE_S:g} s: it is stopped, or its event loop is blocked"
-                )
+                return f"; it answers nothing within {_PROBE_S:g} s: it is stopped, or its event loop is blocked"
             demand = f"{self._options.cpus:g} CPUs and {self._options.gpus:g} GPUs"
             return f"; it has not started: it asks for {demand}, and the cluster has {_supply()}"
         return f"; it stands at\n{stacks}" if stacks else "; it is idle now"
@@ -159,9 +155,7 @@ def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Remot
     Raises: RuntimeError without a Ray session; ValueError for options that cannot be met.
     """
     if not ray.is_initialized():
-        raise RuntimeError(
-            f"actor {options.name!r} needs a Ray session: enter cluster.session.start_ray first"
-        )
+        raise RuntimeError(f"actor {options.name!r} needs a Ray session: enter cluster.session.start_ray first")
     if options.threads < 1:
         raise ValueError(f"actor {options.name!r}: threads is {options.threads}, give at least 1")
     if secret := sorted(key for key in options.env if _SECRET.search(key.upper())):
@@ -216,6 +210,4 @@ def _tail(path: Path | None) -> str:
 
 def _supply() -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
-    return ", ".join(
-        f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU")
-    )
+    return ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU"))

@@ -111,34 +111,26 @@ def summary(run_dir: Path) -> RenderableType:
     ]
     chosen = exchanges(run)[:_TERMINAL]
     if chosen:
-        parts.append(
-            Text(f"  The first prompts by id; the number is gold, by the {run.labeler}", style="dim")
-        )
+        parts.append(Text(f"  The first prompts by id; the number is gold, by the {run.labeler}", style="dim"))
     for exchange in chosen:
         table = Table.grid(padding=(0, 2))
         table.add_row("", "", Text(exchange.prompt[-1][1] if exchange.prompt else "", style="italic"))
         for name, sample in exchange.responses:
             gold = "" if sample is None or sample.gold is None else f"{sample.gold:+.2f}"
-            table.add_row(
-                Text(name, style="dim"), Text(gold), Text(sample.response if sample else "not sampled")
-            )
+            table.add_row(Text(name, style="dim"), Text(gold), Text(sample.response if sample else "not sampled"))
         parts.append(Padding(table, (1, 2, 0, 2)))
     return Group(*parts)
 
 
 def exchanges(run: Run) -> list[Exchange]:
     """Prompts to show: the first by id, which nobody chose, then those of the highest and the lowest gold."""
-    models = [
-        (name, {sample.id: sample for sample in run.evaluations[label]}) for label, name, _ in labels(run)
-    ]
+    models = [(name, {sample.id: sample for sample in run.evaluations[label]}) for label, name, _ in labels(run)]
     if not models:
         return []
     trained = next((arm for arm in run.arms if arm in run.evaluations), None)
     last = {sample.id: sample for sample in run.evaluations[trained]} if trained else models[-1][1]
     ids = list(last)
-    judged = sorted(
-        (key for key in ids[_FIRST:] if last[key].gold is not None), key=lambda key: -(last[key].gold or 0)
-    )
+    judged = sorted((key for key in ids[_FIRST:] if last[key].gold is not None), key=lambda key: -(last[key].gold or 0))
     high, low = judged[:_EXTREMES], judged[_EXTREMES:][-_EXTREMES:]
     chosen = {
         f"The first {len(ids[:_FIRST])} prompts by id": ids[:_FIRST],
@@ -174,9 +166,7 @@ def _figures(run: Run) -> Iterator[Figure]:
         if gold := run.change(arm, "gold"):
             yield make(name="Gold", value=_moved(gold), detail=_gain(gold), verdict=True)
         if score := run.change(arm, "score"):
-            yield make(
-                name="Score of the reward model", value=_moved(score), detail=_gain(score), verdict=False
-            )
+            yield make(name="Score of the reward model", value=_moved(score), detail=_gain(score), verdict=False)
         if (kl := number(run.figures("ppo", arm).get("kl"))) is not None:
             yield make(name="KL to the SFT model", value=f"{kl:.1f} nats", detail="a response", verdict=False)
         if tax := run.change(arm, "pretraining_loss"):

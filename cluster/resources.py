@@ -71,9 +71,7 @@ class Plan:
         for process in self.processes:
             if process.name == name:
                 return process
-        raise KeyError(
-            f"the plan has no process {name!r}; it has {[process.name for process in self.processes]}"
-        )
+        raise KeyError(f"the plan has no process {name!r}; it has {[process.name for process in self.processes]}")
 
 
 def machine_cores() -> int:
@@ -134,17 +132,14 @@ def default_plan(
         return tuple(range(first, first + threads)) if fits else None
 
     rollout = [
-        Process(name=f"generator-{i}", threads=threads, cpus=threads, gpus=share, pin=pin(i))
-        for i in range(generators)
+        Process(name=f"generator-{i}", threads=threads, cpus=threads, gpus=share, pin=pin(i)) for i in range(generators)
     ]
     learner = [
         Process(name=f"learner-{i}", threads=learner_threads, cpus=learner_threads, gpus=share)
         for i in range(learner_ranks)
     ]
     reward = Process(name="reward", threads=threads, cpus=threads, gpus=share)
-    return Plan(
-        processes=(*rollout, *learner, reward), phases=_phases(rollout, learner, reward, together, borrowing)
-    )
+    return Plan(processes=(*rollout, *learner, reward), phases=_phases(rollout, learner, reward, together, borrowing))
 
 
 def _phases(

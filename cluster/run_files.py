@@ -283,6 +283,4 @@ def _messages(prompt: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(prompt, str):
         return (("user", visible(prompt)),)
     turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
-    return tuple(
-        (visible(str(turn.get("role", ""))), visible(str(turn.get("content", "")))) for turn in turns
-    )
+    return tuple((visible(str(turn.get("role", ""))), visible(str(turn.get("content", "")))) for turn in turns)

@@ -133,9 +133,7 @@ def _connect(address: str, deadline_s: float) -> None:
 def _probe(address: str, deadline_s: float) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ConnectionError(
-            f"cannot connect to a Ray cluster at {address!r}: give host:port, auto or local"
-        )
+        raise ConnectionError(f"cannot connect to a Ray cluster at {address!r}: give host:port, auto or local")
     try:
         socket.create_connection((host, int(port)), timeout=deadline_s).close()
     except OSError as error:
@@ -151,9 +149,7 @@ def _sweep(mark: str) -> None:
     while marked(mark) and time.monotonic() < end:
         time.sleep(0.1)
     if left := kill_marked(mark, within_s=_SHUTDOWN_S / 2):
-        raise TimeoutError(
-            f"processes {left} of the Ray session did not end within {_SHUTDOWN_S:.0f} s of SIGKILL"
-        )
+        raise TimeoutError(f"processes {left} of the Ray session did not end within {_SHUTDOWN_S:.0f} s of SIGKILL")
 
 
 @contextlib.contextmanager

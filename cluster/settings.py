@@ -71,9 +71,7 @@ class Given:
     """Where: file and line, or the command line."""
 
 
-def settings(
-    section: type[BaseModel], default: BaseModel | None = None, prefix: str = ""
-) -> Iterator[Setting]:
+def settings(section: type[BaseModel], default: BaseModel | None = None, prefix: str = "") -> Iterator[Setting]:
     """Every setting of a section and of the sections in it, in the order in which they are declared.
 
     default: the instance that the section around it holds by default; its values come before the class's own.
@@ -187,9 +185,7 @@ def _by_key(section: type[BaseModel]) -> dict[str, Setting]:
     return {setting.key: setting for setting in settings(section)}
 
 
-def _leaves(
-    known: Mapping[str, Setting], table: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
+def _leaves(known: Mapping[str, Setting], table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in table.items():
         key = prefix + name
         if isinstance(value, dict) and (key not in known or known[key].section):
@@ -258,9 +254,7 @@ def _explain(known: Mapping[str, Setting], given: Sequence[Given], error: Any) -
     setting = known.get(key)
     if setting is None or setting.section:
         parts = [f"{one.key} = {one.text} ({one.origin})" for one in given if one.key.startswith(key)]
-        return f"{key or 'configuration'}: {reason}" + (
-            f" [given: {', '.join(parts)}]" if key and parts else ""
-        )
+        return f"{key or 'configuration'}: {reason}" + (f" [given: {', '.join(parts)}]" if key and parts else "")
     takes = f"It takes {setting.type}, {setting.default_text}: {setting.doc}".rstrip(": ")
     if error["type"] == "missing" and not inside:
         return f"{key} is not given. Remedy: --{key} VALUE. {takes}"

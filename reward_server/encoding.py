@@ -42,7 +42,7 @@ class ChatEncoding:
             tokenizer.chat_template = chat_template
         if not tokenizer.chat_template:
             raise ValueError(
-                f"the tokenizer of {self.name!r} has no chat template; set the config key 'chat_template' to "
+                f"the tokenizer of {self.name!r} has no chat template; set models.chat_template to "
                 "its Jinja text, or use a model that brings one"
             )
         if self.tokenizer.eos_token_id is None:
