@@ -1,6 +1,7 @@
 """The whole of InstructGPT on one machine: real conversations, a simulated labeler, and a report."""
 
 import contextlib
+import time
 from pathlib import Path
 
 from cluster.alignment import Alignment
@@ -14,7 +15,9 @@ from reward_server.encoding import ChatEncoding
 
 async def quickstart(job: Job, processes: Processes, tiny: bool) -> None:
     """SFT, reward model, PPO-ptx; the tiny run pretrains its own model first and repeats PPO without the mix."""
+    started = time.monotonic()
     base = prepare(job, tiny)
+    job.summarise(model="a Llama of 2 M parameters, pretrained here" if tiny else "SmolLM2-135M-Instruct")
     async with contextlib.AsyncExitStack() as stack:
         with job.tracker.phase("start the learner"):
             learner = await stack.enter_async_context(processes.learner())
@@ -35,6 +38,7 @@ async def quickstart(job: Job, processes: Processes, tiny: bool) -> None:
         if tiny:
             mix = job.config.ppo.pretraining.model_copy(update={"coef": 0.0})
             await alignment.run(job.config.ppo.model_copy(update={"pretraining": mix}), stage="ppo-noptx")
+    job.summarise(seconds=time.monotonic() - started)
 
 
 def prepare(job: Job, tiny: bool) -> Path:
