@@ -280,7 +280,7 @@ def _arguments(config: GeneratorConfig, model_path: Path, worker_extension: str)
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     cuda = torch.cuda.is_available()
-    # On a CPU vLLM would put a lone worker into a process of its own: a third slower, since the engine spins
+    # On a CPU vLLM would put a lone worker into a process of its own: a quarter slower, since the engine spins
     # while it waits, and ten seconds more to start. OMP_NUM_THREADS, its reason for that, is set already.
     alone = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     return AsyncEngineArgs(
