@@ -140,9 +140,7 @@ class Generator:
             await self.version()
             return
         try:
-            await self._engine.workers(
-                "drop received weights", "abandon_weight_update", self._transfer_deadline_s
-            )
+            await self._engine.workers("drop received weights", "abandon_weight_update", self._transfer_deadline_s)
         except GeneratorError as error:
             self._engine.give_up(f"a broken weight update could not be undone, since {error}")
             raise
@@ -160,6 +158,4 @@ class Generator:
             )
         wrong = next((token for token in ids if not 0 <= token < self._engine.vocabulary), None)
         if wrong is not None:
-            raise ValueError(
-                f"{where} holds token id {wrong}, outside the vocabulary of {self._engine.vocabulary}"
-            )
+            raise ValueError(f"{where} holds token id {wrong}, outside the vocabulary of {self._engine.vocabulary}")
