@@ -95,6 +95,8 @@ class QuickstartConfig(BaseModel):
     """Prompts for PPO."""
     pretraining: int = Field(default=500, ge=1)
     """Whole chats for the pretraining mix, and for pretraining from scratch."""
+    pretraining_valid: int = Field(default=64, ge=1)
+    """Whole chats for the held-out language-model loss."""
     pretrain: SFTConfig = SFTConfig()
     """Language-model pretraining of the tiny model."""
 
