@@ -76,9 +76,7 @@ def read_demonstrations(path: str | Path, max_bad_rows: int = 0) -> list[Demonst
     return _read_unique(path, parse, max_bad_rows)
 
 
-def _read_unique(
-    path: str | Path, parse: Callable[[dict[str, Any], int], Record], max_bad_rows: int
-) -> list[Record]:
+def _read_unique(path: str | Path, parse: Callable[[dict[str, Any], int], Record], max_bad_rows: int) -> list[Record]:
     lines: dict[str, int] = {}
 
     def parse_once(row: dict[str, Any], line_number: int) -> Record:

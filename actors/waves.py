@@ -52,9 +52,7 @@ class MissingEos(_Section):
     @model_validator(mode="after")
     def _penalty_is_positive(self) -> Self:
         if self.rule == "subtract" and self.value <= 0:
-            raise ValueError(
-                f"missing_eos.value is {self.value}: the rule 'subtract' needs a positive penalty"
-            )
+            raise ValueError(f"missing_eos.value is {self.value}: the rule 'subtract' needs a positive penalty")
         return self
 
     def apply(self, score: float, ended: bool) -> float:
@@ -160,9 +158,7 @@ class Waves:
         prompts = [self.stream[ticket.number][0] for ticket in tickets]
         encoded = [encode_prompt(p, self.encoding, self.config.max_prompt_tokens) for p in prompts]
         queries = [ids for ids in encoded for _ in samples]
-        seeds = [
-            stable_hash(self.seed, ticket.number, k, ticket.attempt) for ticket in tickets for k in samples
-        ]
+        seeds = [stable_hash(self.seed, ticket.number, k, ticket.attempt) for ticket in tickets for k in samples]
         deadline_s = self.config.wave_deadline_s
         limit = asyncio.timeout(deadline_s)
         try:
@@ -197,9 +193,7 @@ class Waves:
         replies = await self.scorer.score(requests)
         got = [reply.id for reply in replies]
         if got != [request.id for request in requests]:
-            raise ValueError(
-                f"{len(requests)} responses were to be scored, the replies are to others: {got[:3]}"
-            )
+            raise ValueError(f"{len(requests)} responses were to be scored, the replies are to others: {got[:3]}")
         trajectories: dict[Ticket, list[Trajectory]] = {ticket: [] for ticket in sampled}
         for (ticket, key, completion), reply in zip(keyed, replies, strict=True):
             trajectories[ticket].append(
@@ -245,8 +239,7 @@ class Waves:
         if self.failed_waves >= _FAILED_WAVES:
             names = [self._prompt(ticket).id for ticket in tickets[:4]]
             raise GeneratorFailed(
-                f"{self.failed_waves} waves in a row failed; the last, of {len(tickets)} prompts, "
-                f"{names} and on: {why}"
+                f"{self.failed_waves} waves in a row failed; the last, of {len(tickets)} prompts, {names} and on: {why}"
             )
 
     def _prompt(self, ticket: Ticket) -> Prompt:

@@ -65,8 +65,7 @@ class _Scoring:
         for request, digest in zip(requests, digests, strict=True):
             if request.id in self._known and self._known[request.id][0] != digest:
                 raise _Contradiction(
-                    f"request id {request.id!r} was used before with another content; use an id for one "
-                    "response only"
+                    f"request id {request.id!r} was used before with another content; use an id for one response only"
                 )
         new = [pair for pair in zip(requests, digests, strict=True) if pair[0].id not in self._known]
         if new:
@@ -102,9 +101,7 @@ class _Scoring:
     def _scored(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
         replies = self._source.score(requests)
         if [reply.id for reply in replies] != [request.id for request in requests]:
-            raise RuntimeError(
-                f"the source gave {len(replies)} replies, but not the {len(requests)} asked for"
-            )
+            raise RuntimeError(f"the source gave {len(replies)} replies, but not the {len(requests)} asked for")
         return replies
 
 
@@ -173,9 +170,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
             async for piece in request.stream():
                 body += piece
                 if len(body) > limits.max_body_bytes:
-                    raise HTTPException(
-                        413, f"the body has more than {limits.max_body_bytes} bytes; split it"
-                    )
+                    raise HTTPException(413, f"the body has more than {limits.max_body_bytes} bytes; split it")
     except TimeoutError as error:
         raise HTTPException(408, f"the body took longer than {limits.read_s:g} s") from error
     return bytes(body)

@@ -73,8 +73,7 @@ class RewardClient:
         """
         deadline = time.monotonic() + self.deadline_s
         chunks = [
-            requests[start : start + self.batch_requests]
-            for start in range(0, len(requests), self.batch_requests)
+            requests[start : start + self.batch_requests] for start in range(0, len(requests), self.batch_requests)
         ]
         try:
             async with asyncio.TaskGroup() as group:
@@ -85,9 +84,7 @@ class RewardClient:
 
     async def healthy(self) -> None:
         """Return once the server has scored a probe; raises like `score` when it does not in time."""
-        await self._ask(
-            "GET", "/health", None, _REPLY_BYTES, lambda body: None, time.monotonic() + self.deadline_s
-        )
+        await self._ask("GET", "/health", None, _REPLY_BYTES, lambda body: None, time.monotonic() + self.deadline_s)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -102,8 +99,7 @@ class RewardClient:
         wire_ids = [f"{prefix}/{request.id}" for request in requests]
         batch = ScoreBatch(
             requests=[
-                request.model_copy(update={"id": wire_id})
-                for request, wire_id in zip(requests, wire_ids, strict=True)
+                request.model_copy(update={"id": wire_id}) for request, wire_id in zip(requests, wire_ids, strict=True)
             ]
         )
         limit = _REPLY_BYTES + _REPLY_BYTES_PER_REQUEST * len(requests)
@@ -116,10 +112,7 @@ class RewardClient:
                 lambda body: _checked_replies(body, wire_ids),
                 deadline,
             )
-        return [
-            reply.model_copy(update={"id": request.id})
-            for request, reply in zip(requests, replies, strict=True)
-        ]
+        return [reply.model_copy(update={"id": request.id}) for request, reply in zip(requests, replies, strict=True)]
 
     async def _ask(
         self,

@@ -46,9 +46,7 @@ class ChatEncoding:
                 "its Jinja text, or use a model that brings one"
             )
         if self.tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"the tokenizer of {self.name!r} has no eos_token; set it in its tokenizer_config.json"
-            )
+            raise ValueError(f"the tokenizer of {self.name!r} has no eos_token; set it in its tokenizer_config.json")
         self.eos_id = int(self.tokenizer.eos_token_id)
         self.eos_ids = frozenset({self.eos_id, *map(int, stop_ids)})
         self.control_tokens = self._control_tokens()
@@ -74,9 +72,7 @@ class ChatEncoding:
         one of the template's control tokens (it could forge a turn), and one that the template refuses.
         """
         if not messages or messages[-1].role == "assistant":
-            last = (
-                f"ends with the assistant's {messages[-1].content[:40]!r}" if messages else "has no messages"
-            )
+            last = f"ends with the assistant's {messages[-1].content[:40]!r}" if messages else "has no messages"
             raise ValueError(f"a prompt must end with a user or system message, but this one {last}")
         for number, message in enumerate(messages):
             for token in self.control_tokens:
@@ -97,9 +93,7 @@ class ChatEncoding:
         end = len(ids)
         while end and ids[end - 1] in self.eos_ids:
             end -= 1
-        return self.tokenizer.decode(
-            list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
         turns = [message.model_dump() for message in messages]
@@ -108,9 +102,7 @@ class ChatEncoding:
             ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         except TemplateError as error:
             roles = ", ".join(message.role for message in messages)
-            raise ValueError(
-                f"the chat template of {self.name!r} refuses the roles [{roles}]: {error}"
-            ) from error
+            raise ValueError(f"the chat template of {self.name!r} refuses the roles [{roles}]: {error}") from error
         return list(ids)
 
     def _control_tokens(self) -> tuple[str, ...]:
@@ -121,9 +113,7 @@ class ChatEncoding:
 
     def _special_ids(self) -> list[int]:
         added = self.tokenizer.added_tokens_decoder
-        return sorted(
-            {*(token for token, entry in added.items() if entry.special), *self.tokenizer.all_special_ids}
-        )
+        return sorted({*(token for token, entry in added.items() if entry.special), *self.tokenizer.all_special_ids})
 
     def _dedicated_pad(self) -> int:
         """Pick a pad id that no real sequence ends with: never an EOS, nor a token of the template."""
@@ -132,9 +122,7 @@ class ChatEncoding:
             return int(current)
         taken = {*self.eos_ids, *self.tokenizer.convert_tokens_to_ids(list(self.control_tokens))}
         names = {
-            token: self.tokenizer.convert_ids_to_tokens(token)
-            for token in self._special_ids()
-            if token not in taken
+            token: self.tokenizer.convert_ids_to_tokens(token) for token in self._special_ids() if token not in taken
         }
         for wanted in _PAD_NAMES:
             for token, name in names.items():

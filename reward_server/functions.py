@@ -19,8 +19,7 @@ def load_function(name: str) -> Callable[..., Iterable[Any]]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"cannot import the module of {name!r}: {error}; is its folder on PYTHONPATH, and shipped with "
-            "the run?"
+            f"cannot import the module of {name!r}: {error}; is its folder on PYTHONPATH, and shipped with the run?"
         ) from error
     function = getattr(module, function_name, None)
     if callable(function):
@@ -28,9 +27,7 @@ def load_function(name: str) -> Callable[..., Iterable[Any]]:
     raise ValueError(f"module {module_name!r} has no function {function_name!r}, as {name!r} asks for")
 
 
-def call_function(
-    name: str, function: Callable[..., Iterable[Any]], count: int, *arguments: Any
-) -> list[float]:
+def call_function(name: str, function: Callable[..., Iterable[Any]], count: int, *arguments: Any) -> list[float]:
     """Call a user's function, and check that it returns `count` finite numbers.
 
     Raises UserFunctionError, which names the function, when it fails or returns anything else.
@@ -38,9 +35,7 @@ def call_function(
     try:
         results = list(function(*arguments))
     except Exception as error:
-        raise UserFunctionError(
-            f"{name} failed on {count} responses: {type(error).__name__}: {error}"
-        ) from error
+        raise UserFunctionError(f"{name} failed on {count} responses: {type(error).__name__}: {error}") from error
     if len(results) != count:
         raise UserFunctionError(f"{name} returned {len(results)} numbers for {count} responses")
     return [_number(name, position, result) for position, result in enumerate(results)]
@@ -50,9 +45,7 @@ def _number(name: str, position: int, result: Any) -> float:
     try:
         number = float(result)
     except (TypeError, ValueError) as error:
-        raise UserFunctionError(
-            f"{name} returned {result!r} for response {position}, not a number"
-        ) from error
+        raise UserFunctionError(f"{name} returned {result!r} for response {position}, not a number") from error
     if not math.isfinite(number):
         raise UserFunctionError(f"{name} returned {number} for response {position}, not a finite number")
     return number

@@ -120,9 +120,7 @@ def _completion(number: int, completion: Any) -> tuple[str, bool]:
         text, ended = completion.get("text"), completion.get("ended", True)
         if isinstance(text, str) and isinstance(ended, bool):
             return text, ended
-    raise ValueError(
-        f'completions.{number} must be {{"text": str, "ended": true or false}}, not {completion!r:.60}'
-    )
+    raise ValueError(f'completions.{number} must be {{"text": str, "ended": true or false}}, not {completion!r:.60}')
 
 
 def _pair(name: str, row: dict[str, Any]) -> Comparison:
@@ -150,9 +148,7 @@ def _transcript(row: dict[str, Any], key: str) -> tuple[tuple[Message, ...], str
     if isinstance(turns, str):
         before, *pieces = _TURN.split(turns)
         if before.strip() or not pieces:
-            raise ValueError(
-                f'"{key}" must start with "\\n\\nHuman:", not {turns[:40]!r}; or give a "prompt" too'
-            )
+            raise ValueError(f'"{key}" must start with "\\n\\nHuman:", not {turns[:40]!r}; or give a "prompt" too')
         turns = [
             {"role": _ROLES[speaker], "content": text.strip()}
             for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)

@@ -124,9 +124,7 @@ def scores(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
     (InstructGPT; summarize-from-feedback).
     """
     hidden = _hidden(model, ids)
-    return model.get_submodule("score")(
-        hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-    ).squeeze(-1)
+    return model.get_submodule("score")(hidden[torch.arange(len(ids), device=ids.device), lengths - 1]).squeeze(-1)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:

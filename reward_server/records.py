@@ -37,9 +37,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line_number, row
 
 
-def read_records(
-    path: str | Path, parse: Callable[[dict[str, Any], int], Row], max_bad_rows: int = 0
-) -> list[Row]:
+def read_records(path: str | Path, parse: Callable[[dict[str, Any], int], Row], max_bad_rows: int = 0) -> list[Row]:
     """Read a JSONL file through `parse(row, line number)`, which raises ValueError with the reason to refuse
     a row.
 
@@ -54,9 +52,7 @@ def read_records(
                 raise row
             rows.append(parse(row, line_number))
         except ValueError as error:
-            bad.append(
-                error if isinstance(error, RecordError) else RecordError(f"{path}:{line_number}: {error}")
-            )
+            bad.append(error if isinstance(error, RecordError) else RecordError(f"{path}:{line_number}: {error}"))
             if len(bad) > max_bad_rows:
                 raise _over_budget(bad[-1], max_bad_rows) from error
             log.warning("skipped bad row %d of at most %d: %s", len(bad), max_bad_rows, bad[-1])
@@ -110,9 +106,7 @@ def row_conversation(row: dict[str, Any], key: str = "prompt") -> tuple[Message,
             raise ValueError(f"{key}.{number}.content is blank; give it a text or remove the message")
     if not messages or messages[-1].role != "user":
         last = messages[-1].role if messages else "nothing"
-        raise ValueError(
-            f'"{key}" must end with a user message, it ends with {last}; remove what follows the user'
-        )
+        raise ValueError(f'"{key}" must end with a user message, it ends with {last}; remove what follows the user')
     return tuple(messages)
 
 
@@ -152,9 +146,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 def _row(line: bytes | None, first: bool) -> dict[str, Any]:
     if line is None:
-        raise ValueError(
-            f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB; split it, one object a line"
-        )
+        raise ValueError(f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB; split it, one object a line")
     if first and line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("the file starts with a byte-order mark; save it as UTF-8 without one")
     if b"\x00" in line:
@@ -166,9 +158,7 @@ def _row(line: bytes | None, first: bool) -> dict[str, Any]:
     try:
         row = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not valid JSON at column {error.colno} ({error.msg}); write one object a line"
-        ) from error
+        raise ValueError(f"not valid JSON at column {error.colno} ({error.msg}); write one object a line") from error
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply; flatten it") from error
     if not isinstance(row, dict):

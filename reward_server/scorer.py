@@ -64,9 +64,7 @@ def raw_scores(
             ids = torch.full((len(batch), int(lengths.max())), pad_id)
             for row, index in enumerate(batch):
                 ids[row, : lengths[row]] = torch.tensor(sequences[index])
-            for index, score in zip(
-                batch, scores(model, ids.to(device), lengths.to(device)).tolist(), strict=True
-            ):
+            for index, score in zip(batch, scores(model, ids.to(device), lengths.to(device)).tolist(), strict=True):
                 results[index] = score
     return results
 
@@ -178,17 +176,14 @@ def normalise_on(
     With `unit_std` the gain also makes their population standard deviation 1 (lm-human-preferences):
     gain = 1/sigma, bias = -gain * mu. Raises ValueError without demonstrations, or when all score the same.
     """
-    sequences = [
-        [*encoding.prompt(d.prompt), *encoding.response(d.response, ended=True)] for d in demonstrations
-    ]
+    sequences = [[*encoding.prompt(d.prompt), *encoding.response(d.response, ended=True)] for d in demonstrations]
     if not sequences:
         raise ValueError("a reward model is normalised on demonstrations, and there are none")
     raw = torch.tensor(raw_scores(model, sequences, encoding.pad_id, max_batch_tokens), dtype=torch.float64)
     mean, std = raw.mean().item(), raw.std(correction=0).item()
     if unit_std and not std > 0:
         raise ValueError(
-            f"all {len(sequences)} demonstrations score {mean:g}, so no gain gives them a standard deviation "
-            "of 1"
+            f"all {len(sequences)} demonstrations score {mean:g}, so no gain gives them a standard deviation of 1"
         )
     gain = 1 / std if unit_std else 1.0
     result = Normalisation(gain=gain, bias=-gain * mean)

@@ -143,8 +143,7 @@ def build_source(
     Raises ValueError when a part cannot be loaded, or needs a model and the run has none.
     """
     sources = {
-        part.name: (part.weight, _part_source(part, config, model_path, token, chat_template))
-        for part in config.parts
+        part.name: (part.weight, _part_source(part, config, model_path, token, chat_template)) for part in config.parts
     }
     (weight, first), *others = sources.values()
     return first if weight == 1 and not others else MixSource(sources)

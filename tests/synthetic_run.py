@@ -51,9 +51,7 @@ def write_run(path: Path, arms: Sequence[str] = ("ppo",), iterations: int = 24, 
     """Write every file of a run of SFT, reward model and PPO; the arm "ppo-noptx" has no pretraining mix."""
     random_ = random.Random(seed)
     path.mkdir(parents=True, exist_ok=True)
-    write_rows(
-        path / "metrics.jsonl", [*_supervised(random_), *_reward(random_), *_ppo(random_, arms, iterations)]
-    )
+    write_rows(path / "metrics.jsonl", [*_supervised(random_), *_reward(random_), *_ppo(random_, arms, iterations)])
     write_rows(path / "phases.jsonl", _phases(arms))
     write_rows(path / "evaluations" / "sft.jsonl", evaluation("sft", 96, 0.12, seed))
     for arm in arms:

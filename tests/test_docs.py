@@ -99,8 +99,7 @@ def test_functions_named_in_the_pages_exist():
                 found = [
                     node
                     for node in inside
-                    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-                    and node.name == name
+                    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name
                 ]
                 assert found, f"{page.name} names {file}:{dotted}"
                 inside = found[0].body

@@ -208,21 +208,13 @@ def test_a_broken_generator_is_left_out_and_the_others_do_its_work(tmp_path: Pat
 
 def test_a_prompt_that_breaks_every_wave_is_found_and_named() -> None:
     bad = [USER, 5, ASSISTANT]  # the prompt "b", whose id is p1
-    spoilt = {
-        name: FakeGenerator(fault=lambda queries: OSError("crash") if bad in queries else None)
-        for name in "ab"
-    }
+    spoilt = {name: FakeGenerator(fault=lambda queries: OSError("crash") if bad in queries else None) for name in "ab"}
     config = RolloutConfig(prompts_per_wave=4, max_new_tokens=8, max_attempts=3)
     run = Run(spoilt, config=config, prompts_per_batch=6)
     error = _train_and_fail(run)
     assert isinstance(error, PromptFailed)
-    assert (
-        "prompt 'p1' could not be sampled in 3 attempts; the last: generation failed, OSError: crash"
-        in str(error)
-    )
-    assert any(wave == [bad] for generator in spoilt.values() for wave in generator.waves), (
-        "it was tried alone"
-    )
+    assert "prompt 'p1' could not be sampled in 3 attempts; the last: generation failed, OSError: crash" in str(error)
+    assert any(wave == [bad] for generator in spoilt.values() for wave in generator.waves), "it was tried alone"
 
 
 def test_an_over_long_prompt_stops_the_run_and_is_named() -> None:
@@ -289,9 +281,7 @@ def test_a_generator_that_missed_the_weights_is_not_trained_on() -> None:
     run = Run({"stuck": Stuck()})
     error = _train_and_fail(run, iterations=2)
     assert isinstance(error, GeneratorFailed)
-    assert "was sampled with weights of versions 0 to 0; it may be trained with versions 1 to 1 only" in str(
-        error
-    )
+    assert "was sampled with weights of versions 0 to 0; it may be trained with versions 1 to 1 only" in str(error)
     assert len(run.batches) == 1
 
 
@@ -339,9 +329,7 @@ def test_random_faults_and_delays_lose_and_double_nothing(seed: int, tmp_path: P
         max_attempts=1000,
     )
     staleness = dice.randint(0, 3)
-    run = Run(
-        generators, config=config, prompts_per_batch=dice.randint(1, 7), staleness=staleness, ledger=path
-    )
+    run = Run(generators, config=config, prompts_per_batch=dice.randint(1, 7), staleness=staleness, ledger=path)
     try:
         batches = asyncio.run(run.train(8))
     except GeneratorFailed:

@@ -86,14 +86,10 @@ def test_a_run_directory_remembers_its_settings(tmp_path: Path, entry: Any):
     assert fresh.iterations != 7
 
 
-def test_tiny_is_another_preset_and_run_directory(
-    tmp_path: Path, entry: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_tiny_is_another_preset_and_run_directory(tmp_path: Path, entry: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     seen: list[tuple[Path, bool, int]] = []
-    entry(
-        "quickstart", lambda job, tiny: seen.append((job.run_dir, tiny, job.config.rollout.prompts_per_wave))
-    )
+    entry("quickstart", lambda job, tiny: seen.append((job.run_dir, tiny, job.config.rollout.prompts_per_wave)))
     assert rayward("quickstart") == 0
     assert rayward("quickstart", "--tiny") == 0
     (main, main_flag, main_wave), (tiny, tiny_flag, tiny_wave) = seen

@@ -20,9 +20,7 @@ def test_every_preset_composes_and_survives_being_saved(preset: str, tmp_path: P
 
 
 def test_the_presets_that_commands_name_are_there():
-    named = {c.preset for c in COMMANDS.values() if c.preset} | {
-        v for c in COMMANDS.values() for v in c.variants
-    }
+    named = {c.preset for c in COMMANDS.values() if c.preset} | {v for c in COMMANDS.values() for v in c.variants}
     assert named <= set(presets())
 
 

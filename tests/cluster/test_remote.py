@@ -100,9 +100,7 @@ class Worker:
 
     def surroundings(self) -> dict[str, Any]:
         return {
-            "threads": {
-                name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "COLOUR")
-            },
+            "threads": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "COLOUR")},
             "cores": sorted(os.sched_getaffinity(0)),
             "child_cores": int(subprocess.check_output(["nproc"])),
         }
@@ -226,9 +224,7 @@ def test_a_call_whose_argument_cannot_be_read_does_not_hold_up_the_next(worker: 
 
 def test_a_missed_deadline_names_actor_method_seconds_and_place(worker: RemoteHandle) -> None:
     async def scenario() -> None:
-        with pytest.raises(
-            TimeoutError, match=r"'worker-7': block\(\) did not answer within 0.3 s"
-        ) as caught:
+        with pytest.raises(TimeoutError, match=r"'worker-7': block\(\) did not answer within 0.3 s") as caught:
             await worker.call("block", 1.5, deadline_s=0.3)
         assert "in block" in str(caught.value)
         assert "time.sleep(seconds)" in str(caught.value)
@@ -303,9 +299,7 @@ def test_a_failing_constructor_answers_every_call(session: Path) -> None:
     handle.kill()
 
 
-def test_sigkill_is_told_with_the_log_and_leaves_no_child(
-    session: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_sigkill_is_told_with_the_log_and_leaves_no_child(session: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = session / "victim.log"
     handle = remote(Worker, options=ActorOptions(name="victim", cpus=1, log_file=log))
 
@@ -354,9 +348,7 @@ def test_a_stopped_actor_and_one_that_finds_no_room_are_told_apart(session: Path
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(TimeoutError, match=r"'stopped': add.* answers nothing"):
             await handle.call("add", 1, deadline_s=0.3)
-        with pytest.raises(
-            TimeoutError, match=r"has not started: it asks for 64 CPUs and 0 GPUs.*of 4 CPUs free"
-        ):
+        with pytest.raises(TimeoutError, match=r"has not started: it asks for 64 CPUs and 0 GPUs.*of 4 CPUs free"):
             await large.ready(deadline_s=0.3)
 
     asyncio.run(scenario())
@@ -386,12 +378,8 @@ def test_bundles_are_placed_or_refused_by_name(session: Path) -> None:
     small = Process(name="generator-0", threads=1, cpus=0.5)
     with pytest.raises(ResourceError, match=r"'learner-0' needs 64 CPUs and 0 GPUs.*: 4 CPUs, 0 GPUs"):
         place([small, Process(name="learner-0", threads=64, cpus=64)], deadline_s=30)
-    with pytest.raises(
-        ResourceError, match=r"generator-0: 3 CPUs.*learner-0: 3 CPUs.*within 0.5 s.*4 CPUs, 0 GPUs"
-    ):
-        place(
-            [Process(name=name, threads=3, cpus=3) for name in ("generator-0", "learner-0")], deadline_s=0.5
-        )
+    with pytest.raises(ResourceError, match=r"generator-0: 3 CPUs.*learner-0: 3 CPUs.*within 0.5 s.*4 CPUs, 0 GPUs"):
+        place([Process(name=name, threads=3, cpus=3) for name in ("generator-0", "learner-0")], deadline_s=0.5)
     placement = place([small], deadline_s=30)
     options = ActorOptions(name="generator-0", cpus=0.5, placement=placement.bundle("generator-0"))
     handle = remote(Worker, options=options)

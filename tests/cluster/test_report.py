@@ -84,9 +84,7 @@ def test_the_page_can_be_read_without_seeing_it(page: Page):
     assert all(len(figure["aria-label"] or "") > 30 and figure["role"] == "img" for figure in figures)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert {
-        section["aria-labelledby"] for section in page.all("section") if "aria-labelledby" in section
-    } <= set(ids)
+    assert {section["aria-labelledby"] for section in page.all("section") if "aria-labelledby" in section} <= set(ids)
 
 
 def test_the_figures_stand_at_the_top_and_verdicts_name_the_labeler(page: Page):
@@ -223,9 +221,7 @@ def test_a_part_may_be_all_there_is(tmp_path: Path, part: str):
 
 def test_a_run_of_sft_only_speaks_of_that_only(tmp_path: Path):
     write_rows(tmp_path / "metrics.jsonl", [{"stage": "sft", "step": 1, "sft/loss": 3.0}])
-    (tmp_path / "summary.json").write_text(
-        '{"sft": {"valid_before": 4.0, "valid_after": 3.5}, "seconds": 4000}'
-    )
+    (tmp_path / "summary.json").write_text('{"sft": {"valid_before": 4.0, "valid_after": 3.5}, "seconds": 4000}')
     page = Page(write_report(tmp_path))
     assert "SFT loss 4.00 → 3.50" in page.text
     assert "Time 1 h 06 min" in page.text

@@ -53,9 +53,7 @@ def test_what_cannot_be_read_is_left_out_and_told(tmp_path: Path):
 
 
 def test_values_of_the_wrong_kind_are_no_figures(tmp_path: Path):
-    (tmp_path / "summary.json").write_text(
-        '{"ppo": {"ppo": {"gold_before": "0.1", "gold_after": true}}, "sft": 3}'
-    )
+    (tmp_path / "summary.json").write_text('{"ppo": {"ppo": {"gold_before": "0.1", "gold_after": true}}, "sft": 3}')
     run = read_run(tmp_path)
     assert run.change("ppo", "gold") is None
     assert run.figures("sft") == {}
@@ -75,16 +73,12 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path, made: bool, reaso
     if made:
         path.mkdir()
         (path / "notes.txt").write_text("")
-    with pytest.raises(
-        ValueError, match=f"other {reason}: expected a directory with at least one of config.toml"
-    ):
+    with pytest.raises(ValueError, match=f"other {reason}: expected a directory with at least one of config.toml"):
         read_run(path)
 
 
 def rows(golds: list[float | None]) -> list[dict[str, object]]:
-    return [
-        {"id": str(number), "prompt": "?", "response": "!", "gold": gold} for number, gold in enumerate(golds)
-    ]
+    return [{"id": str(number), "prompt": "?", "response": "!", "gold": gold} for number, gold in enumerate(golds)]
 
 
 def test_a_change_is_measured_on_the_prompts_that_both_models_answered(tmp_path: Path):
@@ -150,9 +144,7 @@ def test_samples_become_visible_text_in_the_order_of_their_ids(tmp_path: Path):
         "prompt": [{"role": "user", "content": "hi\x00"}, "?"],
         "response": "a\u202eb\x1b[31m",
     }
-    write_rows(
-        tmp_path / "evaluations" / "sft.jsonl", [sample, evaluation("sft", 1, 0.0, 0)[0] | {"id": "a"}]
-    )
+    write_rows(tmp_path / "evaluations" / "sft.jsonl", [sample, evaluation("sft", 1, 0.0, 0)[0] | {"id": "a"}])
     first, second = read_run(tmp_path).evaluations["sft"]
     assert (first.id, second.id) == ("a", "b")
     assert second.prompt == (("user", "hi\\x00"),)

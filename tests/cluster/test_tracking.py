@@ -88,9 +88,7 @@ def test_a_step_is_written_before_log_returns(tmp_path: Path):
 def test_threads_do_not_mix_their_lines(tmp_path: Path):
     with tracker(tmp_path, None, mode="disabled") as found:
         threads = [
-            threading.Thread(
-                target=lambda n=n: [found.log("ppo", step, {f"area/{n}": step}) for step in range(50)]
-            )
+            threading.Thread(target=lambda n=n: [found.log("ppo", step, {f"area/{n}": step}) for step in range(50)])
             for n in range(4)
         ]
         for thread in threads:

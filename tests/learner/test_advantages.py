@@ -10,9 +10,7 @@ NAN, INF = float("nan"), float("inf")
 
 # A full response of five tokens, and one of three whose padding holds garbage.
 LOGPROBS = torch.tensor([[-1.2, -0.7, -2.3, -0.4, -0.9], [-0.5, -1.5, -0.8, NAN, 7.0]], dtype=torch.float64)
-REF_LOGPROBS = torch.tensor(
-    [[-1.0, -0.9, -2.0, -0.6, -1.1], [-0.6, -1.1, -1.0, 3.0, INF]], dtype=torch.float64
-)
+REF_LOGPROBS = torch.tensor([[-1.0, -0.9, -2.0, -0.6, -1.1], [-0.6, -1.1, -1.0, 3.0, INF]], dtype=torch.float64)
 VALUES = torch.tensor([[0.1, 0.25, -0.05, 0.4, 0.6], [0.3, -0.2, 0.1, INF, NAN]], dtype=torch.float64)
 SCORE = torch.tensor([0.85, -1.0], dtype=torch.float64)
 MASK = torch.arange(5) < torch.tensor([[5], [3]])

@@ -68,10 +68,7 @@ def test_a_response_token_is_predicted_at_the_index_before_it() -> None:
 def test_positions_point_right_before_each_response_token_and_stay_legal(
     shapes: list[tuple[int, int]],
 ) -> None:
-    rows = [
-        trajectory(range(100, 100 + q), range(200 + 10 * i, 200 + 10 * i + r))
-        for i, (q, r) in enumerate(shapes)
-    ]
+    rows = [trajectory(range(100, 100 + q), range(200 + 10 * i, 200 + 10 * i + r)) for i, (q, r) in enumerate(shapes)]
     b = collate(rows, pad_id=PAD)
     assert b.mask.sum() == sum(r for _, r in shapes)
     assert int(b.positions.max()) < b.ids.shape[1]

@@ -94,9 +94,7 @@ def test_staleness_zero_is_synchronous() -> None:
         buffer.put(ticket, samples(ticket))
     assert at_once(buffer.admit(1)) is None, "a full buffer does not open the gate"
     at_once(buffer.take(1.0))
-    assert at_once(buffer.admit(1)) is None, (
-        "neither does taking the batch, but only the learner's next version"
-    )
+    assert at_once(buffer.admit(1)) is None, "neither does taking the batch, but only the learner's next version"
     buffer.advance()
     assert numbers(at_once(buffer.admit(5))) == [2, 3]
 
@@ -305,9 +303,7 @@ def test_a_restored_buffer_goes_on_where_the_snapshot_was_taken(tmp_path: Path) 
 
 @pytest.mark.parametrize("other", [{"batch": 3}, {"count": 2}, {"version": 1}, {"staleness": 1}])
 def test_a_snapshot_of_another_arithmetic_is_refused(other: dict[str, int]) -> None:
-    with pytest.raises(
-        ValueError, match=r"the checkpoint's buffer has \w+ = \d, this run has \d; resume with"
-    ):
+    with pytest.raises(ValueError, match=r"the checkpoint's buffer has \w+ = \d, this run has \d; resume with"):
         new_buffer(**other).restore(new_buffer().snapshot())  # type: ignore[arg-type]
 
 

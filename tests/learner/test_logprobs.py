@@ -11,9 +11,7 @@ N, D, V = 13, 4, 11
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    hidden, weight, bias = (
-        torch.randn(*shape, generator=generator).to(dtype) for shape in ((N, D), (V, D), (V,))
-    )
+    hidden, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((N, D), (V, D), (V,)))
     targets = torch.randint(V, (N,), generator=generator)
     return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets
 
@@ -37,9 +35,7 @@ def naive(
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 5, N, 100])
-def test_values_and_gradients_equal_the_naive_ones(
-    chunk: int, temperature: float, softcap: float | None
-) -> None:
+def test_values_and_gradients_equal_the_naive_ones(chunk: int, temperature: float, softcap: float | None) -> None:
     hidden, weight, bias, targets = inputs()
     logprobs, entropy = token_logprobs(hidden, weight, bias, targets, temperature, chunk, softcap)
     expected, expected_entropy = naive(hidden, weight, bias, targets, temperature, softcap)
@@ -92,9 +88,7 @@ def test_bfloat16_inputs_give_float32_results_and_bfloat16_gradients() -> None:
 def test_weight_gradients_of_many_chunks_are_not_lost_in_bfloat16() -> None:
     """512 equal terms of about 1/2 each: added up one by one in bfloat16 they would stick at 128."""
     hidden, weight = torch.ones(512, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16)
-    logprobs, _ = token_logprobs(
-        hidden, weight.requires_grad_(), None, torch.zeros(512, dtype=torch.long), 1.0, 1
-    )
+    logprobs, _ = token_logprobs(hidden, weight.requires_grad_(), None, torch.zeros(512, dtype=torch.long), 1.0, 1)
     logprobs.sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [[256.0], [-256.0]]

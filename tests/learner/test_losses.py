@@ -48,9 +48,7 @@ def test_policy_gradient_stops_where_the_ratio_has_gone_far_enough() -> None:
 def test_policy_gradient_against_finite_differences() -> None:
     new = NEW.clone().requires_grad_()
     weights = f64([[0.5, 2.0, 1.0], [0.25, 1.5, 0.0]])
-    assert torch.autograd.gradcheck(
-        lambda x: policy_loss_sum(x, OLD, ADVANTAGES, MASK, 0.2, weights)[0], (new,)
-    )
+    assert torch.autograd.gradcheck(lambda x: policy_loss_sum(x, OLD, ADVANTAGES, MASK, 0.2, weights)[0], (new,))
 
 
 def test_the_first_minibatch_is_on_policy() -> None:
@@ -82,9 +80,7 @@ def test_an_absurd_ratio_stays_finite() -> None:
     assert bool(new.grad.isfinite().all())
 
 
-def losses_of(
-    new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
+def losses_of(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Every token loss with its statistics, and their gradients, of the same tensors."""
     new = new.clone().requires_grad_()
     policy, policy_stats = policy_loss_sum(new, old, advantages, mask, 0.2)
@@ -169,9 +165,7 @@ A_BD_C = [0, 1, 2, 1]
 )
 def test_ranking_loss_of_one_prompt(ranks, normaliser, expected, pairs, correct, gradient) -> None:
     scores = SCORES.clone().requires_grad_()
-    loss, prompts, stats = kwise_loss(
-        scores, torch.zeros(4, dtype=torch.long), torch.tensor(ranks), normaliser
-    )
+    loss, prompts, stats = kwise_loss(scores, torch.zeros(4, dtype=torch.long), torch.tensor(ranks), normaliser)
     close(loss, expected)
     assert prompts == 1
     assert stats["pairs"] == pairs
@@ -184,9 +178,7 @@ def test_ranking_loss_of_one_prompt(ranks, normaliser, expected, pairs, correct,
 
 def test_log_loss_is_summed_over_pairs() -> None:
     group = torch.zeros(4, dtype=torch.long)
-    sums = [
-        kwise_loss(SCORES, group, torch.tensor(r), "all")[2]["log_loss"] for r in (A_D_B_C, A_B_C_D, A_BD_C)
-    ]
+    sums = [kwise_loss(SCORES, group, torch.tensor(r), "all")[2]["log_loss"] for r in (A_D_B_C, A_B_C_D, A_BD_C)]
     close(torch.stack(sums), [2.092301, 4.092301, 1.654813])
 
 
@@ -201,9 +193,7 @@ def test_a_batch_is_the_mean_over_prompts_not_over_pairs() -> None:
 def test_accuracy_pooled_over_pairs_and_averaged_over_prompts() -> None:
     """Six pairs with four right, one pair that is wrong: 4/7 pooled, (2/3 + 0)/2 by prompt."""
     scores = torch.cat([SCORES, f64([0.0, 1.0])])
-    _, prompts, stats = kwise_loss(
-        scores, torch.tensor([0] * 4 + [1] * 2), torch.tensor([*A_B_C_D, 0, 1]), "pairs"
-    )
+    _, prompts, stats = kwise_loss(scores, torch.tensor([0] * 4 + [1] * 2), torch.tensor([*A_B_C_D, 0, 1]), "pairs")
     assert float(stats["correct"] / stats["pairs"]) == pytest.approx(4 / 7)
     assert float(stats["prompt_accuracy"] / prompts) == pytest.approx(1 / 3)
 
@@ -226,9 +216,7 @@ def test_identical_completions_ranked_differently_cost_log_two() -> None:
 
 
 def test_a_hopeless_margin_costs_its_size_and_stays_finite() -> None:
-    loss, _, _ = kwise_loss(
-        torch.tensor([-5000.0, 5000.0]), torch.tensor([0, 0]), torch.tensor([0, 1]), "pairs"
-    )
+    loss, _, _ = kwise_loss(torch.tensor([-5000.0, 5000.0]), torch.tensor([0, 0]), torch.tensor([0, 1]), "pairs")
     assert loss == 10_000
 
 

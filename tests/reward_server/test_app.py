@@ -62,9 +62,7 @@ def wire(name: str, response: str = "abc") -> dict[str, object]:
     return {"id": name, "prompt": [{"role": "user", "content": "hi"}], "response": response, "ended": True}
 
 
-def post(
-    server: ScoreServer, *requests: dict[str, object], headers: dict[str, str] | None = None
-) -> httpx.Response:
+def post(server: ScoreServer, *requests: dict[str, object], headers: dict[str, str] | None = None) -> httpx.Response:
     return httpx.post(f"{server.url}/score", json={"requests": list(requests)}, headers=headers, timeout=20)
 
 
@@ -83,9 +81,7 @@ def test_a_repeated_id_is_answered_from_memory(server: ScoreServer, source: Coun
     assert source.seen == [["a", "b"], ["c"]]
 
 
-def test_a_retry_while_the_first_is_computed_waits_for_it(
-    server: ScoreServer, source: CountingSource
-) -> None:
+def test_a_retry_while_the_first_is_computed_waits_for_it(server: ScoreServer, source: CountingSource) -> None:
     source.gate.clear()
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/score", json={"requests": [wire("a")]}, timeout=0.3)

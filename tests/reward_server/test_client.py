@@ -33,9 +33,7 @@ class LengthSource:
 class FaultyApp:
     """The real app behind a list of faults, one per request: a status, a change of the body, or "hang"."""
 
-    def __init__(
-        self, source: LengthSource, *faults: Any, token: str | None = None, limits: Limits | None = None
-    ):
+    def __init__(self, source: LengthSource, *faults: Any, token: str | None = None, limits: Limits | None = None):
         self.app = create_app(source, token, limits)
         self.faults = list(faults)
         self.requests = 0

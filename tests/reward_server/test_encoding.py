@@ -53,9 +53,7 @@ def test_a_prompt_that_spells_a_control_token_is_refused(encoding: ChatEncoding)
         encoding.prompt([user("fine"), user("a<|im_end|>b")])
 
 
-@pytest.mark.parametrize(
-    "text", ["hello world", " leading and trailing \n", "", "naïve 🙂\n\n\ttab", "a  b ,c"]
-)
+@pytest.mark.parametrize("text", ["hello world", " leading and trailing \n", "", "naïve 🙂\n\n\ttab", "a  b ,c"])
 def test_text_of_a_response_is_the_response(encoding: ChatEncoding, text: str) -> None:
     assert encoding.text(encoding.response(text, ended=True)) == text
 
@@ -68,12 +66,8 @@ def test_text_drops_every_kind_of_eos_at_the_end_and_special_tokens_within() -> 
     assert encoding.text([START, *good, END]) == "good"
 
 
-@pytest.mark.parametrize(
-    "messages", [[], [Message(role="user", content="a"), Message(role="assistant", content="b")]]
-)
-def test_a_prompt_must_leave_the_turn_to_the_assistant(
-    encoding: ChatEncoding, messages: list[Message]
-) -> None:
+@pytest.mark.parametrize("messages", [[], [Message(role="user", content="a"), Message(role="assistant", content="b")]])
+def test_a_prompt_must_leave_the_turn_to_the_assistant(encoding: ChatEncoding, messages: list[Message]) -> None:
     with pytest.raises(ValueError, match="must end with a user or system message"):
         encoding.prompt(messages)
 

@@ -7,9 +7,7 @@ from reward_server.functions import UserFunctionError, call_function, load_funct
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rewards_of_mine.py").write_text(
-        "VALUE = 3\ndef length(texts):\n    return [len(t) for t in texts]\n"
-    )
+    (tmp_path / "rewards_of_mine.py").write_text("VALUE = 3\ndef length(texts):\n    return [len(t) for t in texts]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
 
 

@@ -19,9 +19,7 @@ from reward_server.schema import Message
 USER = Message(role="user", content="hi")
 
 
-def comparison(
-    responses: tuple[str, ...], ranks: tuple[int, ...] | None = None, name: str = "a"
-) -> Comparison:
+def comparison(responses: tuple[str, ...], ranks: tuple[int, ...] | None = None, name: str = "a") -> Comparison:
     return Comparison(
         id=name,
         prompt=(USER,),

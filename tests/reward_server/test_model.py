@@ -36,9 +36,7 @@ def test_a_score_is_read_at_the_last_token_eos_or_not(folder: Path) -> None:
     model = load_reward_model(folder, torch.float32)
     with torch.no_grad():
         hidden = model.base_model(IDS).last_hidden_state
-        by_hand = [
-            hidden[row, index] @ model.get_parameter("score.weight")[0] for row, index in enumerate([3, 5, 4])
-        ]
+        by_hand = [hidden[row, index] @ model.get_parameter("score.weight")[0] for row, index in enumerate([3, 5, 4])]
         got = scores(model, IDS, LENGTHS)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.stack(by_hand))
@@ -78,9 +76,7 @@ def test_hugging_face_reads_the_same_score(folder: Path) -> None:
     assert theirs.config.num_labels == 1
     with torch.no_grad():
         mask = torch.arange(IDS.shape[1]) < LENGTHS[:, None]
-        torch.testing.assert_close(
-            theirs(IDS, attention_mask=mask.long()).logits[:, 0], ours, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(theirs(IDS, attention_mask=mask.long()).logits[:, 0], ours, rtol=1e-4, atol=1e-5)
 
 
 def test_a_hugging_face_pipeline_reads_the_same_score_in_batches(folder: Path) -> None:
@@ -98,9 +94,7 @@ def test_a_hugging_face_pipeline_reads_the_same_score_in_batches(folder: Path) -
 
 def test_a_new_head_is_normal_with_the_papers_deviation_and_seeded(tmp_path: Path) -> None:
     tiny_causal_lm(tmp_path, hidden=512, layers=1)
-    heads = [
-        new_reward_model(tmp_path, torch.float32, seed).get_parameter("score.weight") for seed in (1, 1, 2)
-    ]
+    heads = [new_reward_model(tmp_path, torch.float32, seed).get_parameter("score.weight") for seed in (1, 1, 2)]
     assert heads[0].shape == (1, 512)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])

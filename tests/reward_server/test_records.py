@@ -44,9 +44,7 @@ def test_rows_come_with_their_line_numbers_and_blank_lines_are_passed_over(tmp_p
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
     ],
 )
-def test_a_bad_row_is_reported_with_file_line_and_reason(
-    tmp_path: Path, second_line: bytes, reason: str
-) -> None:
+def test_a_bad_row_is_reported_with_file_line_and_reason(tmp_path: Path, second_line: bytes, reason: str) -> None:
     path = _file(tmp_path, b'{"a": 1}\n' + second_line + b"\n")
     rows = read_jsonl(path)
     assert next(rows) == (1, {"a": 1})

@@ -61,9 +61,7 @@ def test_token_batches_take_each_index_once_and_respect_the_budget() -> None:
 
 
 def test_scores_come_in_the_order_of_the_requests_and_do_not_depend_on_the_batching(folder: Path) -> None:
-    requests = [
-        asking(f"prompt {n}", "word " * (7 * n % 23), ended=n % 3 > 0, name=f"r{n}") for n in range(20)
-    ]
+    requests = [asking(f"prompt {n}", "word " * (7 * n % 23), ended=n % 3 > 0, name=f"r{n}") for n in range(20)]
     together = RewardModelSource(folder, max_batch_tokens=100_000).score(requests)
     alone = RewardModelSource(folder, max_batch_tokens=1).score(requests)
     backwards = RewardModelSource(folder, max_batch_tokens=300).score(requests[::-1])[::-1]
@@ -154,8 +152,7 @@ def test_a_broken_model_never_scores(tmp_path: Path) -> None:
 def test_demonstrations_score_zero_on_average_after_normalisation(tmp_path: Path, unit_std: bool) -> None:
     model, encoding = tiny_reward_model(tmp_path), ChatEncoding.load(tmp_path)
     demonstrations = [
-        Demonstration(prompt=(Message(role="user", content=f"q {n}"),), response="good " * (n + 1))
-        for n in range(12)
+        Demonstration(prompt=(Message(role="user", content=f"q {n}"),), response="good " * (n + 1)) for n in range(12)
     ]
     stored = normalise_on(model, encoding, demonstrations, unit_std=unit_std, max_batch_tokens=64)
     assert stored == normalisation(model)
