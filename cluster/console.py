@@ -155,6 +155,8 @@ class Console:
         ]
         if shown:
             self.line("  ".join([f"{stage} {step:>4d}", *shown]))
+            if bar := self._bars.get(stage):
+                bar.reported = time.monotonic()  # the line has said how far it is
         total = int(metrics.get("progress/total", 0)) or (stage in self._bars and self._bars[stage].total)
         if total:
             loss = next((value for name, value in metrics.items() if name.endswith("/loss")), None)
