@@ -53,7 +53,7 @@ def test_the_headlines_of_an_iteration_are_one_short_line():
         )
         console.metrics("ppo", 4, {"grad_norm/policy": 1.0})
     words = " ".join(stream.getvalue().split())
-    assert words == "ppo 3 score 0.84 gold 0.40 KL 5.25 length 18.2 seconds 9.0"
+    assert words == "ppo 3 score 0.84 gold (simulated) 0.40 KL 5.25 length 18.2 seconds 9.0"
 
 
 def test_without_a_terminal_long_work_says_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatch):

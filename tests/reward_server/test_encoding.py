@@ -105,7 +105,7 @@ def test_a_missing_template_names_the_model_and_the_config_key(tmp_path: Path) -
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(str(tmp_path / "base"))
-    with pytest.raises(ValueError, match=r"base' has no chat template; set the config key 'chat_template'"):
+    with pytest.raises(ValueError, match=r"base' has no chat template; set models.chat_template"):
         ChatEncoding.load(tmp_path / "base")
     assert ChatEncoding.load(tmp_path / "base", CHATML).prompt([user("x")])[0] == START
 
