@@ -88,7 +88,7 @@ def test_the_report_says_whose_verdicts_it_shows(run):
     page = (run / "report.html").read_text()
     assert "simulated labeler (VADER)" in page
     assert "default-src 'none'" in page  # self-contained: the page may load nothing
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert (run / "report.png").stat().st_size > 10_000
     shown = (run / "stdout.txt").read_text()
     assert "simulated labeler (VADER)" in shown
