@@ -7,6 +7,7 @@ handle cannot tell them apart.
 import asyncio
 import inspect
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +29,7 @@ class ActorDied(RuntimeError):
         return f"actor {self.name!r} died: {self.reason}" + (f"\n{self.log}" if self.log else "")
 
 
-class Handle:
+class Handle(ABC):
     """The methods of an object as awaitables: `await handle.method(...)`, or `call` with a deadline."""
 
     def __init__(self, cls: type, name: str, deadline_s: float) -> None:
@@ -63,8 +64,9 @@ class Handle:
             raise AttributeError(self._unknown(method))
         return await self._call(method, args, kwargs, deadline_s)
 
+    @abstractmethod
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
-        raise NotImplementedError
+        """Reach the object; `method` is known to exist."""
 
     def _unknown(self, method: str) -> str:
         has = sorted(self._methods)
