@@ -1,25 +1,33 @@
-"""The reward server: POST /score and GET /health over one source."""
+"""The reward server: POST /score, GET /health, GET /metrics and GET /openapi.json over one source."""
 
 import asyncio
-import hashlib
 import hmac
 import ipaddress
 import logging
 import socket
 import threading
 import time
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from reward_server.schema import Message, ScoreBatch, ScoreBatchReply, ScoreReply, ScoreRequest
+from reward_server.batching import Batching, Busy, Contradiction
+from reward_server.schema import ScoreBatch, ScoreBatchReply
 from reward_server.sources import Source
 
 _log = logging.getLogger(__name__)
-_PROBE = ScoreRequest(id="health", prompt=(Message(role="user", content="Hello"),), response="Hi", ended=True)
+_SCHEMAS = "#/components/schemas/{model}"
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model="ScoreBatch")}}},
+    }
+}
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class Limits(BaseModel):
@@ -33,76 +41,14 @@ class Limits(BaseModel):
     """Most responses in a post."""
     max_waiting: int = Field(default=64, ge=1)
     """Posts computed or waiting; one more is turned away with 503."""
+    max_batch: int = Field(default=1024, ge=1)
+    """Most responses that are scored at once for several clients; the source cuts them into batches of tokens."""
     read_s: float = Field(default=30.0, gt=0)
     """Seconds that a client has to send its body."""
     health_s: float = Field(default=60.0, gt=0)
     """Seconds that the probe of /health may take, waiting for its turn included."""
     remember: int = Field(default=100_000, ge=1)
     """Scores kept by request id, so that a retry is answered without computing again."""
-
-
-class _Contradiction(Exception):
-    """A known request id came with another content."""
-
-
-class _Busy(Exception):
-    """Too many posts are waiting."""
-
-
-class _Scoring:
-    """Scores batches one at a time in a thread of its own, and each request id once."""
-
-    def __init__(self, source: Source, limits: Limits) -> None:
-        self._source = source
-        self._limits = limits
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
-        self._known: OrderedDict[str, tuple[bytes, asyncio.Task[list[ScoreReply]], int]] = OrderedDict()
-        self._running: set[asyncio.Task[list[ScoreReply]]] = set()
-
-    async def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        """Replies in the order of the requests; ids scored before, or being scored, are not scored again."""
-        digests = [hashlib.sha256(request.model_dump_json().encode()).digest() for request in requests]
-        for request, digest in zip(requests, digests, strict=True):
-            if request.id in self._known and self._known[request.id][0] != digest:
-                raise _Contradiction(
-                    f"request id {request.id!r} was used before with another content; use an id for one response only"
-                )
-        new = [pair for pair in zip(requests, digests, strict=True) if pair[0].id not in self._known]
-        if new:
-            if len(self._running) >= self._limits.max_waiting:
-                raise _Busy(f"{len(self._running)} posts are waiting; ask again later")
-            running = self._start([request for request, _ in new])
-            for position, (request, digest) in enumerate(new):
-                self._known[request.id] = digest, running, position
-        entries = [self._known[request.id] for request in requests]
-        while len(self._known) > self._limits.remember:
-            self._known.popitem(last=False)
-        # Shielded: a client that hangs up must not undo the work that its retry will ask for.
-        return [(await asyncio.shield(task))[position] for _, task, position in entries]
-
-    async def probe(self) -> None:
-        """Score a fixed response; raises what the source raises."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._scored, [_PROBE])
-
-    def _start(self, requests: list[ScoreRequest]) -> asyncio.Task[list[ScoreReply]]:
-        task = asyncio.create_task(self._compute(requests))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return task
-
-    async def _compute(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._scored, requests)
-        except BaseException:
-            for request in requests:
-                self._known.pop(request.id, None)
-            raise
-
-    def _scored(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        replies = self._source.score(requests)
-        if [reply.id for reply in replies] != [request.id for request in requests]:
-            raise RuntimeError(f"the source gave {len(replies)} replies, but not the {len(requests)} asked for")
-        return replies
 
 
 def create_app(source: Source, token: str | None = None, limits: Limits | None = None) -> FastAPI:
@@ -113,7 +59,9 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
     makes a score up.
     """
     limits = limits or Limits()
-    scoring = _Scoring(source, limits)
+    watch = _Watch()
+    scoring = Batching(source, limits.max_waiting, limits.max_batch, limits.remember, watch.batches.observe)
+    watch.waiting.set_function(lambda: scoring.waiting)
 
     def authorised(request: Request) -> None:
         if token is None:
@@ -125,19 +73,29 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
     app = FastAPI(
         title="Rayward reward server",
         dependencies=[Depends(authorised)],
-        docs_url=None,
+        docs_url=None,  # FastAPI's own pages ask for no token and load their scripts from elsewhere
         redoc_url=None,
         openapi_url=None,
     )
 
-    @app.post("/score")
+    @app.middleware("http")
+    async def observed(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        started = time.monotonic()
+        answer = await call_next(request)
+        if request.url.path == "/score":
+            watch.posts.labels(answer.status_code).inc()
+            watch.seconds.observe(time.monotonic() - started)
+        return answer
+
+    @app.post("/score", response_model=ScoreBatchReply, openapi_extra=_BODY)
     async def score(request: Request) -> Response:
+        """One finite score for each response, in order. A request id that was scored before is not scored again."""
         batch = _batch(await _body(request, limits), limits)
         try:
             replies = await scoring.score(batch.requests)
-        except _Contradiction as error:
+        except Contradiction as error:
             raise HTTPException(409, str(error)) from error
-        except _Busy as error:
+        except Busy as error:
             raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
         except Exception as error:
             refused = isinstance(error, ValueError) and not isinstance(error, ValidationError)
@@ -148,6 +106,7 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        """Scores a fixed response, so that "ok" means that scores can be had."""
         try:
             async with asyncio.timeout(limits.health_s):
                 await scoring.probe()
@@ -157,7 +116,42 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
             raise HTTPException(503, f"the probe failed: {type(error).__name__}: {error}") from error
         return {"status": "ok"}
 
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(watch.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> dict[str, Any]:
+        # The body of /score is read piece by piece, within its limits, so FastAPI does not know its type.
+        body = ScoreBatch.model_json_schema(ref_template=_SCHEMAS)
+        schema = app.openapi()
+        schema["components"]["schemas"] |= {**body.pop("$defs"), "ScoreBatch": body}
+        return schema
+
     return app
+
+
+class _Watch:
+    """What Prometheus is told of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.posts = Counter(
+            "rayward_reward_posts", "Posts to /score by HTTP status", ["status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "rayward_reward_seconds",
+            "Seconds from a post to its answer",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.batches = Histogram(
+            "rayward_reward_batch_responses",
+            "Responses that were scored at once",
+            buckets=[2**n for n in range(0, 13, 2)],
+            registry=self.registry,
+        )
+        self.waiting = Gauge("rayward_reward_waiting_posts", "Posts computed or waiting", registry=self.registry)
 
 
 async def _body(request: Request, limits: Limits) -> bytes:

@@ -1,7 +1,8 @@
-"""Where scores come from: a reward model, a Python function, a remote server, or a weighted mix of these."""
+"""Where scores come from: a reward model, a function, another server, a rule, or a weighted mix of these with gates."""
 
 import asyncio
-from collections.abc import Mapping
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -21,6 +22,30 @@ class Source(Protocol):
         ...
 
 
+class GateConfig(BaseModel):
+    """Turns a part into a condition: outside its bounds, `otherwise` is the whole score."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    at_least: FiniteFloat | None = None
+    """Lowest score of the part that passes."""
+    at_most: FiniteFloat | None = None
+    """Highest score of the part that passes."""
+    otherwise: FiniteFloat = -1.0
+    """The score of a response that does not pass, whatever the other parts say."""
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Self:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("a gate without a bound lets everything pass; set at_least or at_most")
+        return self
+
+    def passes(self, score: float) -> bool:
+        """Whether a score of the part is within the bounds."""
+        low, high = self.at_least, self.at_most
+        return (low is None or score >= low) and (high is None or score <= high)
+
+
 class PartConfig(BaseModel):
     """One source of a mix."""
 
@@ -28,22 +53,32 @@ class PartConfig(BaseModel):
 
     name: str = Field(default="reward_model", min_length=1)
     """How its scores are called in the parts of a reply and in the metrics."""
-    kind: Literal["model", "function", "url"] = "model"
-    """A reward model's folder, a Python function, or another reward server."""
+    kind: Literal["model", "function", "url", "length", "regex"] = "model"
+    """A reward model's folder, a Python function, another reward server, or a rule on the response."""
     target: str | None = None
-    """The folder, module:function or URL. Without one, a model is the run's own reward model."""
+    """The folder, module:function, URL or pattern. Without one, a model is the run's own reward model. `length` counts
+    words; `regex` is 1 where the pattern is found and 0 elsewhere."""
     weight: FiniteFloat = 1.0
     """Factor of its score in the sum."""
+    gate: GateConfig | None = None
+    """Makes it a condition that a response has to pass, instead of a summand."""
 
     @model_validator(mode="after")
     def _has_a_target(self) -> Self:
-        if self.kind != "model" and not self.target:
+        if self.kind in ("function", "url", "regex") and not self.target:
             raise ValueError(f"the reward source {self.name!r} is a {self.kind} without a target; set target")
+        if self.kind == "length" and self.target:
+            raise ValueError(f"the reward source {self.name!r} counts words and takes no target; remove it")
+        if self.kind == "regex":
+            try:
+                re.compile(self.target or "")
+            except re.error as error:
+                raise ValueError(f"the reward source {self.name!r}: {self.target!r} is no pattern ({error})") from error
         return self
 
 
 class SourceConfig(BaseModel):
-    """What scores a response: the weighted sum of one or more parts."""
+    """What scores a response: the weighted sum of one or more parts, if it passes the gates among them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -63,6 +98,10 @@ class SourceConfig(BaseModel):
         names = [part.name for part in self.parts]
         if len(set(names)) != len(names):
             raise ValueError(f"the reward sources are called {names}; give each part a name of its own")
+        if all(part.gate for part in self.parts):
+            raise ValueError(
+                f"the reward sources {names} are all gates, so there is nothing to sum; add a part without"
+            )
         return self
 
 
@@ -109,25 +148,44 @@ class RemoteSource:
             await client.close()
 
 
-class MixSource:
-    """The weighted sum of sources; parts of a reply hold each source's score under its name."""
+class RuleSource:
+    """Scores by a rule: the number of words of the response, or whether a pattern is found in it."""
 
-    def __init__(self, sources: Mapping[str, tuple[float, Source]]) -> None:
-        """Take (weight, source) by name."""
+    def __init__(self, pattern: str | None) -> None:
+        """`pattern` is a regular expression; None counts words."""
+        self._pattern = None if pattern is None else re.compile(pattern)
+
+    def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        """Apply the rule to each response."""
+        return [ScoreReply(id=request.id, score=self._of(request.response)) for request in requests]
+
+    def _of(self, response: str) -> float:
+        return float(len(response.split()) if self._pattern is None else self._pattern.search(response) is not None)
+
+
+class MixSource:
+    """The weighted sum of sources and the gates; parts of a reply hold each source's score under its name."""
+
+    def __init__(self, sources: Sequence[tuple[PartConfig, Source]]) -> None:
+        """Take the parts with their sources."""
         self.sources = sources
 
     def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        """score = sum of weight * score over the sources."""
+        """score = sum of weight * score over the parts, or `otherwise` of the first gate that it does not pass."""
         totals = [0.0] * len(requests)
+        refused: dict[int, float] = {}
         parts: list[dict[str, float]] = [{} for _ in requests]
-        for name, (weight, source) in self.sources.items():
+        for part, source in self.sources:
             for position, reply in enumerate(source.score(requests)):
-                totals[position] += weight * reply.score
-                parts[position] |= {name: reply.score}
-                parts[position] |= {f"{name}/{part}": value for part, value in reply.parts.items()}
+                if part.gate is None:
+                    totals[position] += part.weight * reply.score
+                elif not part.gate.passes(reply.score):
+                    refused.setdefault(position, part.gate.otherwise)
+                parts[position] |= {part.name: reply.score}
+                parts[position] |= {f"{part.name}/{name}": value for name, value in reply.parts.items()}
         return [
-            ScoreReply(id=request.id, score=total, parts=part)
-            for request, total, part in zip(requests, totals, parts, strict=True)
+            ScoreReply(id=request.id, score=refused.get(position, totals[position]), parts=parts[position])
+            for position, request in enumerate(requests)
         ]
 
 
@@ -142,11 +200,9 @@ def build_source(
     `model_path` is the run's own reward model, for parts without a target; `token` goes to remote servers.
     Raises ValueError when a part cannot be loaded, or needs a model and the run has none.
     """
-    sources = {
-        part.name: (part.weight, _part_source(part, config, model_path, token, chat_template)) for part in config.parts
-    }
-    (weight, first), *others = sources.values()
-    return first if weight == 1 and not others else MixSource(sources)
+    sources = [(part, _part_source(part, config, model_path, token, chat_template)) for part in config.parts]
+    (first, source), *others = sources
+    return source if first.weight == 1 and not others else MixSource(sources)
 
 
 def _part_source(
@@ -164,6 +220,8 @@ def _part_source(
         function = FunctionSource(part.target)
         function.load()
         return function
+    if part.kind in ("length", "regex"):
+        return RuleSource(part.target)
     path = part.target or model_path
     if path is None:
         raise ValueError(

@@ -127,18 +127,83 @@ def test_memory_of_ids_is_bounded(source: CountingSource) -> None:
     assert source.seen == [["a"], ["b"], ["c"], ["a"]]
 
 
-def test_batches_are_computed_one_at_a_time(server: ScoreServer, source: CountingSource) -> None:
+def test_what_arrives_while_a_batch_is_computed_becomes_the_next_one(
+    server: ScoreServer, source: CountingSource
+) -> None:
     source.gate.clear()
     threads = [threading.Thread(target=post, args=(server, wire(str(n)))) for n in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.3)
-    assert len(source.seen) == 1
+        time.sleep(0.1)
+    assert source.seen == [["0"]]
     source.gate.set()
     for thread in threads:
         thread.join(10)
-    assert sorted(source.seen) == [["0"], ["1"], ["2"], ["3"]]
+    assert source.seen == [["0"], ["1", "2", "3"]]
     assert source.most_concurrent == 1
+
+
+def test_posts_are_merged_up_to_a_bound_and_answered_apart(source: CountingSource) -> None:
+    source.gate.clear()
+    answers: dict[int, httpx.Response] = {}
+    with serving(source, limits=Limits(max_batch=3)) as server:
+
+        def ask(n: int) -> None:
+            answers[n] = post(server, wire(f"{n}a", "x" * n), wire(f"{n}b", "xx"))
+
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+        source.gate.set()
+        for thread in threads:
+            thread.join(10)
+    assert source.seen == [[f"{n}a", f"{n}b"] for n in range(4)]  # two posts would be four
+    for n, answer in answers.items():
+        assert [reply["score"] for reply in answer.json()["replies"]] == [n, 2]
+
+
+def test_one_clients_bad_request_does_not_fail_those_it_was_merged_with(
+    server: ScoreServer, source: CountingSource
+) -> None:
+    source.gate.clear()
+    statuses: dict[str, int] = {}
+
+    def ask(name: str, response: str) -> None:
+        statuses[name] = post(server, wire(name, response)).status_code
+
+    threads = [
+        threading.Thread(target=ask, args=pair) for pair in (("0", "abc"), ("1", "good"), ("2", "long"), ("3", "fine"))
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    source.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert statuses == {"0": 200, "1": 200, "2": 422, "3": 200}
+
+
+def test_the_metrics_count_posts_batches_and_what_waits(server: ScoreServer, source: CountingSource) -> None:
+    post(server, wire("a"), wire("b"))
+    post(server, wire("c", "long"))
+    page = httpx.get(f"{server.url}/metrics").text
+    assert 'rayward_reward_posts_total{status="200"} 1.0' in page
+    assert 'rayward_reward_posts_total{status="422"} 1.0' in page
+    assert "rayward_reward_batch_responses_sum 2.0" in page
+    assert "rayward_reward_seconds_count 2.0" in page
+    assert "rayward_reward_waiting_posts 0.0" in page
+
+
+def test_the_openapi_page_describes_the_body_and_the_reply(server: ScoreServer) -> None:
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    route = schema["paths"]["/score"]["post"]
+    body = route["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    reply = route["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
+    assert (body, reply) == ("#/components/schemas/ScoreBatch", "#/components/schemas/ScoreBatchReply")
+    shapes = schema["components"]["schemas"]
+    assert shapes["ScoreBatch"]["properties"]["requests"]["items"] == {"$ref": "#/components/schemas/ScoreRequest"}
+    assert set(shapes["ScoreRequest"]["required"]) == {"id", "prompt", "response", "ended"}
 
 
 def test_more_than_may_wait_is_turned_away(source: CountingSource) -> None:
@@ -200,12 +265,13 @@ def test_a_token_is_needed_everywhere_once_it_is_set(source: CountingSource) -> 
     with serving(source, token="sesame-open") as server:
         for headers in (None, {"authorization": "Bearer wrong"}, {"authorization": "sesame-open"}):
             assert post(server, wire("a"), headers=headers).status_code == 401
-            assert httpx.get(f"{server.url}/health", headers=headers).status_code == 401
+            for path in ("health", "metrics", "openapi.json"):
+                assert httpx.get(f"{server.url}/{path}", headers=headers).status_code == 401
         assert source.seen == []
         right = {"authorization": "Bearer sesame-open"}
         assert post(server, wire("a"), headers=right).status_code == 200
         assert httpx.get(f"{server.url}/health", headers=right).json() == {"status": "ok"}
-        assert httpx.get(f"{server.url}/openapi.json", headers=right).status_code == 404
+        assert httpx.get(f"{server.url}/openapi.json", headers=right).status_code == 200
 
 
 def test_health_scores_a_probe(server: ScoreServer, source: CountingSource) -> None:

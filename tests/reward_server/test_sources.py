@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -9,6 +10,7 @@ from reward_server.schema import Message, ScoreReply, ScoreRequest
 from reward_server.scorer import RewardModelSource
 from reward_server.sources import (
     FunctionSource,
+    GateConfig,
     MixSource,
     PartConfig,
     RemoteSource,
@@ -50,12 +52,68 @@ def test_a_function_that_returns_too_few_is_named() -> None:
         FunctionSource("example_rewards:short").score(REQUESTS)
 
 
+def function(name: str, **settings: Any) -> PartConfig:
+    return PartConfig(name=name, kind="function", target="example_rewards:length", **settings)
+
+
+def scores_of(*parts: PartConfig) -> list[float]:
+    return [reply.score for reply in build_source(SourceConfig(parts=parts)).score(REQUESTS)]
+
+
+def test_rules_count_words_and_find_patterns() -> None:
+    words = [
+        ScoreRequest(id=str(n), prompt=REQUESTS[0].prompt, response=text, ended=True)
+        for n, text in enumerate(["two words", "", "see https://x.org\nnow"])
+    ]
+    length = build_source(SourceConfig(parts=(PartConfig(name="n", kind="length"),)))
+    link = build_source(SourceConfig(parts=(PartConfig(name="link", kind="regex", target=r"https?://"),)))
+    assert [reply.score for reply in length.score(words)] == [2.0, 0.0, 3.0]
+    assert [reply.score for reply in link.score(words)] == [0.0, 0.0, 1.0]
+
+
+def test_a_response_that_does_not_pass_a_gate_scores_what_the_gate_says() -> None:
+    short = PartConfig(name="n", kind="regex", target="nine", gate=GateConfig(at_most=0, otherwise=-3))
+    assert scores_of(function("length"), short) == [4.0, -3.0]
+    assert scores_of(short, function("length", weight=2)) == [8.0, -3.0]
+    long = function("long", gate=GateConfig(at_least=5, otherwise=-7))
+    assert scores_of(function("length"), long, short) == [-7.0, -3.0]
+    both = PartConfig(name="b", kind="length", gate=GateConfig(at_least=1, at_most=1, otherwise=-5))
+    assert scores_of(function("length"), both) == [4.0, 9.0]
+
+
+def test_the_first_gate_that_fails_decides_and_all_parts_are_told() -> None:
+    first = function("first", gate=GateConfig(at_least=10, otherwise=-1))
+    second = function("second", gate=GateConfig(at_least=10, otherwise=-2))
+    replies = build_source(SourceConfig(parts=(function("length"), first, second))).score(REQUESTS)
+    assert [reply.score for reply in replies] == [-1.0, -1.0]
+    assert replies[0].parts == {"length": 4.0, "first": 4.0, "second": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"kind": "regex"}, "is a regex without a target"),
+        ({"kind": "regex", "target": "("}, "is no pattern"),
+        ({"kind": "length", "target": "5"}, "takes no target"),
+        ({"kind": "length", "gate": {}}, "a gate without a bound lets everything pass"),
+    ],
+)
+def test_a_rule_that_cannot_work_is_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        PartConfig(name="x", **settings)
+
+
+def test_gates_alone_have_nothing_to_sum() -> None:
+    with pytest.raises(ValidationError, match="are all gates"):
+        SourceConfig(parts=(function("x", gate=GateConfig(at_least=1)),))
+
+
 def test_a_mix_is_the_weighted_sum_and_keeps_the_parts() -> None:
     mix = MixSource(
-        {
-            "length": (0.5, FunctionSource("example_rewards:length")),
-            "prompt": (-2.0, FunctionSource("example_rewards:prompt_length")),
-        }
+        [
+            (function("length", weight=0.5), FunctionSource("example_rewards:length")),
+            (function("prompt", weight=-2.0), FunctionSource("example_rewards:prompt_length")),
+        ]
     )
     assert mix.score(REQUESTS) == [
         ScoreReply(id="a", score=0.5 * 4 - 2 * 2, parts={"length": 4.0, "prompt": 2.0}),
