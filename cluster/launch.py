@@ -3,14 +3,18 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 from cluster.alignment import Alignment
 from cluster.build import Processes, plan_run
 from cluster.console import Console
+from cluster.heldout import HeldOut
 from cluster.quickstart import quickstart as every_step
 from cluster.report import summary, write_report
 from cluster.session import start_ray
 from cluster.steps import Job, run_rank, run_reward, run_sample, run_sft, sft_data
+
+Connected = TypeVar("Connected", Alignment, HeldOut)
 
 
 def quickstart(job: Job, tiny: bool) -> None:
@@ -62,19 +66,19 @@ def reward(job: Job) -> None:
 
 def ppo(job: Job) -> None:
     """Step 3."""
-    _aligned(job, Alignment(job), job.model("sft"), lambda alignment: alignment.run(job.config.ppo))
+    _connected(job, Alignment(job), job.model("sft"), lambda alignment: alignment.run(job.config.ppo))
 
 
 def evaluate(job: Job) -> None:
     """Held-out responses of a model, their scores and KL to the SFT model; the loss of held-out text."""
     policy, network = job.model("policy"), job.config.ppo.network
 
-    async def work(alignment: Alignment) -> None:
-        await alignment.learner.load("policy", "policy", policy, network)
-        await alignment.learner.load("reference", "policy", job.model("sft"), network)
-        await alignment.measure(policy.name, job.config.ppo)
+    async def work(heldout: HeldOut) -> None:
+        await heldout.learner.load("policy", "policy", policy, network)
+        await heldout.learner.load("reference", "policy", job.model("sft"), network)
+        await heldout.measure(policy.name, job.config.ppo)
 
-    _aligned(job, Alignment(job, trains=False), policy, work)
+    _connected(job, HeldOut(job), policy, work)
 
 
 def report(run_dir: Path, console: Console) -> None:
@@ -84,7 +88,7 @@ def report(run_dir: Path, console: Console) -> None:
     console.line(f"The report is in {path}")
 
 
-def _aligned(job: Job, alignment: Alignment, model: Path, work: Callable[[Alignment], Awaitable[object]]) -> None:
+def _connected(job: Job, what: Connected, model: Path, work: Callable[[Connected], Awaitable[object]]) -> None:
     """Run something that needs the learner, generators of `model`, and the reward service."""
     reward_model = _own_reward_model(job)
 
@@ -94,7 +98,7 @@ def _aligned(job: Job, alignment: Alignment, model: Path, work: Callable[[Alignm
             processes.generators(job.config.generator, model) as generators,
             processes.reward(job.config.scoring, reward_model) as rewards,
         ):
-            await work(alignment.connect(learner, generators, rewards))
+            await work(what.connect(learner, generators, rewards))
 
     _on_ray(job, start)
 

@@ -1,0 +1,119 @@
+"""What a model does on prompts and text that it was not trained on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Self
+
+from actors.prompts import Prompt
+from actors.sampling import sample
+from actors.trajectory import Completion, SampleKey, Trajectory
+from cluster.build import Sampler
+from cluster.steps import Job, heldout_prompts, packed_text
+from learner.batch import collate
+from learner.group import LearnerGroup
+from learner.kl import kl_per_response
+from learner.ppo import PPOConfig
+from learner.publish import Probe
+from reward_server.client import RewardClient
+from reward_server.encoding import ChatEncoding
+from reward_server.labeling import Labeler, load_labeler
+from reward_server.schema import ScoreRequest
+
+_PROBES = 8  # replies that the parity probe compares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What a model did on the held-out prompts and text."""
+
+    gold: float
+    """mean verdict of the labeler"""
+    score: float
+    """mean score of the reward model"""
+    kl: float
+    """mean KL to the SFT model, nats a response"""
+    pretraining_loss: float
+    """of held-out text, nats a token"""
+
+
+class HeldOut:
+    """The held-out prompts and text of a run, and the measurements on them."""
+
+    learner: LearnerGroup
+    generators: Sequence[Sampler]
+    rewards: RewardClient
+
+    def __init__(self, job: Job) -> None:
+        """Read and check the files, before anything heavy starts."""
+        self.job = job
+        self.encoding = ChatEncoding.load(job.model("sft"))
+        self.labeler: Labeler = load_labeler(job.config.labeler)
+        self.prompts = heldout_prompts(job, self.encoding)
+        tokens = job.config.ppo.pretraining.sequence_tokens
+        self.text = packed_text(job, "pretraining_valid", self.encoding, tokens)
+
+    def connect(self, learner: LearnerGroup, generators: Sequence[Sampler], rewards: RewardClient) -> Self:
+        """Take the processes to work with."""
+        self.learner, self.generators, self.rewards = learner, generators, rewards
+        return self
+
+    def probes(self) -> list[Probe]:
+        """Human replies to held-out prompts, on whose log-probs actors and learner must agree."""
+        prompts = self.prompts[:_PROBES]
+        queries = [self.encoding.prompt(prompt.messages) for prompt in prompts]
+        replies = [self.encoding.response(prompt.reference or "Yes, I do.", ended=True) for prompt in prompts]
+        return [Probe(ids=query + reply, first=len(query)) for query, reply in zip(queries, replies, strict=True)]
+
+    async def measure(self, name: str, config: PPOConfig) -> Held:
+        """Answer the held-out prompts with the present weights; writes RUN/evaluations/<name>.jsonl."""
+        job, evaluation = self.job, self.job.config.evaluation
+        groups = await sample(
+            self.generators, self.prompts, self.encoding, job.config.rollout, samples=1, seed=evaluation.seed
+        )
+        completions = [group[0] for group in groups]
+        golds = self.labeler.verdicts([c.text for c in completions])
+        scores = await self._scores(name, self.prompts, completions)
+        kls = await self._kl(completions, config)
+        rows = [
+            {
+                "id": prompt.id,
+                "prompt": [message.model_dump() for message in prompt.messages],
+                "response": completion.text,
+                "ended": completion.ended,
+                "gold": gold,
+                "score": score,
+                "kl": kl,
+                "label": name,
+            }
+            for prompt, completion, gold, score, kl in zip(self.prompts, completions, golds, scores, kls, strict=True)
+        ]
+        path = job.run_dir / "evaluations" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        job.tracker.table(f"heldout/{name}", [{**row, "prompt": row["prompt"][-1]["content"]} for row in rows])
+        loss = await self.learner.language_model_loss("policy", self.text, config.max_tokens_per_microbatch)
+        return Held(gold=fmean(golds), score=fmean(scores), kl=fmean(kls), pretraining_loss=loss)
+
+    async def _scores(self, name: str, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        requests = [
+            ScoreRequest(
+                id=f"{self.job.tracker.run_id}/{name}/{p.id}", prompt=p.messages, response=c.text, ended=c.ended
+            )
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        missing_eos = self.job.config.rollout.missing_eos
+        replies = await self.rewards.score(requests)
+        return [missing_eos.apply(r.score, c.ended) for r, c in zip(replies, completions, strict=True)]
+
+    async def _kl(self, completions: Sequence[Completion], config: PPOConfig) -> list[float]:
+        key = SampleKey(prompt_id="held out", epoch=0, k=0, attempt=0)
+        batch = collate(
+            [Trajectory(key=key, prompt=(), completion=c, score=0.0, parts={}) for c in completions], pad_id=0
+        )
+        budget, temperature = config.max_tokens_per_microbatch, self.job.config.rollout.temperature
+        policy, reference = [
+            await self.learner.response_logprobs(name, batch, budget, temperature) for name in ("policy", "reference")
+        ]
+        return kl_per_response(policy, reference, batch.mask).tolist()
