@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+
+from actors.config import GeneratorConfig
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -32,35 +33,6 @@ class GeneratorError(RuntimeError):
 
 class GeneratorTimeout(GeneratorError, TimeoutError):
     """The engine did not answer, or made no token, within its deadline."""
-
-
-class GeneratorConfig(BaseModel):
-    """One vLLM engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the weights; take the learner's, or their log-probabilities drift apart."""
-    max_model_len: int = Field(default=1024, ge=2)
-    """Longest query plus response, in tokens."""
-    max_num_seqs: int = Field(default=64, ge=1)
-    """Most sequences that are decoded at once; further ones wait."""
-    kv_cache_gib: float = Field(default=1.0, gt=0)
-    """Memory for keys and values on a CPU, in GiB; on a GPU, gpu_memory_utilization decides."""
-    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
-    """Part of a GPU's memory that the engine may take."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """Devices that share one copy of the weights."""
-    enforce_eager: bool = True
-    """Skip compilation: starts in seconds instead of a minute, decodes some 10 % slower."""
-    threads: int = Field(default=1, ge=1)
-    """Threads of a worker on a CPU; all processes that compute at once share the cores."""
-    start_deadline_s: float = Field(default=300.0, gt=0)
-    """Seconds that starting the engine may take."""
-    call_deadline_s: float = Field(default=60.0, gt=0)
-    """Seconds that a control call may take, such as pausing, or loading received weights."""
-    progress_deadline_s: float = Field(default=120.0, gt=0)
-    """Seconds without a single new token, while not paused, after which the engine counts as hung."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

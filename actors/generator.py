@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar
 
-from actors.engine import Engine, GeneratorConfig, GeneratorError, GeneratorTimeout
+from actors.config import GeneratorConfig
+from actors.engine import Engine, GeneratorError, GeneratorTimeout
 from actors.trajectory import Completion
 from actors.transfer import Manifest, Rendezvous
 from reward_server.encoding import ChatEncoding
 
-__all__ = ["Generator", "GeneratorConfig", "GeneratorError", "GeneratorTimeout"]
+__all__ = ["Generator", "GeneratorError", "GeneratorTimeout"]
 
 _MARGIN_S = 5.0  # what a wait gets beyond the deadline of the transfer group, whose own error says more
 

@@ -5,9 +5,10 @@ import logging
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
+from actors.config import RolloutConfig
 from actors.prompts import PromptEncoding, PromptStream
 from actors.trajectory import BufferClosed, TrajectoryBuffer
-from actors.waves import Generator, GeneratorFailed, RolloutConfig, Scorer, Waves
+from actors.waves import Generator, GeneratorFailed, Scorer, Waves
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from actors.config import RolloutConfig
 from actors.prompts import Prompt, stable_hash
 from actors.trajectory import Completion
-from actors.waves import Generator, RolloutConfig
+from actors.waves import Generator
 from reward_server.schema import Message
 
 

@@ -7,11 +7,10 @@ issued again, or stops the run with an error that names its prompt.
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Self
+from typing import Protocol
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
+from actors.config import RolloutConfig
 from actors.prompts import Prompt, PromptEncoding, PromptStream, encode_prompt, stable_hash
 from actors.trajectory import (
     Completion,
@@ -35,56 +34,6 @@ class GeneratorFailed(RuntimeError):
 
 class PromptFailed(RuntimeError):
     """A prompt could not be sampled in as many attempts as it may have."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class MissingEos(_Section):
-    """What becomes of the score of a response that was cut off before its EOS."""
-
-    rule: Literal["replace", "subtract", "none"] = "replace"
-    """replace: `value` is the score; subtract: `value` is taken off the score; none: the score stays."""
-    value: float = -1.0
-    """The score, or the positive penalty, of the rule."""
-
-    @model_validator(mode="after")
-    def _penalty_is_positive(self) -> Self:
-        if self.rule == "subtract" and self.value <= 0:
-            raise ValueError(f"missing_eos.value is {self.value}: the rule 'subtract' needs a positive penalty")
-        return self
-
-    def apply(self, score: float, ended: bool) -> float:
-        """Return the score of a response."""
-        if ended or self.rule == "none":
-            return score
-        return self.value if self.rule == "replace" else score - self.value
-
-
-class RolloutConfig(_Section):
-    """How responses are sampled."""
-
-    prompts_per_wave: int = Field(default=32, ge=1)
-    """Prompts that a generator is given at once; their responses are scored in one request."""
-    waves_in_flight: int = Field(default=1, ge=1)
-    """Waves that one generator has at the same time. With 1, it rests while its wave is scored."""
-    samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses to each prompt."""
-    max_prompt_tokens: int = Field(default=1024, ge=1)
-    """Longest prompt, in tokens; a longer one is refused before the run starts."""
-    max_new_tokens: int = Field(default=1024, ge=1)
-    """Longest response, in tokens, its EOS included; it is cut off there."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; training divides its logits by the same number."""
-    missing_eos: MissingEos = MissingEos()
-    """What a cut-off response scores."""
-    wave_deadline_s: float = Field(default=600.0, gt=0)
-    """Seconds in which a wave must be sampled; after them it counts as lost."""
-    max_attempts: int = Field(default=3, ge=1)
-    """Times that a prompt is tried before the run stops; the last time it is sampled alone, which finds the
-    guilty.
-    """
 
 
 class Generator(Protocol):

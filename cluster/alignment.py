@@ -13,10 +13,11 @@ from cluster.build import Sampler
 from cluster.heldout import Held, HeldOut
 from cluster.steps import Job
 from learner.buffer import Buffer
+from learner.config import PPOConfig
 from learner.corpora import TextStream, pack, read_texts
 from learner.group import LearnerGroup
 from learner.ledger import Ledger
-from learner.ppo import PPOConfig, ppo
+from learner.ppo import ppo
 from learner.publish import Publisher
 from reward_server.client import RewardClient
 

@@ -8,35 +8,19 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field
 
 from actors import waves
-from actors.generator import Generator, GeneratorConfig
+from actors.config import GeneratorConfig
+from actors.generator import Generator
+from cluster.config import ClusterConfig
 from cluster.remote import ActorOptions, RemoteHandle, remote
 from cluster.resources import Plan, Process, check, default_plan, machine_cores, machine_gpus
 from learner.group import LearnerGroup
 from learner.publish import Receiver
 from learner.worker import LearnerWorker
 from reward_server.client import RewardClient
+from reward_server.config import SourceConfig
 from reward_server.service import TOKEN_VARIABLE, RewardService
-from reward_server.sources import SourceConfig
-
-
-class ClusterConfig(BaseModel):
-    """How many processes there are of each kind, and how long they may take."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    address: str = "local"
-    """host:port of a running Ray cluster; "local" starts one on this machine and stops it afterwards."""
-    generators: int = Field(default=1, ge=1)
-    """vLLM actors that sample."""
-    learner_ranks: int = Field(default=1, ge=1)
-    """DeepSpeed ranks that train."""
-    start_deadline_s: float = Field(default=600.0, gt=0)
-    """Seconds that a process may take to start and load its model."""
-    step_deadline_s: float = Field(default=3600.0, gt=0)
-    """Seconds that one call may take, such as an iteration's update."""
 
 
 def plan_run(config: ClusterConfig, max_staleness: int, waves_in_flight: int) -> Plan:

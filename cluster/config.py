@@ -1,19 +1,49 @@
 """The configuration of a run: the sections that live beside the code they configure, composed."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.generator import GeneratorConfig
-from actors.waves import RolloutConfig
-from cluster.build import ClusterConfig
-from cluster.tracking import TrackingConfig
-from learner.ppo import PPOConfig
-from learner.publish import PublishConfig
-from learner.reward_modeling import RewardModelingConfig
-from learner.sft import SFTConfig
-from reward_server.labeling import LabelerConfig
-from reward_server.sources import SourceConfig
+from actors.config import GeneratorConfig, RolloutConfig
+from learner.config import PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
+from reward_server.config import LabelerConfig, SourceConfig
+
+
+class ClusterConfig(BaseModel):
+    """How many processes there are of each kind, and how long they may take."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    address: str = "local"
+    """host:port of a running Ray cluster; "local" starts one on this machine and stops it afterwards."""
+    generators: int = Field(default=1, ge=1)
+    """vLLM actors that sample."""
+    learner_ranks: int = Field(default=1, ge=1)
+    """DeepSpeed ranks that train."""
+    start_deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds that a process may take to start and load its model."""
+    step_deadline_s: float = Field(default=3600.0, gt=0)
+    """Seconds that one call may take, such as an iteration's update."""
+
+
+class TrackingConfig(BaseModel):
+    """Weights & Biases. The metrics also go to RUN/metrics.jsonl, whatever is set here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline: keep it in RUN/wandb; online: send it too, with the key of `wandb login` or WANDB_API_KEY."""
+    project: str = "rayward"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; W&B's own default when not set."""
+    tags: tuple[str, ...] = ()
+    """Tags of the W&B run."""
+    queue_size: int = Field(default=1000, ge=1)
+    """Steps that may wait for W&B; when it falls further behind, steps are left out of W&B and counted."""
+    close_deadline_s: float = Field(default=30.0, gt=0)
+    """Seconds that W&B has to finish, and half of them to start; what is not sent stays in RUN/wandb."""
 
 
 class ModelsConfig(BaseModel):

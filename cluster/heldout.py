@@ -12,9 +12,9 @@ from actors.trajectory import Completion, SampleKey, Trajectory
 from cluster.build import Sampler
 from cluster.steps import Job, heldout_prompts, packed_text
 from learner.batch import collate
+from learner.config import PPOConfig
 from learner.group import LearnerGroup
 from learner.kl import kl_per_response
-from learner.ppo import PPOConfig
 from learner.publish import Probe
 from reward_server.client import RewardClient
 from reward_server.encoding import ChatEncoding

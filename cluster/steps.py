@@ -13,10 +13,11 @@ from actors.waves import Generator
 from cluster.config import Config
 from cluster.tracking import Tracker
 from learner.agreement import Agreement
+from learner.config import SFTConfig
 from learner.corpora import demonstration_examples, pack, read_texts, text_examples
 from learner.group import LearnerGroup
 from learner.reward_modeling import ranked_groups, reward_modeling, split_groups
-from learner.sft import SFTConfig, sft
+from learner.sft import sft
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Comparison, label, load_labeler, read_comparisons, write_comparisons
 

@@ -15,33 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from cluster.config import TrackingConfig
 from cluster.console import Console
 from cluster.reaping import SPAWNING
 
 log = logging.getLogger(__name__)
-
-
-class TrackingConfig(BaseModel):
-    """Weights & Biases. The metrics also go to RUN/metrics.jsonl, whatever is set here."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    mode: Literal["offline", "online", "disabled"] = "offline"
-    """offline: keep it in RUN/wandb; online: send it too, with the key of `wandb login` or WANDB_API_KEY."""
-    project: str = "rayward"
-    """W&B project."""
-    entity: str | None = None
-    """W&B user or team; W&B's own default when not set."""
-    tags: tuple[str, ...] = ()
-    """Tags of the W&B run."""
-    queue_size: int = Field(default=1000, ge=1)
-    """Steps that may wait for W&B; when it falls further behind, steps are left out of W&B and counted."""
-    close_deadline_s: float = Field(default=30.0, gt=0)
-    """Seconds that W&B has to finish, and half of them to start; what is not sent stays in RUN/wandb."""
 
 
 class Tracker:

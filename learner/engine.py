@@ -5,34 +5,15 @@ import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from learner.config import OptimizerConfig
 from learner.networks import Network
 from learner.schedules import ema_update
-
-
-class OptimizerConfig(BaseModel):
-    """Adam (Kingma & Ba 2015) as InstructGPT uses it, and how DeepSpeed shards it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    lr: float = Field(gt=0)
-    """Peak learning rate."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the gradient's running mean (paper: 0.9)."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the squared gradient's running mean (paper: 0.95)."""
-    eps: float = Field(default=1e-5, gt=0)
-    """Added to the denominator (lm-human-preferences: 1e-5; the paper is silent)."""
-    clip_grad_norm: float = Field(default=0.0, ge=0)
-    """Scale gradients down to this global norm; 0 leaves them alone (the paper is silent)."""
-    zero_stage: Literal[0, 1] = 1
-    """DeepSpeed ZeRO stage: 1 shards the optimizer states over ranks; 0 does not and is for float32 only."""
 
 
 def init_distributed(rank: int, world_size: int, address: str, port: int, deadline_s: float) -> None:

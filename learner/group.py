@@ -12,9 +12,7 @@ from torch import Tensor
 from actors.chat import ChatExample
 from actors.transfer import Manifest, Rendezvous
 from learner.batch import Batch
-from learner.engine import OptimizerConfig
-from learner.networks import NetworkConfig
-from learner.publish import PublishConfig
+from learner.config import NetworkConfig, OptimizerConfig, PublishConfig
 from learner.worker import Evaluation, PPOStep, Targets, targets_of
 
 

@@ -13,37 +13,13 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from learner.config import NetworkConfig
 from learner.logprobs import token_logprobs
 from reward_server.model import Normalisation, load_reward_model, new_reward_model, normalisation, token_values
-
-
-class NetworkConfig(BaseModel):
-    """Which weights of a network are trained, and in which precision it computes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of weights and activations; the optimizer keeps float32 master weights either way."""
-    lora_rank: int = Field(default=0, ge=0)
-    """Rank of the LoRA adapters (peft) that are trained instead of the weights; 0 trains the weights themselves."""
-    lora_alpha: int = Field(default=32, ge=1)
-    """LoRA scale: the adapters' product is multiplied by lora_alpha / lora_rank."""
-    last_layers: int = Field(default=0, ge=0)
-    """Train only this many of the last transformer layers (0: every weight); the rest is frozen and cheap."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    logprob_chunk: int = Field(default=1024, ge=1)
-    """How many tokens' logits exist at once when log-probs are taken."""
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The torch type that `dtype` names."""
-        return getattr(torch, self.dtype)
 
 
 class PolicyNetwork(nn.Module):
@@ -95,12 +71,13 @@ def load_network(kind: Literal["policy", "value", "new_value"], path: Path, netw
     kind "new_value" puts a fresh scalar head on a language model (the start of reward modelling); "value" is a trained
     reward model. Raises ValueError for one that is not normalised.
     """
+    dtype: torch.dtype = getattr(torch, network.dtype)
     if kind == "policy":
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=network.torch_dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     elif kind == "value":
-        model = load_reward_model(path, network.torch_dtype)
+        model = load_reward_model(path, dtype)
     else:
-        model = new_reward_model(path, network.torch_dtype, seed=0)
+        model = new_reward_model(path, dtype, seed=0)
     model.eval()  # dropout off in rollout and training alike
     make_trainable(model, network)
     if network.gradient_checkpointing:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from actors.transfer import Manifest, Rendezvous, mismatched
+from learner.config import PublishConfig
 
 _ATTEMPTS = 2  # how often in all to try a transfer that breaks although everybody lives
 _MARGIN_S = 10.0  # what a phase gets beyond its deadline, so that the error of whoever is late arrives first
@@ -26,30 +25,6 @@ class StaleWeights(PublishError):
 
 class ParityError(PublishError):
     """A generator has the learner's weights and yet gives other log-probabilities."""
-
-
-class ParityConfig(BaseModel):
-    """How far a generator's log-probabilities may be from the learner's, on the same tokens and weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    mean_bound: float = Field(default=0.15, gt=0)
-    """Largest mean absolute gap over the probe's tokens, in nats; 0.05 is healthy for a model of 135 M in bfloat16."""
-    max_bound: float = Field(default=1.5, gt=0)
-    """Largest absolute gap of a single token, in nats."""
-
-
-class PublishConfig(BaseModel):
-    """How weights travel from the learner to the generators."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    deadline_s: float = Field(default=60.0, gt=0)
-    """Seconds that each phase may take."""
-    bucket_mb: int = Field(default=64, ge=1)
-    """Size of one message, in MB (2**20 bytes)."""
-    parity: ParityConfig = ParityConfig()
-    """Bounds of the probe after each publication."""
 
 
 class Receiver(Protocol):

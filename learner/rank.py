@@ -10,9 +10,9 @@ from torch import Tensor
 
 from actors.transfer import Manifest, Rendezvous
 from learner.batch import microbatches
-from learner.engine import Engine, OptimizerConfig, init_distributed
-from learner.networks import Network, NetworkConfig, load_network, merged_weights, save_network
-from learner.publish import PublishConfig
+from learner.config import NetworkConfig, OptimizerConfig, PublishConfig
+from learner.engine import Engine, init_distributed
+from learner.networks import Network, load_network, merged_weights, save_network
 from learner.sender import NcclWeightSender, WeightSender
 from reward_server.address import free_port, own_address
 from reward_server.encoding import ChatEncoding

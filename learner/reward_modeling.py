@@ -3,45 +3,17 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from learner.agreement import Agreement, agreement
-from learner.engine import OptimizerConfig
+from learner.config import RewardModelingConfig
 from learner.group import LearnerGroup
-from learner.networks import NetworkConfig
 from learner.schedules import cosine_to_tenth
 from learner.sft import Log
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Comparison
-
-
-class RewardModelingConfig(BaseModel):
-    """Training of the reward model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    epochs: int = Field(default=1, ge=1)
-    """Passes over the comparisons (paper: 1; more overfits)."""
-    prompts_per_batch: int = Field(default=64, ge=1)
-    """Prompts an optimizer step, each with all its completions (paper: 64)."""
-    normaliser: Literal["pairs", "all"] = "pairs"
-    """A prompt's loss is divided by its ordered pairs, or by all K(K-1)/2 with ties counted too (paper eq. 1)."""
-    valid_share: float = Field(default=0.15, gt=0, lt=1)
-    """Share of the prompts held out to measure accuracy."""
-    unit_variance: bool = False
-    """Scale scores to standard deviation 1 over the demonstrations (lm-human-preferences); the paper shifts only."""
-    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
-    """Padded tokens in one forward pass at most; all completions of a prompt stay together."""
-    seed: int = 0
-    """Order of the prompts and which are held out."""
-    network: NetworkConfig = NetworkConfig()
-    """What is trained, beside the scalar head."""
-    optimizer: OptimizerConfig = OptimizerConfig(lr=9e-6)
-    """Adam (paper: 9e-6); the learning rate falls to a tenth along a cosine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

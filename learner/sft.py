@@ -4,38 +4,10 @@ import random
 from collections.abc import Sequence
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from actors.chat import ChatExample
-from learner.engine import OptimizerConfig
+from learner.config import SFTConfig
 from learner.group import LearnerGroup
-from learner.networks import NetworkConfig
 from learner.schedules import cosine_to_tenth
-
-
-class SFTConfig(BaseModel):
-    """Supervised fine-tuning, and language-model pretraining of a small model from scratch."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    epochs: int = Field(default=2, ge=1)
-    """Passes over the demonstrations (paper: 16 for the baseline, 2 for the policy that PPO starts from)."""
-    batch_size: int = Field(default=32, ge=1)
-    """Demonstrations an optimizer step (paper: 32)."""
-    pretraining_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of pretraining text among a batch's examples (paper: 10 % for the policy that PPO starts from)."""
-    mask_prompt: bool = True
-    """Learn the responses only; false learns the prompts too."""
-    max_tokens: int = Field(default=1024, ge=2)
-    """Longest example; a longer response is cut off and then has no EOS to learn."""
-    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
-    """Padded tokens in one forward pass at most."""
-    seed: int = 0
-    """Order of the examples."""
-    network: NetworkConfig = NetworkConfig()
-    """What is trained."""
-    optimizer: OptimizerConfig = OptimizerConfig(lr=9.65e-6)
-    """Adam; the learning rate falls to a tenth along a cosine."""
 
 
 class Log(Protocol):

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from reward_server.config import LabelerConfig
 from reward_server.functions import call_function, load_function
 from reward_server.records import read_records, row_conversation, row_id, row_text
 from reward_server.schema import Message
@@ -161,17 +161,6 @@ def _transcript(row: dict[str, Any], key: str) -> tuple[tuple[Message, ...], str
     if not isinstance(last.get("content"), str):
         raise ValueError(f'the last turn of "{key}" must have a text as its content, not {last!r:.60}')
     return row_conversation({key: turns[:-1]}, key), last["content"]
-
-
-class LabelerConfig(BaseModel):
-    """Who ranks completions when no person does."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    name: str = "simulated:vader"
-    """simulated:vader (sentiment by the VADER lexicon), or module:function, (list[str]) -> list[float]."""
-    tie_margin: float = Field(default=0.05, ge=0)
-    """Verdicts at most this far apart are a tie."""
 
 
 class Labeler(Protocol):

@@ -7,7 +7,8 @@ import torch
 
 from reward_server.address import own_address
 from reward_server.app import ScoreServer, serve
-from reward_server.sources import SourceConfig, build_source
+from reward_server.config import SourceConfig
+from reward_server.sources import build_source
 
 TOKEN_VARIABLE = "RAYWARD_REWARD_TOKEN"
 """Environment variable with the bearer token that clients must send; needed off the loopback."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.transfer import Bucket, Manifest, Rendezvous, TransferError
-from learner.publish import PublishConfig
+from learner.config import PublishConfig
 from learner.sender import WeightSender
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from actors.generator import Generator, GeneratorConfig
+from actors.config import GeneratorConfig
+from actors.generator import Generator
 from tests.tiny_models import tiny_causal_lm
 
 ENGINE = GeneratorConfig(dtype="float32", max_model_len=256, max_num_seqs=32, kv_cache_gib=0.25, threads=1)

@@ -8,7 +8,8 @@ import sys
 import torch
 
 from actors.generator import Generator
-from learner.publish import ParityConfig, Probe, PublishConfig, Publisher
+from learner.config import ParityConfig, PublishConfig
+from learner.publish import Probe, Publisher
 from tests.actors.conftest import ENGINE
 from tests.hf_learner import HfLearner
 from tests.tiny_models import tiny_causal_lm

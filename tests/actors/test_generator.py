@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from actors.config import GeneratorConfig
 from actors.engine import Engine
-from actors.generator import Generator, GeneratorConfig, GeneratorError
+from actors.generator import Generator, GeneratorError
 from actors.trajectory import Completion
 from actors.transfer import Manifest
-from learner.publish import ParityConfig, Probe, PublishConfig, Publisher, PublishError, StaleWeights
+from learner.config import ParityConfig, PublishConfig
+from learner.publish import Probe, Publisher, PublishError, StaleWeights
 from tests.actors.conftest import ENGINE, STOP_IDS, Served
 from tests.hf_learner import CorruptingSender, DyingSender, HfLearner, token_logprobs
 from tests.tiny_models import tiny_tokenizer

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from actors.config import MissingEos, RolloutConfig
 from actors.prompts import Prompt, PromptStream
 from actors.rollout import rollout, supervise
 from actors.trajectory import Completion, Trajectory
-from actors.waves import Generator, GeneratorFailed, MissingEos, PromptFailed, RolloutConfig
+from actors.waves import Generator, GeneratorFailed, PromptFailed
 from learner.buffer import Buffer
 from learner.ledger import Ledger, audit
 from reward_server.schema import Message, ScoreReply, ScoreRequest

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from actors.config import RolloutConfig
 from actors.sampling import sample
-from actors.waves import RolloutConfig
 from tests.fakes import FakeEncoding, FakeGenerator, prompts
 
 CONFIG = RolloutConfig(prompts_per_wave=2, max_new_tokens=4)

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from actors.waves import MissingEos, RolloutConfig
+from actors.config import MissingEos, RolloutConfig
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ import torch
 
 from actors.generator import Generator, GeneratorError, GeneratorTimeout
 from actors.transfer import Manifest, Rendezvous, checksum
-from learner.publish import ParityConfig, ParityError, Probe, PublishConfig, Publisher
+from learner.config import ParityConfig, PublishConfig
+from learner.publish import ParityError, Probe, Publisher
 from tests.actors.conftest import ENGINE, Served
 from tests.hf_learner import HfLearner
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from actors.prompts import Prompt
-from cluster.config import Config
+from cluster.config import Config, TrackingConfig
 from cluster.steps import Job, heldout_prompts, run_rank, run_reward, run_sample, run_sft, sequence_tokens, sft_data
-from cluster.tracking import Tracker, TrackingConfig
-from learner.sft import SFTConfig
+from cluster.tracking import Tracker
+from learner.config import SFTConfig
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import read_comparisons
 from reward_server.schema import Message

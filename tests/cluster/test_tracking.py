@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from cluster.config import TrackingConfig
 from cluster.console import Console
-from cluster.tracking import Tracker, TrackingConfig
+from cluster.tracking import Tracker
 
 
 class FakeRun:

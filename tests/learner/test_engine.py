@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from learner.engine import Engine, OptimizerConfig
+from learner.config import OptimizerConfig
+from learner.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("rank")
 

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from learner.batch import collate, minibatches
-from learner.engine import OptimizerConfig
+from learner.config import NetworkConfig, OptimizerConfig
 from learner.group import LearnerGroup, added
-from learner.networks import NetworkConfig
 from learner.worker import Evaluation, PPOStep, Targets
 from tests.ranks import InProcess, processes
 from tests.tiny_batches import example, tokens, trajectory

@@ -15,7 +15,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from learner.networks import NetworkConfig, load_network, merged_weights, save_network
+from learner.config import NetworkConfig
+from learner.networks import load_network, merged_weights, save_network
 from reward_server.encoding import ChatEncoding
 from reward_server.model import (
     Normalisation,

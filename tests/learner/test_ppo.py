@@ -8,15 +8,14 @@ from typing import Any, cast
 import pytest
 import torch
 
+from actors.config import MissingEos, RolloutConfig
 from actors.prompts import PromptStream
 from actors.rollout import rollout
 from actors.trajectory import Completion, SampleKey, Trajectory
-from actors.waves import MissingEos, RolloutConfig
 from learner.buffer import Buffer
-from learner.engine import OptimizerConfig
+from learner.config import KLConfig, NetworkConfig, OptimizerConfig, PPOConfig, PretrainingConfig
 from learner.ledger import Ledger
-from learner.networks import NetworkConfig
-from learner.ppo import KLConfig, PPOConfig, PretrainingConfig, ppo
+from learner.ppo import ppo
 from learner.worker import Evaluation
 from reward_server.sources import FunctionSource
 from tests.fakes import prompts

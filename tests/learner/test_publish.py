@@ -8,16 +8,8 @@ import pytest
 
 import learner.publish
 from actors.transfer import Manifest, Rendezvous
-from learner.publish import (
-    ParityConfig,
-    ParityError,
-    Probe,
-    PublishConfig,
-    Publisher,
-    PublishError,
-    StaleWeights,
-    log_prob_gaps,
-)
+from learner.config import ParityConfig, PublishConfig
+from learner.publish import ParityError, Probe, Publisher, PublishError, StaleWeights, log_prob_gaps
 
 SUMS = {"a": 11, "b": 22}
 PROBES = [Probe(ids=[1, 2, 3]), Probe(ids=[4, 5])]

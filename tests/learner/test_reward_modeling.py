@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from learner.engine import OptimizerConfig
-from learner.networks import NetworkConfig
+from learner.config import NetworkConfig, OptimizerConfig, RewardModelingConfig
 from learner.reward_modeling import (
     RankedGroup,
-    RewardModelingConfig,
     held_out_agreement,
     normaliser,
     ranked_groups,

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from actors.chat import ChatExample
-from learner.engine import OptimizerConfig
-from learner.networks import NetworkConfig
-from learner.sft import SFTConfig, sft, sft_batches
+from learner.config import NetworkConfig, OptimizerConfig, SFTConfig
+from learner.sft import sft, sft_batches
 from tests.tiny_batches import example
 
 DEMONSTRATIONS = [example(9, 4, seed) for seed in range(23)]

@@ -7,9 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from learner.batch import collate, minibatches
-from learner.engine import OptimizerConfig
+from learner.config import NetworkConfig, OptimizerConfig
 from learner.losses import kwise_loss
-from learner.networks import NetworkConfig
 from learner.worker import PPOStep, Targets
 from reward_server.model import token_values
 from tests.tiny_batches import example, trajectory

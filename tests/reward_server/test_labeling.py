@@ -4,15 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from reward_server.labeling import (
-    Comparison,
-    LabelerConfig,
-    label,
-    load_labeler,
-    rank_verdicts,
-    read_comparisons,
-    write_comparisons,
-)
+from reward_server.config import LabelerConfig
+from reward_server.labeling import Comparison, label, load_labeler, rank_verdicts, read_comparisons, write_comparisons
 from reward_server.records import RecordError
 from reward_server.schema import Message
 

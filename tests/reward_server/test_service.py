@@ -7,9 +7,9 @@ import torch
 
 from reward_server import service
 from reward_server.client import RewardClient, RewardUnavailable
+from reward_server.config import PartConfig, SourceConfig
 from reward_server.schema import Message, ScoreReply, ScoreRequest
 from reward_server.service import TOKEN_VARIABLE, RewardService
-from reward_server.sources import PartConfig, SourceConfig
 from tests.tiny_models import tiny_reward_model
 
 REQUEST = ScoreRequest(id="1", prompt=(Message(role="user", content="hello"),), response="good", ended=True)

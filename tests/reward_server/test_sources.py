@@ -5,18 +5,11 @@ import pytest
 from pydantic import ValidationError
 
 from reward_server.app import serve
+from reward_server.config import GateConfig, PartConfig, SourceConfig
 from reward_server.functions import UserFunctionError
 from reward_server.schema import Message, ScoreReply, ScoreRequest
 from reward_server.scorer import RewardModelSource
-from reward_server.sources import (
-    FunctionSource,
-    GateConfig,
-    MixSource,
-    PartConfig,
-    RemoteSource,
-    SourceConfig,
-    build_source,
-)
+from reward_server.sources import FunctionSource, MixSource, RemoteSource, build_source
 from tests.tiny_models import tiny_reward_model
 
 REQUESTS = [

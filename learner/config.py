@@ -1,0 +1,192 @@
+"""The learner's sections of the configuration. Nothing heavy is imported here: the help reads it."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class NetworkConfig(BaseModel):
+    """Which weights of a network are trained, and in which precision it computes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of weights and activations; the optimizer keeps float32 master weights either way."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of the LoRA adapters (peft) that are trained instead of the weights; 0 trains the weights themselves."""
+    lora_alpha: int = Field(default=32, ge=1)
+    """LoRA scale: the adapters' product is multiplied by lora_alpha / lora_rank."""
+    last_layers: int = Field(default=0, ge=0)
+    """Train only this many of the last transformer layers (0: every weight); the rest is frozen and cheap."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    logprob_chunk: int = Field(default=1024, ge=1)
+    """How many tokens' logits exist at once when log-probs are taken."""
+
+
+class OptimizerConfig(BaseModel):
+    """Adam (Kingma & Ba 2015) as InstructGPT uses it, and how DeepSpeed shards it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean (paper: 0.9)."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the squared gradient's running mean (paper: 0.95)."""
+    eps: float = Field(default=1e-5, gt=0)
+    """Added to the denominator (lm-human-preferences: 1e-5; the paper is silent)."""
+    clip_grad_norm: float = Field(default=0.0, ge=0)
+    """Scale gradients down to this global norm; 0 leaves them alone (the paper is silent)."""
+    zero_stage: Literal[0, 1] = 1
+    """DeepSpeed ZeRO stage: 1 shards the optimizer states over ranks; 0 does not and is for float32 only."""
+
+
+class SFTConfig(BaseModel):
+    """Supervised fine-tuning, and language-model pretraining of a small model from scratch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    epochs: int = Field(default=2, ge=1)
+    """Passes over the demonstrations (paper: 16 for the baseline, 2 for the policy that PPO starts from)."""
+    batch_size: int = Field(default=32, ge=1)
+    """Demonstrations an optimizer step (paper: 32)."""
+    pretraining_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of pretraining text among a batch's examples (paper: 10 % for the policy that PPO starts from)."""
+    mask_prompt: bool = True
+    """Learn the responses only; false learns the prompts too."""
+    max_tokens: int = Field(default=1024, ge=2)
+    """Longest example; a longer response is cut off and then has no EOS to learn."""
+    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
+    """Padded tokens in one forward pass at most."""
+    seed: int = 0
+    """Order of the examples."""
+    network: NetworkConfig = NetworkConfig()
+    """What is trained."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=9.65e-6)
+    """Adam; the learning rate falls to a tenth along a cosine."""
+
+
+class RewardModelingConfig(BaseModel):
+    """Training of the reward model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the comparisons (paper: 1; more overfits)."""
+    prompts_per_batch: int = Field(default=64, ge=1)
+    """Prompts an optimizer step, each with all its completions (paper: 64)."""
+    normaliser: Literal["pairs", "all"] = "pairs"
+    """A prompt's loss is divided by its ordered pairs, or by all K(K-1)/2 with ties counted too (paper eq. 1)."""
+    valid_share: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the prompts held out to measure accuracy."""
+    unit_variance: bool = False
+    """Scale scores to standard deviation 1 over the demonstrations (lm-human-preferences); the paper shifts only."""
+    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
+    """Padded tokens in one forward pass at most; all completions of a prompt stay together."""
+    seed: int = 0
+    """Order of the prompts and which are held out."""
+    network: NetworkConfig = NetworkConfig()
+    """What is trained, beside the scalar head."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=9e-6)
+    """Adam (paper: 9e-6); the learning rate falls to a tenth along a cosine."""
+
+
+class KLConfig(BaseModel):
+    """The penalty for leaving the SFT model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    coef: float = Field(default=0.02, ge=0)
+    """beta: nats of KL to the SFT model cost this much score (paper: 0.02)."""
+    target: float | None = Field(default=None, gt=0)
+    """Adapt beta so that the KL approaches this many nats a response (Ziegler et al. 2019); unset keeps it fixed."""
+    horizon: int = Field(default=10_000, ge=1)
+    """Episodes over which the adaptive beta moves; larger is slower."""
+
+
+class PretrainingConfig(BaseModel):
+    """The pretraining mix of PPO-ptx, which keeps what the model knew (the "alignment tax")."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    coef: float = Field(default=27.8, ge=0)
+    """gamma: weight of the language-model loss beside the PPO loss (paper: 27.8); 0 is plain PPO."""
+    sequences_per_episode: float = Field(default=8.0, gt=0)
+    """Pretraining sequences for each episode of a minibatch (paper: 8)."""
+    sequence_tokens: int = Field(default=2048, ge=2)
+    """Tokens of a packed pretraining sequence (paper: 2048)."""
+
+
+class PPOConfig(BaseModel):
+    """PPO; the defaults are the paper's where it gives them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    iterations: int = Field(default=500, ge=1)
+    """Batches of episodes (paper: 256,000 episodes)."""
+    prompts_per_batch: int = Field(default=512, ge=1)
+    """Prompts a batch; with rollout.samples_per_prompt = 1 these are the episodes (paper: 512)."""
+    minibatch_size: int = Field(default=64, ge=1)
+    """Episodes of one optimizer step; divides the batch (paper: 64)."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over each batch (paper: 1)."""
+    max_staleness: int = Field(default=0, ge=0)
+    """How many versions older than the learner the weights that sampled a token may be; 0 is synchronous."""
+    importance_cap: float = Field(default=2.0, gt=0)
+    """Upper bound of the importance weights that correct for stale tokens; only used when max_staleness > 0."""
+    clip: float = Field(default=0.2, gt=0)
+    """Of the probability ratio (paper: 0.2)."""
+    value_clip: float = Field(default=0.2, gt=0)
+    """Of the value's change (lm-human-preferences: 0.2)."""
+    discount: float = Field(default=1.0, gt=0, le=1)
+    """Of later rewards (paper: none)."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """Of generalised advantage estimation (Stiennon et al. 2020: 0.95)."""
+    whiten_rewards: bool = False
+    """Scale rewards to standard deviation 1 before the advantages (lm-human-preferences does)."""
+    warmup_iterations: int = Field(default=10, ge=0)
+    """The policy's learning rate rises from a tenth over these (paper: 10)."""
+    ema_decay: float = Field(default=0.992, ge=0, lt=1)
+    """Of the policy's moving average, a step a minibatch (paper: 0.992)."""
+    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
+    """Padded tokens in one forward pass at most."""
+    rollout_deadline_s: float = Field(default=1800.0, gt=0)
+    """How long to wait for a batch before the run stops with what is missing."""
+    seed: int = 0
+    """Order of prompts, samples and minibatches."""
+    kl: KLConfig = KLConfig()
+    """The penalty for leaving the SFT model."""
+    pretraining: PretrainingConfig = PretrainingConfig()
+    """The pretraining mix."""
+    network: NetworkConfig = NetworkConfig()
+    """What of the policy and the critic is trained."""
+    policy_optimizer: OptimizerConfig = OptimizerConfig(lr=9.65e-6)
+    """Adam for the policy (the paper swept 2.55e-6 to 2.55e-5)."""
+    critic_optimizer: OptimizerConfig = OptimizerConfig(lr=9e-6)
+    """Adam for the critic, without warm-up (paper: 9e-6)."""
+
+
+class ParityConfig(BaseModel):
+    """How far a generator's log-probabilities may be from the learner's, on the same tokens and weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    mean_bound: float = Field(default=0.15, gt=0)
+    """Largest mean absolute gap over the probe's tokens, in nats; 0.05 is healthy for a model of 135 M in bfloat16."""
+    max_bound: float = Field(default=1.5, gt=0)
+    """Largest absolute gap of a single token, in nats."""
+
+
+class PublishConfig(BaseModel):
+    """How weights travel from the learner to the generators."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    deadline_s: float = Field(default=60.0, gt=0)
+    """Seconds that each phase may take."""
+    bucket_mb: int = Field(default=64, ge=1)
+    """Size of one message, in MB (2**20 bytes)."""
+    parity: ParityConfig = ParityConfig()
+    """Bounds of the probe after each publication."""

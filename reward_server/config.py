@@ -1,0 +1,100 @@
+"""The reward server's sections of the configuration. Nothing heavy is imported here: the help reads it."""
+
+import re
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+
+class GateConfig(BaseModel):
+    """Turns a part into a condition: outside its bounds, `otherwise` is the whole score."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    at_least: FiniteFloat | None = None
+    """Lowest score of the part that passes."""
+    at_most: FiniteFloat | None = None
+    """Highest score of the part that passes."""
+    otherwise: FiniteFloat = -1.0
+    """The score of a response that does not pass, whatever the other parts say."""
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Self:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("a gate without a bound lets everything pass; set at_least or at_most")
+        return self
+
+    def passes(self, score: float) -> bool:
+        """Whether a score of the part is within the bounds."""
+        low, high = self.at_least, self.at_most
+        return (low is None or score >= low) and (high is None or score <= high)
+
+
+class PartConfig(BaseModel):
+    """One source of a mix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = Field(default="reward_model", min_length=1)
+    """How its scores are called in the parts of a reply and in the metrics."""
+    kind: Literal["model", "function", "url", "length", "regex"] = "model"
+    """A reward model's folder, a Python function, another reward server, or a rule on the response."""
+    target: str | None = None
+    """The folder, module:function, URL or pattern. Without one, a model is the run's own reward model. `length` counts
+    words; `regex` is 1 where the pattern is found and 0 elsewhere."""
+    weight: FiniteFloat = 1.0
+    """Factor of its score in the sum."""
+    gate: GateConfig | None = None
+    """Makes it a condition that a response has to pass, instead of a summand."""
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> Self:
+        if self.kind in ("function", "url", "regex") and not self.target:
+            raise ValueError(f"the reward source {self.name!r} is a {self.kind} without a target; set target")
+        if self.kind == "length" and self.target:
+            raise ValueError(f"the reward source {self.name!r} counts words and takes no target; remove it")
+        if self.kind == "regex":
+            try:
+                re.compile(self.target or "")
+            except re.error as error:
+                raise ValueError(f"the reward source {self.name!r}: {self.target!r} is no pattern ({error})") from error
+        return self
+
+
+class SourceConfig(BaseModel):
+    """What scores a response: the weighted sum of one or more parts, if it passes the gates among them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    parts: tuple[PartConfig, ...] = Field(default=(PartConfig(),), min_length=1)
+    """The sources to sum. By default the run's own reward model alone."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Numbers that reward models compute in; the head is always float32."""
+    max_batch_tokens: int = Field(default=8192, ge=1)
+    """Tokens of a forward, padding included."""
+    max_tokens: int | None = Field(default=None, ge=2)
+    """Longest prompt with response, in tokens. By default what the model has positions for."""
+    truncate_prompt: bool = False
+    """Cut a prompt that is too long from its left, instead of stopping the run."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [part.name for part in self.parts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the reward sources are called {names}; give each part a name of its own")
+        if all(part.gate for part in self.parts):
+            raise ValueError(
+                f"the reward sources {names} are all gates, so there is nothing to sum; add a part without"
+            )
+        return self
+
+
+class LabelerConfig(BaseModel):
+    """Who ranks completions when no person does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = "simulated:vader"
+    """simulated:vader (sentiment by the VADER lexicon), or module:function, (list[str]) -> list[float]."""
+    tie_margin: float = Field(default=0.05, ge=0)
+    """Verdicts at most this far apart are a tie."""
