@@ -60,6 +60,8 @@ class SFTConfig(BaseModel):
     """Longest example; a longer response is cut off and then has no EOS to learn."""
     max_tokens_per_microbatch: int = Field(default=4096, ge=1)
     """Padded tokens in one forward pass at most."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """Optimizer steps in a row with a loss or gradient that is not finite, that end the run."""
     seed: int = 0
     """Order of the examples."""
     network: NetworkConfig = NetworkConfig()
@@ -85,6 +87,8 @@ class RewardModelingConfig(BaseModel):
     """Scale scores to standard deviation 1 over the demonstrations (lm-human-preferences); the paper shifts only."""
     max_tokens_per_microbatch: int = Field(default=4096, ge=1)
     """Padded tokens in one forward pass at most; all completions of a prompt stay together."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """Optimizer steps in a row with a loss or gradient that is not finite, that end the run."""
     seed: int = 0
     """Order of the prompts and which are held out."""
     network: NetworkConfig = NetworkConfig()
@@ -152,6 +156,8 @@ class PPOConfig(BaseModel):
     """Of the policy's moving average, a step a minibatch (paper: 0.992)."""
     max_tokens_per_microbatch: int = Field(default=4096, ge=1)
     """Padded tokens in one forward pass at most."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """Optimizer steps in a row, of one network, with a loss or gradient that is not finite, that end the run."""
     rollout_deadline_s: float = Field(default=1800.0, gt=0)
     """How long to wait for a batch before the run stops with what is missing."""
     seed: int = 0

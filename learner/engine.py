@@ -1,10 +1,12 @@
 """One network under DeepSpeed: gradients of any number of losses into the same buffers, then one optimizer step."""
 
+import json
 import logging
 import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +88,13 @@ class Engine:
         self.trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         self.ema_decay = ema_decay
         self.ema = {name: self._master(p).clone() for name, p in self.trained} if ema_decay is not None else {}
+        self._layout = {
+            "ranks": dist.get_world_size(),
+            "zero_stage": config.zero_stage,
+            "trained_parameters": sum(p.numel() for _, p in self.trained),
+            "moving_average": ema_decay is not None,
+        }
+        self._finite_losses = True
 
     @property
     def network(self) -> Callable[..., Any]:
@@ -104,6 +113,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` (a scalar, already divided by its global count) to the buffers."""
+        self._finite_losses = self._finite_losses and bool(loss.isfinite())
         self._engine.backward(loss * self._engine.dp_world_size)  # DeepSpeed averages over ranks; we sum
 
     def gradients(self) -> list[Tensor]:
@@ -119,16 +129,20 @@ class Engine:
             total += float(summed.double().square().sum())
         return math.sqrt(total) / dist.get_world_size()  # `backward` multiplied by the number of ranks
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> float | None:
         """One Adam step with learning rate `lr`, then the moving average's; returns the gradient norm before clipping.
 
-        Raises FloatingPointError on every rank, with the weights untouched, if any rank's gradient is not finite.
+        None if a loss or a gradient of any rank was not finite: every rank then leaves the step out, and weights,
+        optimizer and average stay bitwise as they were.
         """
-        finite = torch.tensor(float(all(b.isfinite().all() for b in self._buffers)), device=self.device)
+        good = self._finite_losses and all(b.isfinite().all() for b in self._buffers)
+        finite = torch.tensor(float(good), device=self.device)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        self._finite_losses = True
         if not finite.item():
-            self._engine.optimizer.zero_grad()
-            raise FloatingPointError("the gradient is not finite: the optimizer step was not taken")
+            for buffer in self._buffers:
+                buffer.zero_()
+            return None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         norm = (
@@ -138,6 +152,43 @@ class Engine:
         if self.ema_decay is not None:
             ema_update(self.ema.values(), (self._master(p) for _, p in self.trained), self.ema_decay)
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def save_state(self, folder: Path) -> None:
+        """Write everything that the next step depends on: weights, optimizer, moving average, random numbers.
+
+        DeepSpeed's own checkpoint without the frozen weights, and beside it a file a rank. A collective.
+        """
+        self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+        own: dict[str, Any] = {"ema": self.ema, "rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        torch.save(own, folder / f"rank-{dist.get_rank()}.pt")
+        if dist.get_rank() == 0:
+            (folder / "layout.json").write_text(json.dumps(self._layout, indent=2) + "\n")
+        dist.barrier()
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from `save_state`, in an engine that was just made of the same network and configuration.
+
+        Raises ValueError when there is no state or it was saved with other ranks, ZeRO stage or parameters.
+        """
+        layout = folder / "layout.json"
+        if not layout.is_file():
+            raise ValueError(f"{folder} holds no training state: {layout.name} is missing")
+        saved = json.loads(layout.read_text())
+        for key, value in self._layout.items():
+            if saved.get(key) != value:
+                raise ValueError(
+                    f"the training state in {folder} was saved with {key} = {saved.get(key)}, this run has {value}: "
+                    "resume with the configuration of the run that saved it"
+                )
+        self._engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
+        own = torch.load(folder / f"rank-{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
+        for name, average in self.ema.items():
+            average.copy_(own["ema"][name])
+        torch.set_rng_state(own["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"], self.device)
 
     @property
     def _buffers(self) -> list[Tensor]:

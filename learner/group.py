@@ -51,10 +51,12 @@ class LearnerGroup:
 
     async def language_model_step(
         self, name: str, examples: Sequence[ChatExample], max_tokens: int, lr: float
-    ) -> tuple[float, float]:
-        """One optimizer step on the examples: (mean loss in nats a token, gradient norm)."""
+    ) -> dict[str, float]:
+        """One optimizer step on the examples: "loss" (mean, nats a token) and "grad_norm", or that it was "skipped"."""
         sums = added(await self._every("language_model_step", name, examples, max_tokens, lr))
-        return sums["nll"] / targets_of(examples), sums["grad_norm"]
+        if "nll" in sums:
+            sums["loss"] = sums.pop("nll") / targets_of(examples)
+        return sums
 
     async def ranking_step(
         self,
@@ -126,6 +128,14 @@ class LearnerGroup:
     async def save(self, name: str, path: Path, ema: bool = False) -> None:
         """Write a network, or its moving average, as a Hugging Face folder."""
         await self._every("save", name, path, ema)
+
+    async def save_state(self, folder: Path) -> None:
+        """Write what training goes on from: of every trained network weights, optimizer, average, random numbers."""
+        await self._every("save_state", folder)
+
+    async def load_state(self, folder: Path) -> None:
+        """Go on from `save_state`, after `load` of the same networks with the same configuration."""
+        await self._every("load_state", folder)
 
     async def _every(self, method: str, *args: Any) -> list[Any]:
         return await asyncio.gather(*(getattr(rank, method)(*args) for rank in self.ranks))

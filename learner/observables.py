@@ -47,14 +47,17 @@ def iteration_metrics(
     total = rewards.sum(1)
     lengths = batch.response_len.float()
     update = added(sums)
-    names = (
-        "loss/policy",
-        "loss/value",
-        "ratio/mean",
-        "policy/clip_fraction",
-        "policy/approx_kl",
-        "value/clip_fraction",
-    )
+    # Each sum beside the count that makes it a mean; a step that was skipped has neither.
+    counts = {
+        "loss/policy": "tokens",
+        "ratio/mean": "tokens",
+        "policy/clip_fraction": "tokens",
+        "policy/approx_kl": "tokens",
+        "loss/pretraining": "pretraining_tokens",
+        "loss/value": "value_tokens",
+        "value/clip_fraction": "value_tokens",
+    }
+    norms = {name for name in update if name.startswith("grad_norm/")}
     return {
         "score/mean": batch.score.mean().item(),
         "score/std": batch.score.std(correction=0).item(),
@@ -69,14 +72,9 @@ def iteration_metrics(
         "policy/entropy": float(masked_mean(old.entropies, mask)),
         "value/mean": float(masked_mean(old.values, mask)),
         "value/explained_variance": explained_variance(old.values, targets.returns, mask),
-        **{name: update[name] / update["tokens"] for name in names},
-        "ratio/first_minibatch": sums[0]["ratio/mean"] / sums[0]["tokens"],
-        **(
-            {"loss/pretraining": update["loss/pretraining"] / update["pretraining_tokens"]}
-            if "pretraining_tokens" in update
-            else {}
-        ),
-        **{name: value / len(sums) for name, value in update.items() if name.startswith("grad_norm/")},
+        **{name: update[name] / update[count] for name, count in counts.items() if name in update},
+        **({"ratio/first_minibatch": sums[0]["ratio/mean"] / sums[0]["tokens"]} if "tokens" in sums[0] else {}),
+        **{name: update[name] / sum(name in minibatch for minibatch in sums) for name in norms},
         **{name: value for name, value in update.items() if name.startswith("time/")},
         "progress/version": float(version + 1),
         **staleness(batch, version),

@@ -14,6 +14,7 @@ from learner.losses import importance_weights
 from learner.observables import Laps, iteration_metrics
 from learner.schedules import warmup
 from learner.sft import Log
+from learner.skips import Skips
 from learner.worker import Evaluation, PPOStep, Targets
 
 
@@ -54,6 +55,7 @@ async def ppo(
     `observe` looks at the samples for the log only. Time is in seconds, KL in nats a response.
     """
     beta = config.kl.coef
+    skips = Skips("ppo", config.max_skipped_steps)
     while (i := buffer.version) < config.iterations:
         lap = Laps()
         trajectories = await buffer.take(config.rollout_deadline_s)
@@ -85,7 +87,7 @@ async def ppo(
         lap("publish")
         buffer.advance()
         metrics = iteration_metrics(batch, i, targets, rewards, beta, sums)
-        log("ppo", i + 1, metrics | drift | published | observe(trajectories) | buffer.counts() | lap.times())
+        log("ppo", i + 1, metrics | drift | skipped | published | observe(trajectories) | buffer.counts() | lap.times())
         if config.kl.target:
             kl = kl_per_response(old.logprobs, old.ref_logprobs, batch.mask).mean().item()
             beta = adapted_coefficient(beta, kl, config.kl.target, config.kl.horizon, len(batch))

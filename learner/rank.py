@@ -79,6 +79,17 @@ class Rank:
             replace = {key.removeprefix("model."): value for key, value in averages.items()}
             save_network(network.model, self._tokenizers[name].tokenizer, path, replace)
 
+    def save_state(self, folder: Path) -> None:
+        """Write the training state of every network under `folder`/<name>; frozen ones have none."""
+        for name, engine in self._engines.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            engine.save_state(folder / name)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from `save_state`, after `load` of the same networks. Raises ValueError for another layout."""
+        for name, engine in self._engines.items():
+            engine.load_state(folder / name)
+
     def open_sender(self, config: PublishConfig) -> None:
         """Prepare rank 0 to send weights."""
         sender = NcclWeightSender if torch.cuda.is_available() else WeightSender

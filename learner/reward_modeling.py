@@ -12,6 +12,7 @@ from learner.config import RewardModelingConfig
 from learner.group import LearnerGroup
 from learner.schedules import cosine_to_tenth
 from learner.sft import Log
+from learner.skips import Skips
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Comparison
 
@@ -74,6 +75,7 @@ async def reward_modeling(
     size, budget = config.prompts_per_batch, config.max_tokens_per_microbatch
     steps = config.epochs * -(-len(train) // size)
     order, step = random.Random(config.seed + 1), 0
+    skips = Skips("reward", config.max_skipped_steps)
     for _ in range(config.epochs):
         shuffled = order.sample(train, len(train))
         for batch in (shuffled[start : start + size] for start in range(0, len(train), size)):
@@ -82,7 +84,8 @@ async def reward_modeling(
                 "reward", [g.sequences for g in batch], [g.ranks for g in batch], config.normaliser, budget, lr
             )
             step += 1
-            log("reward", step, {**_batch_metrics(sums), "reward_model/lr": lr, "progress/total": float(steps)})
+            measured = {**_batch_metrics(sums), **skips.count(step, [sums])}
+            log("reward", step, {**measured, "reward_model/lr": lr, "progress/total": float(steps)})
     gain, bias = normaliser(await learner.last_values("reward", demonstrations, budget), config.unit_variance)
     await learner.normalise("reward", gain, bias)
     found = await held_out_agreement(learner, held_out, budget)
@@ -112,6 +115,8 @@ async def held_out_agreement(learner: LearnerGroup, groups: Sequence[RankedGroup
 
 
 def _batch_metrics(sums: dict[str, float]) -> dict[str, float]:
+    if "skipped" in sums:
+        return {}
     pairs = max(sums.get("pairs", 0.0), 1.0)
     return {
         "reward_model/loss": sums.get("log_loss", 0.0) / pairs,

@@ -8,6 +8,7 @@ from actors.chat import ChatExample
 from learner.config import SFTConfig
 from learner.group import LearnerGroup
 from learner.schedules import cosine_to_tenth
+from learner.skips import Skips
 
 
 class Log(Protocol):
@@ -31,10 +32,12 @@ async def sft(
     batches = sft_batches(demonstrations, pretraining, config)
     before = await learner.language_model_loss("policy", valid, config.max_tokens_per_microbatch)
     log(stage, 0, {f"{stage}/valid_loss": before, "progress/total": float(len(batches))})
+    skips = Skips(stage, config.max_skipped_steps)
     for step, batch in enumerate(batches):
         lr = cosine_to_tenth(config.optimizer.lr, step, len(batches))
-        loss, norm = await learner.language_model_step("policy", batch, config.max_tokens_per_microbatch, lr)
-        log(stage, step + 1, {f"{stage}/loss": loss, f"{stage}/lr": lr, f"{stage}/grad_norm": norm})
+        sums = await learner.language_model_step("policy", batch, config.max_tokens_per_microbatch, lr)
+        found = {f"{stage}/{key}": sums[key] for key in ("loss", "grad_norm") if key in sums}
+        log(stage, step + 1, {**found, f"{stage}/lr": lr, **skips.count(step + 1, [sums])})
     after = await learner.language_model_loss("policy", valid, config.max_tokens_per_microbatch)
     log(stage, len(batches), {f"{stage}/valid_loss": after})
     return before, after

@@ -4,6 +4,7 @@ Every rank is given the whole batch and takes its own share of it, so counts ove
 communication, and all results are sums or zero-filled arrays that add up over ranks (`learner.group` adds them).
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class LearnerWorker(Rank):
     ) -> dict[str, float]:
         """One optimizer step on the mean negative log-likelihood over all targets of `examples` (spec of SFT)."""
         total = self._backward_language_model(name, examples, max_tokens, 1.0 / targets_of(examples))
-        return {"nll": total, "grad_norm": self._engines[name].step(lr) / self.world_size}
+        return self._stepped(name, lr, {"nll": total}, "")
 
     def _backward_language_model(
         self, name: str, examples: Sequence[ChatExample], max_tokens: int, scale: float
@@ -134,8 +135,7 @@ class LearnerWorker(Rank):
             loss, _, stats = kwise_loss(scores, group.to(scores.device), order.to(scores.device), normaliser)
             self._engines[name].backward(loss / max(prompts, 1))
             _add(sums, {"loss": loss.item(), **_floats(stats)})
-        sums["grad_norm"] = self._engines[name].step(lr) / self.world_size
-        return sums
+        return self._stepped(name, lr, sums, "")
 
     def last_values(self, name: str, sequences: Sequence[tuple[int, ...]], max_tokens: int) -> Tensor:
         """Value at the last token of each sequence, f32 [N], 0 for those that are another rank's."""
@@ -234,8 +234,7 @@ class LearnerWorker(Rank):
             added = [both - first for both, first in zip(policy.gradients(), gradient, strict=True)]
             sums["grad_norm/pretraining"] = policy.norm(added) / self.world_size
             sums["time/pretraining"] = (time.monotonic() - started) / self.world_size
-        policy.step(step.policy_lr)
-        return sums
+        return self._stepped("policy", step.policy_lr, sums, "/policy")
 
     def _critic_step(self, batch: Batch, targets: Targets, rows: list[int], step: PPOStep) -> dict[str, float]:
         critic, tokens, sums = self._engines["critic"], int(batch.mask[rows].sum()), {"loss/value": 0.0}
@@ -248,10 +247,22 @@ class LearnerWorker(Rank):
             mask = part.mask.to(self.device)
             loss, stats = value_loss_sum(self._response_values(part), old, returns, mask, step.value_clip)
             critic.backward(loss / tokens)
-            _add(sums, {"loss/value": loss.item(), **_floats(stats)})
-        sums["grad_norm/value"] = critic.step(step.critic_lr) / self.world_size
+            _add(sums, {"value_tokens": float(part.mask.sum()), "loss/value": loss.item(), **_floats(stats)})
         sums["time/value"] = (time.monotonic() - started) / self.world_size
-        return sums
+        return self._stepped("critic", step.critic_lr, sums, "/value")
+
+    def _stepped(self, name: str, lr: float, sums: dict[str, float], suffix: str) -> dict[str, float]:
+        """Take the optimizer step: `sums` with its gradient norm, or no sums but that and why it was skipped."""
+        norm = self._engines[name].step(lr)
+        if norm is not None:
+            return {f"grad_norm{suffix}": norm / self.world_size} | sums
+        told = ("nll", "loss", "grad_norm")
+        culprits = [key for key, value in sums.items() if key.startswith(told) and not math.isfinite(value)]
+        times = {key: value for key, value in sums.items() if key.startswith("time/")}
+        return {
+            f"skipped{suffix}": 1.0 / self.world_size,
+            **{f"nonfinite{suffix}/{key}": 1.0 for key in culprits},
+        } | times
 
     def _response_logprobs(self, name: str, part: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [b, T] of a micro-batch's response tokens, 0 in the padding."""

@@ -8,10 +8,27 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from learner.group import LearnerGroup
 from learner.worker import LearnerWorker
 
 DEADLINE_S = 200.0
+
+
+class OpenWorker(LearnerWorker):
+    """A rank that shows what it holds."""
+
+    def state_of(self, name: str) -> dict[str, torch.Tensor]:
+        """Copies of a network's weights, optimizer states and average here, and of the random numbers' state."""
+        engine = self._engines[name]
+        optimizer = engine._engine.optimizer
+        state = getattr(optimizer, "optimizer", optimizer).state
+        found = {f"weight/{key}": parameter for key, parameter in engine.module.named_parameters()}
+        found |= {f"ema/{key}": average for key, average in engine.ema.items()}
+        for number, moments in enumerate(state.values()):
+            found |= {f"optimizer/{number}/{key}": torch.as_tensor(value) for key, value in moments.items()}
+        return {key: value.detach().clone() for key, value in (found | {"rng": torch.get_rng_state()}).items()}
 
 
 class InProcess:
@@ -67,7 +84,7 @@ def processes(count: int) -> tuple[LearnerGroup, list[RankProcess]]:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int) -> None:
-    worker = LearnerWorker(rank, world_size, threads=1)
+    worker = OpenWorker(rank, world_size, threads=1)
     while True:
         try:
             method, args, settings = pickle.loads(pipe.recv_bytes())

@@ -6,7 +6,7 @@ import pytest
 
 from learner.group import LearnerGroup
 from learner.worker import LearnerWorker
-from tests.ranks import InProcess
+from tests.ranks import InProcess, OpenWorker
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model
 
 
@@ -22,7 +22,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def rank() -> LearnerWorker:
     """The only rank of this process."""
-    worker = LearnerWorker(rank=0, world_size=1, threads=1)
+    worker = OpenWorker(rank=0, world_size=1, threads=1)
     worker.start(*worker.meeting_point(loopback=True), deadline_s=60)
     return worker
 

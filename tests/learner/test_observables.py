@@ -15,6 +15,7 @@ REFERENCE = torch.tensor([[-1.5, -1.5, -1.0], [-1.0, 0.0, 0.0]])
 SUMS = [
     {
         "tokens": 3.0,
+        "value_tokens": 3.0,
         "loss/policy": 1.5,
         "loss/value": 3.0,
         "ratio/mean": 3.0,
@@ -26,6 +27,7 @@ SUMS = [
     },
     {
         "tokens": 1.0,
+        "value_tokens": 1.0,
         "loss/policy": 0.5,
         "loss/value": 1.0,
         "ratio/mean": 2.0,
@@ -101,6 +103,16 @@ def test_the_pretraining_loss_is_per_token_of_text_and_absent_without_text():
     found = metrics(text)
     assert found["loss/pretraining"] == 1.0
     assert found["grad_norm/pretraining"] == 1.5
+
+
+def test_a_skipped_step_is_in_no_mean():
+    value = {key: SUMS[0][key] for key in ("value_tokens", "loss/value", "value/clip_fraction")}
+    found = metrics([{**value, "skipped/policy": 1.0, "time/policy": 0.5}, SUMS[1]])
+    assert found["loss/policy"] == 0.5
+    assert found["grad_norm/policy"] == 4.0
+    assert found["loss/value"] == pytest.approx(1.0)
+    assert found["time/policy"] == 1.5
+    assert "ratio/first_minibatch" not in found
 
 
 def test_staleness_counts_from_the_version_that_trains():

@@ -16,6 +16,7 @@ from learner.buffer import Buffer
 from learner.config import KLConfig, NetworkConfig, OptimizerConfig, PPOConfig, PretrainingConfig
 from learner.ledger import Ledger
 from learner.ppo import ppo
+from learner.skips import NonFiniteSteps
 from learner.worker import Evaluation
 from reward_server.sources import FunctionSource
 from tests.fakes import prompts
@@ -73,10 +74,13 @@ class RecordingLearner:
         self.events.append("update")
         self.updates.append((targets, minibatches, pretraining, step))
         names = ("loss/policy", "loss/value", "ratio/mean", "policy/clip_fraction", "policy/approx_kl")
-        return [dict.fromkeys((*names, "value/clip_fraction"), 4.0) | {"tokens": 4.0} for _ in minibatches]
+        return [
+            dict.fromkeys((*names, "value/clip_fraction"), 4.0) | {"tokens": 4.0, "value_tokens": 4.0}
+            for _ in minibatches
+        ]
 
 
-def by_hand(shift: float = 0.0, iterations: int = 1, **settings):
+def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner | None = None, **settings):
     """Run the loop on the golden trajectories; (learner, log lines)."""
     config = PPOConfig(
         **{
@@ -87,7 +91,7 @@ def by_hand(shift: float = 0.0, iterations: int = 1, **settings):
         }
         | settings
     )
-    learner, logged = RecordingLearner(), []
+    learner, logged = learner or RecordingLearner(), []
 
     async def run():
         buffer = Buffer(2, 1, config.max_staleness, ledger=Ledger(None))
@@ -117,6 +121,24 @@ def by_hand(shift: float = 0.0, iterations: int = 1, **settings):
 
     asyncio.run(run())
     return learner, logged
+
+
+class FailingLearner(RecordingLearner):
+    """Skips the policy's steps; the critic's are fine."""
+
+    async def update(self, *args):
+        self.events.append("update")
+        value = {"value_tokens": 4.0, "loss/value": 4.0, "value/clip_fraction": 4.0}
+        return [{**value, "skipped/policy": 1.0, "nonfinite/policy/loss/policy": 1.0} for _ in range(2)]
+
+
+def test_nothing_is_published_after_too_many_skipped_steps():
+    learner = FailingLearner()
+    with pytest.raises(NonFiniteSteps, match="ppo, step 2: 3 optimizer steps of the policy network"):
+        by_hand(iterations=2, learner=learner)
+    assert learner.events == ["evaluate", "update", "publish 1", "evaluate", "update"]
+    _, logged = by_hand(learner=FailingLearner())
+    assert logged[0][2]["optimizer/skipped_policy"] == 2.0
 
 
 def test_rewards_advantages_and_returns_are_the_golden_ones():

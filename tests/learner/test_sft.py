@@ -75,7 +75,7 @@ class FakeLearner:
 
     async def language_model_step(self, name, examples, max_tokens, lr):
         self.steps.append((examples, lr))
-        return 5.0, 0.5
+        return {"loss": 5.0, "grad_norm": 0.5}
 
 
 def test_the_rate_falls_to_a_tenth_along_a_cosine_and_every_step_is_logged():

@@ -167,8 +167,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(worker, folders):
     worker.load("policy", "policy", folders / "policy", FULL, ADAM)
     before = [weight.clone() for _, weight in worker.weights()]
     worker._backward_language_model("policy", [example(7, 3)], 64, float("nan"))
-    with pytest.raises(FloatingPointError, match="step was not taken"):
-        worker._engines["policy"].step(1e-2)
+    assert worker._engines["policy"].step(1e-2) is None
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, worker.weights(), strict=True))
     worker.language_model_step("policy", [example(7, 3)], 64, lr=1e-2)
     assert all(weight.isfinite().all() for _, weight in worker.weights())
