@@ -82,6 +82,7 @@ async def ppo(
         )
         text = pretraining(i, len(parts)) if config.pretraining.coef else [[] for _ in parts]
         sums = await learner.update(batch, targets, parts, text, _step(config, i, temperature))
+        skipped = skips.count(i + 1, sums)  # ends the run before bad weights could be published
         lap("update")
         published = await publish(i + 1)
         lap("publish")
