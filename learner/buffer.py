@@ -85,7 +85,9 @@ class Buffer:
                 f"{self._ledger.name(ticket.number)} was sampled with weights of versions {min(versions)} to "
                 f"{max(versions)}; it may be trained with versions {oldest} to {newest} only"
             )
-        self._ledger.record("scored", ticket, samples=len(trajectories))
+        tokens = sum(len(t.completion.response_ids) for t in trajectories)
+        spans = {"oldest": min(versions), "newest": max(versions)}
+        self._ledger.record("scored", ticket, samples=len(trajectories), tokens=tokens, **spans)
         del self._in_flight[ticket]
         self._ready[ticket.number] = (ticket, list(trajectories))
         self._bell.ring()
@@ -134,7 +136,7 @@ class Buffer:
         batch: list[Trajectory] = []
         for number in numbers:
             ticket, trajectories = self._ready.pop(number)
-            self._ledger.record("batched", ticket, step=self.version)
+            self._ledger.record("batched", ticket, step=self.version, max_staleness=self.max_staleness)
             batch += trajectories
         self._taken += self.prompts_per_batch
         self._trained += self.prompts_per_batch
@@ -157,7 +159,7 @@ class Buffer:
         self._ledger.close()
 
     def counts(self) -> dict[str, float]:
-        """Count samples since the start: issued = trained + in_flight + ready + the sum of dropped/*."""
+        """Count samples since the start, over resumes: issued = trained + in_flight + ready + the sum of dropped/*."""
         tickets = {
             "buffer/issued": self._issued,
             "buffer/trained": self._trained,
@@ -174,6 +176,8 @@ class Buffer:
         return {
             **{name: getattr(self, name) for name in _ARITHMETIC},
             "admitted": self._admitted,
+            "counts": {"issued": self._issued, "trained": self._trained, "late": self._late},
+            "dropped": dict(self._dropped),
             "unfinished": [[t.number, t.attempt] for t in sorted([*self._in_flight, *self._again])],
             "ready": [
                 [t.number, t.attempt, [trajectory.to_json() for trajectory in trajectories]]
@@ -182,7 +186,7 @@ class Buffer:
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Go on from a snapshot, in a new buffer. What was under way is sampled again under the same key.
+        """Go on from a snapshot, in a new buffer. What was under way is lost, and sampled again under the same key.
 
         Raises ValueError when the snapshot was made with another version, batch arithmetic or bound.
         """
@@ -198,7 +202,11 @@ class Buffer:
         for n, attempt, values in snapshot["ready"]:
             trajectories = [Trajectory.from_json(value) for value in values]
             self._ready[n] = (Ticket(number=n, attempt=attempt), trajectories)
-        self._issued = len(self._ready)
+        counts = snapshot["counts"]
+        self._issued, self._trained, self._late = counts["issued"], counts["trained"], counts["late"]
+        self._dropped = Counter(snapshot["dropped"])
+        if lost := self._issued - self._trained - self._dropped.total() - len(self._ready):
+            self._dropped["resumed"] += lost
         self._ledger.resumed(self.version, [ticket for ticket, _ in self._ready.values()])
         self._bell.ring()
 

@@ -72,6 +72,7 @@ def test_every_sample_is_accounted_for(run):
         assert found.trained == ITERATIONS * SHORT["ppo.prompts_per_batch"]
         assert found.issued == found.trained + sum(found.dropped.values()) + found.outstanding
         assert found.outstanding == 0
+        assert found.violations == ()
 
 
 def test_the_models_are_plain_folders(run):
