@@ -61,8 +61,9 @@ class Alignment:
             )
             await self.learner.open_sender(job.config.publish)
             await publisher.publish(self.generators, 0)
+        start = "sft" if stage == "ppo" and job.config.models.init is None else f"{stage}-start"
         with tracker.phase(f"{stage}: held-out responses before", stage):
-            before = await self.heldout.measure("sft" if stage == "ppo" else f"{stage}-start", config)
+            before = await self.heldout.measure(start, config)
         with tracker.phase(f"{stage}: {config.iterations} iterations", stage):
             await self._train(config, publisher, stage)
         with tracker.phase(f"{stage}: held-out responses after", stage):
@@ -71,6 +72,7 @@ class Alignment:
         await self.learner.save("policy", job.run_dir / name)
         await self.learner.save("policy", job.run_dir / f"{name}_ema", ema=True)
         await self.learner.unload()
+        self._record(name, stage, start)
         job.summarise(
             "ppo",
             stage,
@@ -84,10 +86,22 @@ class Alignment:
         )
         return before, after
 
+    def _record(self, name: str, stage: str, start: str) -> None:
+        """What the policy was made of, and what was measured on, in the lineage."""
+        job, run_dir = self.job, self.job.run_dir
+        scores = [part.target for part in job.config.scoring.parts if part.kind == "model" and part.target]
+        models = [job.model("init"), job.model("sft"), job.model("reward"), *scores]
+        texts = [job.file("prompts"), *([job.file("pretraining")] if self.text else [])]
+        for folder, kind in ((run_dir / name, "policy"), (run_dir / f"{name}_ema", "policy_ema")):
+            job.made(kind, folder, *dict.fromkeys(models), *texts)
+        heldout = job.file("prompts_heldout")
+        for label, model in ((start, job.model("init")), (stage, run_dir / name)):
+            job.made("evaluation", run_dir / "evaluations" / f"{label}.jsonl", model, heldout)
+
     async def _load(self, config: PPOConfig) -> None:
-        policy = self.job.model("sft")
-        await self.learner.load("policy", "policy", policy, config.network, config.policy_optimizer, config.ema_decay)
-        await self.learner.load("reference", "policy", policy, config.network)
+        init = self.job.model("init")
+        await self.learner.load("policy", "policy", init, config.network, config.policy_optimizer, config.ema_decay)
+        await self.learner.load("reference", "policy", self.job.model("sft"), config.network)
         await self.learner.load("critic", "value", self.job.model("reward"), config.network, config.critic_optimizer)
 
     async def _train(self, config: PPOConfig, publisher: Publisher, stage: str) -> None:

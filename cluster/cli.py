@@ -40,6 +40,8 @@ class Call:
     """Settings to begin with."""
     variant: str | None
     """Flag that stands for another preset."""
+    flags: frozenset[str]
+    """Flags that are either given or not."""
     resumed: Path | None
     """Settings that an earlier command left in the run directory."""
     overrides: list[tuple[str, str | None]]
@@ -75,6 +77,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
     """Take the words after a command apart. Raises ConfigError."""
     options: dict[str, str] = {}
     variant: str | None = None
+    flags: set[str] = set()
     overrides: list[tuple[str, str | None]] = []
     rest = list(words)
     while rest:
@@ -88,9 +91,12 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         if name in command.variants and not given:
             variant = name
             continue
+        if name in command.flags and not given:
+            flags.add(name)
+            continue
         value = text if given else rest.pop(0) if rest and not rest[0].startswith("--") else None
         if name not in OPTIONS:
-            if near := nearest(name, (*OPTIONS, *command.variants), likeness=0.75):
+            if near := nearest(name, (*OPTIONS, *command.variants, *command.flags), likeness=0.75):
                 raise ConfigError(f"there is no option --{name}. Did you mean --{near}?")
             overrides.append((name, value))
         elif not value:
@@ -108,6 +114,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         file=file,
         preset=None if remembers else options.get("preset") or variant or (None if file else command.preset),
         variant=variant,
+        flags=frozenset(flags),
         resumed=saved if remembers else None,
         overrides=overrides,
     )
@@ -164,7 +171,7 @@ def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[
     module, _, function = command.entry.partition(":")
     entry = getattr(importlib.import_module(module), function)
     if config is None:
-        entry(call.run_dir, console)
+        entry(call.run_dir, console, **{flag: flag in call.flags for flag in command.flags})
         return
     from cluster.environment import write_environment
     from cluster.steps import Job
@@ -176,7 +183,8 @@ def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[
     settings = config.model_dump(mode="json")
     with Tracker(call.run_dir, config.tracking, name, settings=settings, console=console) as tracker:
         flags = {flag: flag == call.variant for flag in command.variants}
-        entry(Job(config=config, run_dir=call.run_dir, tracker=tracker), **flags)
+        told = shlex.join(["rayward", *words])
+        entry(Job(config=config, run_dir=call.run_dir, tracker=tracker, command=told), **flags)
 
 
 @contextlib.contextmanager

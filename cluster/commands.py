@@ -31,6 +31,8 @@ class Command:
     """Run directory when none is named."""
     preset: str | None = None
     """Preset when neither a preset nor a file is named."""
+    flags: dict[str, str] = field(default_factory=dict)
+    """Flags that are either given or not: flag -> meaning."""
     variants: dict[str, str] = field(default_factory=dict)
     """Flags that each stand for another preset, and a run directory of that name: flag -> meaning."""
 
@@ -100,6 +102,13 @@ COMMANDS = {
         example="rayward report runs/mine",
         entry="cluster.launch:report",
     ),
+    "lineage": Command(
+        purpose="Say what everything in a run directory was made of, and what has changed since.",
+        files="Reads RUN/lineage.jsonl and the files and models that it names.",
+        example="rayward lineage runs/mine",
+        entry="cluster.launch:lineage",
+        flags={"json": "as JSON: the last record of each file and model, with its state"},
+    ),
 }
 
 
@@ -136,6 +145,7 @@ def help_text(name: str, config: type[BaseModel] | None) -> str:
     ]
     if config is None:
         lines += [f"  RUN, --run DIR   the run directory; {command.run} when not named"]
+        lines += [f"  --{flag:<15}{what}" for flag, what in command.flags.items()]
     else:
         lines += _options(command)
         shown = [setting for setting in settings(config) if setting.key.split(".")[0] in command.sections]

@@ -57,6 +57,8 @@ class ModelsConfig(BaseModel):
     """Jinja text that replaces the base model's chat template, or gives one to a model without; saved with RUN/sft."""
     sft: Path | None = None
     """Folder of the SFT model; RUN/sft when not set."""
+    init: Path | None = None
+    """Folder of the model that PPO starts from; the SFT model, which always is the KL reference, when not set."""
     reward: Path | None = None
     """Folder of the reward model; RUN/reward when not set."""
     policy: Path | None = None

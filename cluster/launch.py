@@ -5,10 +5,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from rich.text import Text
+
 from cluster.alignment import Alignment
 from cluster.build import Processes, plan_run
 from cluster.console import Console
 from cluster.heldout import HeldOut
+from cluster.lineage import lineage_json, lineage_tree
 from cluster.quickstart import quickstart as every_step
 from cluster.report import summary, write_report
 from cluster.session import start_ray
@@ -79,6 +82,11 @@ def evaluate(job: Job) -> None:
         await heldout.measure(policy.name, job.config.ppo)
 
     _connected(job, HeldOut(job), policy, work)
+
+
+def lineage(run_dir: Path, console: Console, json: bool) -> None:
+    """Where everything in a run directory comes from."""
+    console.show(Text(lineage_json(run_dir)) if json else lineage_tree(run_dir))
 
 
 def report(run_dir: Path, console: Console) -> None:

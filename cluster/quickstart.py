@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 from cluster.alignment import Alignment
@@ -46,6 +47,8 @@ def prepare(job: Job, tiny: bool) -> Path:
     sizes = job.config.quickstart.model_dump(exclude={"pretrain"})
     with job.tracker.phase("prepare conversations and model", "data"):
         files = chat_files(job.run_dir / "data", seed=0, sizes=ChatSizes(**sizes))
+        for file in astuple(files):
+            job.made("data", file)
         if tiny:
             return tiny_tokenizer_and_model(read_texts(files.pretraining), job.run_dir / "untrained", seed=0)
         return smollm2(progress=job.tracker.console.line)

@@ -11,6 +11,7 @@ from actors.prompts import Prompt, check_prompts, read_demonstrations, read_prom
 from actors.sampling import sample
 from actors.waves import Generator
 from cluster.config import Config
+from cluster.lineage import record
 from cluster.tracking import Tracker
 from learner.agreement import Agreement
 from learner.config import SFTConfig
@@ -20,6 +21,8 @@ from learner.reward_modeling import ranked_groups, reward_modeling, split_groups
 from learner.sft import sft
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Comparison, label, load_labeler, read_comparisons, write_comparisons
+
+_MADE_BY = {"policy": "ppo", "init": "ppo"}  # commands that are not called as the model that they write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,17 +35,23 @@ class Job:
     """where everything is written"""
     tracker: Tracker
     """metrics, phases and the console"""
+    command: str = "rayward"
+    """command line, for the lineage"""
+    root: Path | None = None
+    """the run that this one is a round of, which keeps the lineage; None for a run of its own"""
 
     def model(self, name: str) -> Path:
         """Folder of the model "sft", "reward" or "policy": the configured one, else the run's own.
 
-        Raises ValueError naming the key when neither exists.
+        "init" is the configured one, else the SFT model. Raises ValueError naming the key when neither exists.
         """
         configured = getattr(self.config.models, name)
+        if name == "init" and configured is None:
+            return self.model("sft")
         path = configured or self.run_dir / name
         if not (path / "config.json").is_file():
             raise ValueError(
-                f"there is no {name} model in {path}: run `rayward {'ppo' if name == 'policy' else name}` in this run "
+                f"there is no {name} model in {path}: run `rayward {_MADE_BY.get(name, name)}` in this run "
                 f"directory first, or set models.{name} to a Hugging Face folder"
             )
         return path
@@ -54,6 +63,10 @@ class Job:
         if path is None and not own.is_file():
             raise ValueError(f"data.{name} is not set and {own} does not exist: set it to a JSONL file")
         return path or own
+
+    def made(self, kind: str, path: Path, *inputs: str | Path) -> None:
+        """Record in the lineage that `path` was made of `inputs`."""
+        record(self.root or self.run_dir, kind, path, inputs, self.command, self.config)
 
     def summarise(self, *keys: str, **figures: Any) -> None:
         """Merge final figures into RUN/summary.json, under a path of keys."""
@@ -125,6 +138,8 @@ async def run_sft(
         )
     await learner.save("policy", job.run_dir / out)
     await learner.unload()
+    learnt = ["pretraining" if stage == "pretraining" else "demonstrations", *["pretraining"] * bool(data.pretraining)]
+    job.made(out, job.run_dir / out, base, *map(job.file, learnt))
     job.summarise(stage, valid_before=before, valid_after=after)
 
 
@@ -136,9 +151,10 @@ async def run_sample(job: Job, generators: Sequence[Generator], model: Path) -> 
     title = f"sample {count} completions of {len(prompts)} prompts"
     with job.tracker.phase(title, "sample"), job.tracker.console.progress("sample", len(prompts)) as advance:
         groups = await sample(generators, prompts, encoding, job.config.rollout, count, job.config.sample.seed, advance)
-    (job.run_dir / "data").mkdir(exist_ok=True)
+    path = job.run_dir / "data" / "completions.jsonl"
+    path.parent.mkdir(exist_ok=True)
     write_comparisons(
-        job.run_dir / "data" / "completions.jsonl",
+        path,
         (
             Comparison(
                 id=prompt.id,
@@ -151,15 +167,17 @@ async def run_sample(job: Job, generators: Sequence[Generator], model: Path) -> 
             for prompt, group in zip(prompts, groups, strict=True)
         ),
     )
+    job.made("completions", path, model, job.file("preference_prompts"))
 
 
 def run_rank(job: Job) -> None:
     """Have the configured labeler rank the completions; writes RUN/data/comparisons.jsonl."""
     labeler = load_labeler(job.config.labeler)
     completions = read_comparisons(job.file("completions"), job.config.data.max_bad_rows)
+    path = job.run_dir / "data" / "comparisons.jsonl"
     with job.tracker.phase(f"rank {len(completions)} prompts' completions by the {labeler.caption}", "rank"):
-        ranked = label(completions, labeler)
-        write_comparisons(job.run_dir / "data" / "comparisons.jsonl", ranked)
+        write_comparisons(path, label(completions, labeler))
+    job.made("comparisons", path, job.file("completions"))
     job.summarise(labeler=labeler.caption)
 
 
@@ -179,6 +197,7 @@ async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
     await learner.save("reward", job.run_dir / "reward")
     await learner.unload()
     _write_calibration(job.run_dir / "reward" / "calibration.json", found)
+    job.made("reward", job.run_dir / "reward", base, job.file("comparisons"), job.file("demonstrations"))
     job.summarise(
         "reward",
         accuracy=found.accuracy,

@@ -204,6 +204,17 @@ def test_report_takes_the_run_directory_alone(tmp_path: Path, entry: Any):
     assert seen == [tmp_path, tmp_path]
 
 
+def test_a_flag_is_given_or_not(tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]):
+    seen: list[bool] = []
+    entry("lineage", lambda run_dir, console, json: seen.append(json))
+    assert cli.main(["lineage", str(tmp_path)]) == 0
+    assert cli.main(["lineage", "--json", str(tmp_path)]) == 0
+    assert seen == [False, True]
+    assert cli.main(["lineage", "--help"]) == 0
+    assert "--json" in capfd.readouterr().out
+    assert cli.main(["report", "--json", str(tmp_path)]) == 2
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main([name, "--help"]) == 0

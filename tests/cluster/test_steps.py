@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from actors.prompts import Prompt
 from cluster.config import Config, TrackingConfig
+from cluster.lineage import read_lineage
 from cluster.steps import Job, heldout_prompts, run_rank, run_reward, run_sample, run_sft, sequence_tokens, sft_data
 from cluster.tracking import Tracker
 from learner.config import SFTConfig
@@ -69,6 +71,22 @@ def test_a_configured_file_comes_before_the_runs_own(job, tmp_path):
     own = rows(tmp_path / "run" / "data" / "completions.jsonl", {})
     assert job().file("completions") == own
     assert job(data={"completions": tmp_path / "mine.jsonl"}).file("completions") == tmp_path / "mine.jsonl"
+
+
+def test_ppo_starts_from_the_sft_model_or_from_what_it_is_told(job, tmp_path):
+    own, other = model_folder(tmp_path / "run" / "sft"), model_folder(tmp_path / "round-1" / "policy")
+    assert job().model("init") == own
+    assert job(models={"init": other}).model("init") == other
+    with pytest.raises(ValueError, match=r"no init model in /nowhere: run `rayward ppo`.*models\.init"):
+        job(models={"init": "/nowhere"}).model("init")
+
+
+def test_the_round_of_a_run_is_recorded_in_the_runs_lineage(job, tmp_path):
+    part = replace(job(), run_dir=tmp_path / "run" / "round-1", root=tmp_path / "run")
+    part.run_dir.mkdir()
+    (part.run_dir / "sheet.csv").write_text("")
+    part.made("sheet", part.run_dir / "sheet.csv")
+    assert made_of(part) == {"round-1/sheet.csv": []}
 
 
 def test_a_missing_file_names_the_key_and_where_it_was_looked_for(job):
@@ -133,6 +151,10 @@ def test_packed_text_is_as_long_as_fine_tuning_allows(job):
     assert sequence_tokens(job(sft={"max_tokens": 64}, ppo={"pretraining": {"sequence_tokens": 2048}})) == 64
 
 
+def made_of(job: Job) -> dict[str, list[str]]:
+    return {one.path: [source.path for source in one.inputs] for one in read_lineage(job.root or job.run_dir)}
+
+
 class FakeLearner:
     """Learns nothing; the better completion of a pair is the one whose last token is smaller."""
 
@@ -164,12 +186,14 @@ def test_fine_tuning_writes_the_model_and_its_losses(job, tmp_path, base):
     data = {"demonstrations": rows(tmp_path / "d.jsonl", ASK), "demonstrations_valid": rows(tmp_path / "v.jsonl", ASK)}
     one = job(data=data, sft={"pretraining_share": 0.0})
     learner: Any = FakeLearner()
+    model_folder(one.run_dir / "base")  # as the learner's save does
     config = SFTConfig(epochs=2, pretraining_share=0.0)
     asyncio.run(run_sft(one, learner, base, sft_data(one, base), config, stage="warm", out="base"))
     assert learner.named("load") == [("policy", "policy", base, config.network, config.optimizer)]
     assert learner.named("save") == [("policy", one.run_dir / "base")]
     assert learner.calls[-1] == ("unload",)
     assert summary(one) == {"warm": {"valid_before": 3.0, "valid_after": 2.0}}
+    assert made_of(one) == {"base": [str(base), str(tmp_path / "d.jsonl")]}
     lines = [json.loads(line) for line in (one.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["warm"] * 4
 
@@ -189,6 +213,10 @@ def test_completions_are_sampled_and_then_ranked(job, tmp_path, base):
     assert {c.labeler for c in ranked} == {"simulated:vader"}
     assert all(c.ranks and min(c.ranks) == 0 for c in ranked)
     assert summary(one) == {"labeler": "simulated labeler (VADER)"}
+    assert made_of(one) == {
+        "data/completions.jsonl": [str(base), str(prompts)],
+        "data/comparisons.jsonl": ["data/completions.jsonl"],
+    }
 
 
 def test_a_preference_prompt_that_is_too_long_stops_before_sampling(job, tmp_path, base):
@@ -227,6 +255,7 @@ def test_reward_modelling_writes_the_model_its_calibration_and_figures(job, tmp_
     calibration = json.loads((one.run_dir / "reward" / "calibration.json").read_text())
     assert calibration["accuracy"] == 1.0
     assert sum(one["count"] for one in calibration["bins"]) == 2
+    assert made_of(one) == {"reward": [str(base), *map(str, data.values())]}
 
 
 def test_unranked_comparisons_stop_before_anything_is_loaded(job, tmp_path, base):
