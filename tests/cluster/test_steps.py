@@ -173,7 +173,7 @@ class FakeLearner:
 
     async def language_model_step(self, *args):
         self.calls.append(("language_model_step", *args))
-        return 2.5, 0.5
+        return {"loss": 2.5, "grad_norm": 0.5}
 
     async def last_values(self, name, sequences, max_tokens):
         return torch.tensor([-float(ids[-2]) for ids in sequences])
