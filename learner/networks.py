@@ -15,11 +15,19 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from learner.config import NetworkConfig
 from learner.logprobs import token_logprobs
-from reward_server.model import Normalisation, load_reward_model, new_reward_model, normalisation, token_values
+from reward_server.model import (
+    Normalisation,
+    attention,
+    load_reward_model,
+    new_reward_model,
+    normalisation,
+    token_values,
+)
 
 
 class PolicyNetwork(nn.Module):
@@ -40,7 +48,7 @@ class PolicyNetwork(nn.Module):
         """
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, positions]
         head = self.model.get_output_embeddings()
-        assert head is not None, "a causal language model has output embeddings"
+        assert head is not None, "check_head ran"
         return token_logprobs(
             hidden, head.weight, getattr(head, "bias", None), targets, temperature, self.chunk, self.softcap
         )
@@ -65,6 +73,31 @@ class ValueNetwork(nn.Module):
 Network = PolicyNetwork | ValueNetwork
 
 
+def check_head(network: PolicyNetwork, path: Path) -> None:
+    """Compare log-probs with those of the model's own logits on a few tokens.
+
+    Raises ValueError for a model whose output head does more than a linear map and a soft cap (Granite and Cohere
+    scale their logits), since its log-probs would be wrong without a word.
+    """
+    model, size = network.model, network.model.config.get_text_config().vocab_size
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{path} is a {type(model).__name__} without an output head: use a causal language model")
+    ids = torch.arange(1, 9)[None] * 7919 % size  # far apart, the same in every run
+    ends = torch.arange(1, 8)
+    with torch.no_grad():
+        found, _ = network(ids, torch.zeros_like(ends), ends - 1, ids[0, ends])
+        expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    gap = (found - expected[ends - 1, ids[0, ends]]).abs().max().item()
+    # A soft cap is computed in float32 here and in the model's own type there.
+    bound = (1e-3 if model.dtype == torch.float32 else 2e-2) * expected.std(-1).max().item() + 1e-5
+    if not gap <= bound:
+        raise ValueError(
+            f"{path} is a {type(model).__name__}, whose output head cannot be reproduced: log-probs differ from its "
+            f"own by {gap:.3g} nats (bound {bound:.3g}), as where a model scales its logits; use a model with a plain "
+            "head, such as Llama, Qwen, Mistral, Gemma, GPT-NeoX or GPT-2"
+        )
+
+
 def load_network(kind: Literal["policy", "value", "new_value"], path: Path, network: NetworkConfig) -> Network:
     """A network from a Hugging Face folder, dropout off, on the CPU, with the weights that `network` names trainable.
 
@@ -73,7 +106,8 @@ def load_network(kind: Literal["policy", "value", "new_value"], path: Path, netw
     """
     dtype: torch.dtype = getattr(torch, network.dtype)
     if kind == "policy":
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention(path))
+        check_head(PolicyNetwork(model.eval(), network.logprob_chunk), path)
     elif kind == "value":
         model = load_reward_model(path, dtype)
     else:
@@ -151,8 +185,10 @@ def save_network(
     """Write a plain Hugging Face folder (safetensors, config, tokenizer, chat template) with LoRA merged."""
     path.mkdir(parents=True, exist_ok=True)
     # Copies: DeepSpeed keeps all weights in one flat buffer, and views of one storage cannot be saved apart.
+    # Transformers renames some weights when it loads (GPT-NeoX's head), and a folder has the names of the family.
     weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in merged_weights(model, replace)}
-    save_torch_state_dict(weights, path)
+    save_torch_state_dict(revert_weight_conversion(model, weights), path)
+    model.config.architectures = [type(model).__name__]  # else that of the folder it was loaded from
     model.config.save_pretrained(path)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(path)

@@ -1,18 +1,11 @@
-"""Tiny real models: a byte-level BPE tokenizer with a ChatML template, random Llama and GPT-2 models."""
+"""Tiny real models: a byte-level BPE tokenizer with a ChatML template, random models of every family."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from reward_server.encoding import ChatEncoding
 from reward_server.model import Normalisation, new_reward_model, save_reward_model, set_normalisation
@@ -25,6 +18,18 @@ CHATML = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 320
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 16},
+    "gemma": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 32},
+    "gpt_neox": {},
+    "gpt2": {},
+}
+"""Kinds of models, by transformers' name of their config, and what is particular to the tiny one of each."""
 CORPUS = [
     "system\nuser\nassistant\n",
     "the quick brown fox jumps over the lazy dog",
@@ -61,41 +66,43 @@ def tiny_causal_lm(
     layers: int = 2,
     max_positions: int = 256,
     seed: int = 0,
+    **more: Any,
 ) -> PreTrainedModel:
-    """Save a random causal language model with its tokenizer; return it in eval mode."""
+    """Save a random causal language model with its tokenizer; return it in eval mode.
+
+    `family` is one of FAMILIES, or another name of a config; `more` are further values of it. vLLM wants `hidden` 128
+    on a CPU, where it has attention for heads of 32 and more.
+    """
     tiny_tokenizer(path)
-    common: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "tie_word_embeddings": tied,
-        "initializer_range": 0.2,
+    shape = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": max_positions,
     }
+    if family == "gpt2":
+        shape = {"n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": max_positions}
+    elif family != "gpt_neox":
+        shape |= {"num_key_value_heads": 2, "head_dim": hidden // 4}
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        **{**shape, **FAMILIES.get(family, {}), **more},
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if family == "llama":
-            model: PreTrainedModel = LlamaForCausalLM(
-                LlamaConfig(
-                    hidden_size=hidden,
-                    intermediate_size=2 * hidden,
-                    num_hidden_layers=layers,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    max_position_embeddings=max_positions,
-                    **common,
-                )
-            )
-        else:
-            model = GPT2LMHeadModel(
-                GPT2Config(
-                    n_embd=hidden,
-                    n_layer=layers,
-                    n_head=4,
-                    n_positions=max_positions,
-                    **common,
-                )
-            )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        if family != "llama":
+            with torch.no_grad():
+                for weight in model.parameters():
+                    if weight.ndim == 1:  # biases and norms would else be all 0 or 1, and hide mistakes
+                        weight += 0.1 * torch.randn(weight.shape)
     model.eval().save_pretrained(str(path))
     return model
 

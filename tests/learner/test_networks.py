@@ -10,8 +10,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     LlamaForCausalLM,
 )
 
@@ -27,7 +25,7 @@ from reward_server.model import (
     set_normalisation,
     token_values,
 )
-from tests.tiny_models import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
+from tests.tiny_models import FAMILIES, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 FP32 = NetworkConfig(dtype="float32")
 IDS = torch.tensor([[5, 60, 7, 200, 9, 11], [300, 4, 77, 8, 0, 0]])
@@ -46,7 +44,7 @@ def models(tmp_path_factory):
 
 def logits(path: Path) -> torch.Tensor:
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(IDS).logits
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")(IDS).logits
 
 
 def jitter(module: torch.nn.Module, of: str = "") -> None:
@@ -80,23 +78,43 @@ def test_log_probs_are_those_of_the_models_own_logits(models, name, temperature)
     torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read_whatever_is_to_the_right_and_written_as_it_was(tmp_path, family, tied):
+    """The last places are further than a sliding window from the first tokens."""
+    model = tiny_causal_lm(tmp_path / "base", tied=tied, family=family, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 320, (1, 41), generator=generator)
+    with torch.no_grad():
+        expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    network = load_network("policy", tmp_path / "base", FP32)
+    ends, row = torch.arange(40), torch.zeros(40, dtype=torch.long)
+    for padding in (0, 1, 23):
+        padded = torch.cat([ids, torch.randint(0, 320, (1, padding), generator=generator)], 1)
+        with torch.no_grad():
+            found, _ = network(padded, row, ends, ids[0, 1:])
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+    save_network(network.model, tiny_tokenizer(), tmp_path / "saved")
+    assert folder_keys(tmp_path / "saved") == folder_keys(tmp_path / "base")
+    again, report = reloaded(AutoModelForCausalLM, tmp_path / "saved")
+    assert not report["missing_keys"] | report["unexpected_keys"]
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), network.model.parameters(), strict=True))
+
+
 def test_a_soft_cap_of_the_logits_is_read_from_the_config(tmp_path):
-    config = Gemma2Config(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=0.5,
-        initializer_range=0.2,
-    )
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    tiny_causal_lm(tmp_path, family="gemma2", final_logit_softcapping=0.5)
     network = load_network("policy", tmp_path, FP32)
     logprobs, _ = network(IDS, ROWS, POSITIONS, TARGETS)
     expected = logits(tmp_path)[ROWS, POSITIONS].log_softmax(-1).gather(1, TARGETS[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "more"), [("granite", {"logits_scaling": 8.0}), ("cohere", {})])
+def test_a_head_that_scales_its_logits_is_refused(tmp_path, family, more, dtype):
+    tiny_causal_lm(tmp_path, family=family, **more)
+    with pytest.raises(ValueError, match=r"is a \w+ForCausalLM, whose output head cannot be reproduced"):
+        load_network("policy", tmp_path, NetworkConfig(dtype=dtype))
 
 
 def test_the_chunk_of_log_probs_changes_nothing(models):

@@ -12,6 +12,7 @@ from learner.losses import kwise_loss
 from learner.worker import PPOStep, Targets
 from reward_server.model import token_values
 from tests.tiny_batches import example, trajectory
+from tests.tiny_models import FAMILIES, tiny_causal_lm
 
 ADAM = OptimizerConfig(lr=1e-2)
 LORA = NetworkConfig(dtype="float32", lora_rank=4, last_layers=1)
@@ -187,3 +188,29 @@ def test_only_the_named_layers_are_trained(worker, folders):
 def test_bfloat16_without_zero_is_refused(worker, folders):
     with pytest.raises(ValueError, match="zero_stage = 1"):
         worker.load("policy", "policy", folders / "policy", NetworkConfig(), OptimizerConfig(lr=1e-3, zero_stage=0))
+
+
+@pytest.mark.parametrize("network", [FULL, NetworkConfig(dtype="float32", lora_rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_a_reward_model_of_every_family_learns_to_rank_and_is_read_as_a_critic(worker, tmp_path, family, network):
+    tiny_causal_lm(tmp_path / "base", family=family, tied=False)
+    worker.load("reward", "new_value", tmp_path / "base", network, ADAM)
+    groups = [[(5, 60, 7, 2), (5, 60, 9, 11, 2), (5, 60, 2)], [(9, 8, 7), (9, 8, 6, 5, 4)]]
+    ranks = [[2, 1, 3], [1, 2]]
+    losses = [worker.ranking_step("reward", groups, ranks, "pairs", 40, 1e-2)["loss"] for _ in range(4)]
+    assert losses[-1] < 0.7 * losses[0]
+    worker.normalise("reward", gain=2.0, bias=0.5)
+    sequences = [ids for group in groups for ids in group]
+    values = worker.last_values("reward", sequences, 100)
+    worker.save("reward", tmp_path / "saved")
+    worker.load("critic", "value", tmp_path / "saved", network, ADAM)
+    torch.testing.assert_close(worker.last_values("critic", sequences, 100), values, rtol=0, atol=1e-4)
+    # At every token, whatever follows: the values of all prefixes are those of the prefixes alone.
+    whole = worker._call("critic", torch.tensor([sequences[1]]), torch.zeros(5, dtype=torch.long), torch.arange(5))
+    prefixes = [sequences[1][: end + 1] for end in range(5)]
+    torch.testing.assert_close(whole.detach(), worker.last_values("critic", prefixes, 100), rtol=0, atol=1e-4)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", attn_implementation="eager")
+    assert plain.config.architectures == [type(plain).__name__]
+    with torch.no_grad():
+        raw = plain(torch.tensor([sequences[1]])).logits[0, 0]
+    torch.testing.assert_close(2.0 * raw + 0.5, values[1], rtol=0, atol=1e-4)
