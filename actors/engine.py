@@ -63,6 +63,7 @@ class Engine:
         self._unusable = "it was not started"
         self._requests = 0
         self._progress = 0.0  # time of the last sign of progress
+        self._tokens = 0
         self.paused = False
 
     async def start(self) -> None:
@@ -106,10 +107,19 @@ class Engine:
         """Name the weights in use; tokens sampled from here on carry it."""
         await self._call("take a version", self._live().update_weight_version(version))
 
-    async def pause(self) -> None:
-        """Let requests in flight stand still, with their tokens and cached keys; new ones wait."""
+    def tokens(self) -> int:
+        """Tokens handed out so far: a sign of progress. Raises GeneratorError when the engine is dead."""
+        if self._live().errored:
+            raise GeneratorError(f"generator {self.name!r}: the engine's process is dead")
+        return self._tokens
+
+    async def pause(self, recompute: bool = False) -> None:
+        """Let requests in flight stand still with their tokens; new ones wait.
+
+        Their cached keys and values stay too, or with `recompute` are made anew from the tokens when they go on.
+        """
         self.paused = True
-        await self._call("pause", self._live().pause_generation(mode="keep", clear_cache=False))
+        await self._call("pause", self._live().pause_generation(mode="keep", clear_cache=recompute))
 
     async def resume(self) -> None:
         """Let requests go on."""
@@ -210,6 +220,8 @@ class Engine:
         try:
             async for output in self._live().generate(tokens_input(prompt), params, f"{self.name}-{self._requests}"):
                 self._progress = time.monotonic()
+                before = 0 if last is None else len(last.outputs[0].token_ids)
+                self._tokens += len(output.outputs[0].token_ids) - before
                 last = output
         except (EngineDeadError, EngineGenerateError) as error:
             raise self._failed("sample", error) from error

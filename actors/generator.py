@@ -22,7 +22,8 @@ class Generator:
 
     A weight update is `join` once per membership of the transfer group, then `begin_update`, `receive` and
     `finish_update` (or `abort_update`). Requests may be in flight all the while: they stand still from
-    `begin_update` to the end, keep their tokens and cached keys, and go on with the new weights.
+    `begin_update` to the end, keep their tokens (and cached keys, unless told otherwise), and go on with the new
+    weights.
     """
 
     worker_extension: ClassVar[str] = "actors.weights.WeightReceiver"
@@ -52,6 +53,10 @@ class Generator:
     async def version(self) -> int:
         """The version of the weights in use, asked of the engine itself: a sign of life as well."""
         return int(await self._engine.version())
+
+    async def progress(self) -> int:
+        """Tokens sampled so far, without asking the engine. Raises GeneratorError when it is dead."""
+        return self._engine.tokens()
 
     async def generate(
         self,
@@ -104,9 +109,12 @@ class Generator:
         """Leave the transfer group."""
         await self._engine.workers("leave the transfer group", "shutdown_weight_transfer_engine")
 
-    async def begin_update(self) -> None:
-        """Let requests in flight stand still, and get ready to receive."""
-        await self._engine.pause()
+    async def begin_update(self, recompute: bool = False) -> None:
+        """Let requests in flight stand still, and get ready to receive.
+
+        With `recompute` the keys and values of their tokens are made anew by the new weights.
+        """
+        await self._engine.pause(recompute)
         await self._engine.workers("start a weight update", "start_weight_update")
 
     async def receive(self, manifest: Manifest) -> dict[str, int]:

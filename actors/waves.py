@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class GeneratorFailed(RuntimeError):
-    """A generator failed wave after wave. Its tickets are forfeited; other generators can go on."""
+    """A generator is gone, or failed wave after wave. Its tickets are forfeited; other generators can go on."""
 
 
 class PromptFailed(RuntimeError):
@@ -42,7 +42,7 @@ class Generator(Protocol):
     async def generate(
         self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
-        """Sample one response to each query, in the same order."""
+        """Sample one response to each query, in the same order. Raises GeneratorFailed when it will never again."""
         ...
 
 
@@ -56,7 +56,7 @@ class Scorer(Protocol):
 
 @dataclass(slots=True)
 class Waves:
-    """Sends waves through one generator, one after the other in each task that runs `run`."""
+    """Sends waves through one generator, one after the other in each task that runs `run`, until it is to leave."""
 
     generator: Generator
     scorer: Scorer
@@ -65,14 +65,17 @@ class Waves:
     encoding: PromptEncoding
     config: RolloutConfig
     seed: int
+    leave: asyncio.Event
+    idle: set[asyncio.Task[None]] = field(default_factory=set)
+    """Tasks that wait for tickets and so have nothing to lose."""
     failed_waves: int = 0
     # makes the ids of score requests differ from those of another run at the same reward server
     nonce: str = field(default_factory=lambda: uuid4().hex[:12])
 
     async def run(self) -> None:
-        """Admit tickets and send their waves, for ever. Whatever ends it, no ticket stays in flight."""
-        while True:
-            tickets = await self.buffer.admit(self.config.prompts_per_wave)
+        """Admit tickets and send their waves until `leave` is set. Whatever ends it, no ticket stays in flight."""
+        while not self.leave.is_set():
+            tickets = await self._admit()
             try:
                 last_attempts = [t for t in tickets if t.attempt + 1 >= self.config.max_attempts > 1]
                 together = [t for t in tickets if t not in last_attempts]
@@ -80,14 +83,27 @@ class Waves:
                     if wave:
                         await self._wave(wave)
             except BaseException as error:
-                reason = "stopped" if isinstance(error, asyncio.CancelledError) else "run failed"
+                reasons = {asyncio.CancelledError: "stopped", GeneratorFailed: "generator lost"}
+                reason = reasons.get(type(error), "run failed")
                 for ticket in tickets:
                     self.buffer.forfeit(ticket, reason)
                 raise
 
+    async def _admit(self) -> list[Ticket]:
+        task = asyncio.current_task()
+        assert task is not None
+        self.idle.add(task)
+        try:
+            return await self.buffer.admit(self.config.prompts_per_wave)
+        finally:
+            self.idle.discard(task)
+
     async def _wave(self, tickets: list[Ticket]) -> None:
         try:
             sampled = await self._generate(tickets)
+        except GeneratorFailed as error:
+            self._lose(tickets, "generator lost", str(error))
+            raise
         except _GenerationError as error:
             self._lose(tickets, "generation failed", str(error))
             self._count_failure(tickets, str(error))
@@ -115,6 +131,8 @@ class Waves:
                 completions = await self.generator.generate(
                     queries, seeds, self.config.max_new_tokens, self.config.temperature
                 )
+        except GeneratorFailed:
+            raise
         except Exception as error:
             late = isinstance(error, TimeoutError) and limit.expired()
             reason = f"no answer in {deadline_s:g} s" if late else f"{type(error).__name__}: {error}"

@@ -1,15 +1,16 @@
 """Step 3 of a run: PPO between the processes."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from statistics import fmean, pstdev
-from typing import Self
+from typing import Any, Self
 
 from actors.chat import ChatExample
 from actors.prompts import PromptStream, check_prompts, read_prompts
-from actors.rollout import rollout, supervise
+from actors.rollout import rollout
 from actors.trajectory import Trajectory
-from cluster.build import Sampler
+from actors.waves import Generator
+from cluster.fleet import Fleet
 from cluster.heldout import Held, HeldOut
 from cluster.steps import Job
 from learner.buffer import Buffer
@@ -26,7 +27,7 @@ class Alignment:
     """PPO of one run directory. `run` may be called once for each arm, such as with and without pretraining."""
 
     learner: LearnerGroup
-    generators: Sequence[Sampler]
+    fleet: Fleet
     rewards: RewardClient
 
     def __init__(self, job: Job) -> None:
@@ -42,10 +43,10 @@ class Alignment:
             packed = pack(read_texts(job.file("pretraining"), bad), self.encoding, mix.sequence_tokens)
             self.text = TextStream(packed, job.config.ppo.seed)
 
-    def connect(self, learner: LearnerGroup, generators: Sequence[Sampler], rewards: RewardClient) -> Self:
+    def connect(self, learner: LearnerGroup, fleet: Fleet, rewards: RewardClient) -> Self:
         """Take the processes to work with."""
-        self.learner, self.generators, self.rewards = learner, generators, rewards
-        self.heldout.connect(learner, generators, rewards)
+        self.learner, self.fleet, self.rewards = learner, fleet, rewards
+        self.heldout.connect(learner, fleet, rewards)
         return self
 
     async def run(self, config: PPOConfig, stage: str = "ppo") -> tuple[Held, Held]:
@@ -53,19 +54,19 @@ class Alignment:
         job, tracker = self.job, self.job.tracker
         with tracker.phase(f"{stage}: load networks and hand the weights to the actors", stage):
             await self._load(config)
-            publisher = Publisher(
+            self.fleet.publisher = Publisher(
                 self.learner,
                 job.config.publish,
                 probes=self.heldout.probes(),
                 workers=job.config.generator.tensor_parallel_size,
             )
             await self.learner.open_sender(job.config.publish)
-            await publisher.publish(self.generators, 0)
+            await self.fleet.publish(0)
         start = "sft" if stage == "ppo" and job.config.models.init is None else f"{stage}-start"
         with tracker.phase(f"{stage}: held-out responses before", stage):
             before = await self.heldout.measure(start, config)
         with tracker.phase(f"{stage}: {config.iterations} iterations", stage):
-            await self._train(config, publisher, stage)
+            await self._train(config, stage)
         with tracker.phase(f"{stage}: held-out responses after", stage):
             after = await self.heldout.measure(stage, config)
         name = stage.replace("ppo", "policy")
@@ -104,54 +105,43 @@ class Alignment:
         await self.learner.load("reference", "policy", self.job.model("sft"), config.network)
         await self.learner.load("critic", "value", self.job.model("reward"), config.network, config.critic_optimizer)
 
-    async def _train(self, config: PPOConfig, publisher: Publisher, stage: str) -> None:
+    async def _train(self, config: PPOConfig, stage: str) -> None:
         job = self.job
         stream = PromptStream(self.prompts, seed=config.seed)
         ledger_file = job.run_dir / f"ledger-{stage}.jsonl"
         ledger_file.unlink(missing_ok=True)  # of an earlier run in this directory, whose policy is replaced too
         ledger = Ledger(ledger_file, stream)
         samples = job.config.rollout.samples_per_prompt
-        buffer = Buffer(config.prompts_per_batch, samples, config.max_staleness, ledger=ledger)
+        buffer = Buffer(
+            config.prompts_per_batch, samples, config.max_staleness, ledger=ledger, waiting=self.fleet.joining
+        )
         sequences = max(1, round(config.pretraining.sequences_per_episode * config.minibatch_size))
 
         def text(iteration: int, parts: int) -> list[list[ChatExample]]:
             assert self.text is not None, "asked for with a coefficient only"
             return self.text.iteration(iteration, parts, sequences)
 
-        async def publish(version: int) -> dict[str, float]:
-            published = await publisher.publish(self.generators, version)
-            if published.lost:
-                raise RuntimeError(f"generators were lost while version {version} was published: {published.lost}")
-            return published.metrics
-
-        stop = asyncio.Event()
-        rollouts = supervise(
-            {
-                generator.name: rollout(
-                    generator, self.rewards, stream, buffer, self.encoding, job.config.rollout, config.seed, stop
-                )
-                for generator in self.generators
-            },
-            buffer,
-        )
-        sampling = asyncio.create_task(rollouts)
-        try:
-            await ppo(
-                config,
-                job.config.rollout.temperature,
-                buffer,
-                self.learner,
-                publish,
-                text,
-                self._observe,
-                lambda _stage, step, metrics: job.tracker.log(
-                    stage, step, {**metrics, "progress/total": float(config.iterations)}
-                ),
+        def work(generator: Generator, leave: asyncio.Event) -> Coroutine[Any, Any, None]:
+            return rollout(
+                generator, self.rewards, stream, buffer, self.encoding, job.config.rollout, config.seed, leave
             )
+
+        try:
+            async with self.fleet.rollouts(work, buffer.fail):
+                await ppo(
+                    config,
+                    job.config.rollout.temperature,
+                    buffer,
+                    self.learner,
+                    self.fleet.publish,
+                    text,
+                    self._observe,
+                    lambda _stage, step, metrics: job.tracker.log(
+                        stage, step, {**metrics, "progress/total": float(config.iterations)}
+                    ),
+                )
         finally:
-            stop.set()
             buffer.close()
-            await asyncio.gather(sampling, return_exceptions=True)
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         verdicts = self.heldout.labeler.verdicts([t.completion.text for t in trajectories])

@@ -1,22 +1,22 @@
 """Who runs where: the processes of a run, started on Ray and stopped with the block that asked for them."""
 
-import asyncio
 import contextlib
+import dataclasses
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import ray
 
-from actors import waves
 from actors.config import GeneratorConfig
 from actors.generator import Generator
 from cluster.config import ClusterConfig
+from cluster.fleet import Fleet
+from cluster.members import Worker
 from cluster.remote import ActorOptions, RemoteHandle, remote
-from cluster.resources import Plan, Process, check, default_plan, machine_cores, machine_gpus
+from cluster.resources import Plan, Process, ResourceError, check, default_plan, machine_cores, machine_gpus
 from learner.group import LearnerGroup
-from learner.publish import Receiver
 from learner.worker import LearnerWorker
 from reward_server.client import RewardClient
 from reward_server.config import SourceConfig
@@ -27,7 +27,7 @@ def plan_run(config: ClusterConfig, max_staleness: int, waves_in_flight: int) ->
     """Threads and cores of every process; raises ResourceError when they do not fit this machine."""
     cores, gpus = machine_cores(), machine_gpus()
     plan = default_plan(
-        generators=config.generators,
+        generators=max(config.generators, config.max_generators or 0),
         cores=cores,
         gpus=gpus,
         max_staleness=max_staleness,
@@ -37,10 +37,6 @@ def plan_run(config: ClusterConfig, max_staleness: int, waves_in_flight: int) ->
     if config.address == "local":
         check(plan, cores=cores, gpus=gpus)
     return plan
-
-
-class Sampler(waves.Generator, Receiver, Protocol):
-    """What a run asks of a generator's handle: to sample, and to take new weights."""
 
 
 class Processes:
@@ -67,17 +63,19 @@ class Processes:
             yield group
 
     @contextlib.asynccontextmanager
-    async def generators(self, config: GeneratorConfig, model_path: Path) -> AsyncIterator[list[Sampler]]:
+    async def generators(self, config: GeneratorConfig, model_path: Path) -> AsyncIterator[Fleet]:
         """All generators, with the weights of `model_path` as version 0."""
-        async with contextlib.AsyncExitStack() as stack:
-            handles = []
-            for index in range(self.config.generators):
-                name = f"generator-{index}"
-                own = config.model_copy(update={"threads": self._threads(name)})
-                handles.append(await stack.enter_async_context(self._process(Generator, name, own, model_path, name)))
-            await asyncio.gather(*(h.call("start", deadline_s=config.start_deadline_s + 30) for h in handles))
-            yield cast(list[Sampler], handles)  # a handle has the methods of its class, which no type checker sees
-            await asyncio.gather(*(handle.stop() for handle in handles), return_exceptions=True)
+
+        @contextlib.asynccontextmanager
+        async def start(name: str) -> AsyncIterator[Worker]:
+            own = config.model_copy(update={"threads": self._threads(name)})
+            async with self._process(Generator, name, own, model_path, name) as handle:
+                await handle.call("start", deadline_s=config.start_deadline_s + 30)
+                yield cast(Worker, handle)  # a handle has the methods of its class, which no type checker sees
+
+        fleet = Fleet(start, self.config.generators, self.config.fleet, config.progress_deadline_s, self._validate)
+        async with fleet:
+            yield fleet
 
     @contextlib.asynccontextmanager
     async def reward(self, config: SourceConfig, model_path: Path | None) -> AsyncIterator[RewardClient]:
@@ -93,7 +91,7 @@ class Processes:
 
     @contextlib.asynccontextmanager
     async def _process(self, cls: type, name: str, *args: Any) -> AsyncIterator[RemoteHandle]:
-        process: Process = self.plan.process(name)
+        process = self._planned(name)
         options = ActorOptions(
             name=name,
             cpus=process.cpus,
@@ -111,7 +109,33 @@ class Processes:
             handle.kill()
 
     def _threads(self, name: str) -> int:
-        return self.plan.process(name).threads
+        return self._planned(name).threads
+
+    def _planned(self, name: str) -> Process:
+        """The plan for a process; a generator beyond those of the plan is like the first, wherever there is room."""
+        if name.startswith("generator-") and all(process.name != name for process in self.plan.processes):
+            return dataclasses.replace(self.plan.process("generator-0"), name=name, pin=None)
+        return self.plan.process(name)
+
+    def _validate(self, generators: int) -> None:
+        """Raise ResourceError when there cannot be so many generators."""
+        planned = sum(process.name.startswith("generator-") for process in self.plan.processes)
+        if self.config.address == "local":
+            if generators > planned:
+                raise ResourceError(
+                    f"{generators} generators do not fit: this run shares out {machine_cores()} cores and "
+                    f"{machine_gpus()} GPUs for {planned}. Start it with cluster.max_generators = {generators}"
+                )
+            return
+        each, extra = self._planned("generator-0"), generators - planned
+        has = ray.cluster_resources()
+        needs = {"CPU": self.plan.cpus + extra * each.cpus, "GPU": self.plan.gpus + extra * each.gpus}
+        for kind, number in needs.items():
+            if number > has.get(kind, 0.0):
+                raise ResourceError(
+                    f"{generators} generators do not fit: the run would need {number:g} {kind}s, and the cluster has "
+                    f"{has.get(kind, 0.0):g}. Ask for fewer, or add machines"
+                )
 
 
 def _one_machine() -> bool:

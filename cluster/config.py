@@ -10,6 +10,23 @@ from learner.config import PPOConfig, PublishConfig, RewardModelingConfig, SFTCo
 from reward_server.config import LabelerConfig, SourceConfig
 
 
+class FleetConfig(BaseModel):
+    """What is done about generators that are lost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_restarts: int = Field(default=3, ge=0)
+    """Times that a generator is replaced without having sampled anything in between; then its place stays empty."""
+    min_generators: int = Field(default=1, ge=1)
+    """Fewest places with which a run goes on when others stay empty."""
+    backoff_s: float = Field(default=2.0, ge=0)
+    """Seconds before a replacement starts; twice as many each time that it fails again."""
+    replacement_deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds that a run waits for a replacement when no generator is left."""
+    watch_s: float = Field(default=5.0, gt=0)
+    """Seconds between two looks at a generator's progress."""
+
+
 class ClusterConfig(BaseModel):
     """How many processes there are of each kind, and how long they may take."""
 
@@ -18,13 +35,17 @@ class ClusterConfig(BaseModel):
     address: str = "local"
     """host:port of a running Ray cluster; "local" starts one on this machine and stops it afterwards."""
     generators: int = Field(default=1, ge=1)
-    """vLLM actors that sample."""
+    """vLLM actors that sample. `rayward scale` changes it while a run works."""
+    max_generators: int | None = Field(default=None, ge=1)
+    """Most that it may be changed to on one machine, which keeps cores free for them; unset: cluster.generators."""
     learner_ranks: int = Field(default=1, ge=1)
     """DeepSpeed ranks that train."""
     start_deadline_s: float = Field(default=600.0, gt=0)
     """Seconds that a process may take to start and load its model."""
     step_deadline_s: float = Field(default=3600.0, gt=0)
     """Seconds that one call may take, such as an iteration's update."""
+    fleet: FleetConfig = FleetConfig()
+    """What is done about generators that are lost."""
 
 
 class TrackingConfig(BaseModel):

@@ -9,7 +9,7 @@ from typing import Self
 from actors.prompts import Prompt
 from actors.sampling import sample
 from actors.trajectory import Completion, SampleKey, Trajectory
-from cluster.build import Sampler
+from cluster.fleet import Fleet
 from cluster.steps import Job, heldout_prompts, packed_text
 from learner.batch import collate
 from learner.config import PPOConfig
@@ -42,7 +42,7 @@ class HeldOut:
     """The held-out prompts and text of a run, and the measurements on them."""
 
     learner: LearnerGroup
-    generators: Sequence[Sampler]
+    fleet: Fleet
     rewards: RewardClient
 
     def __init__(self, job: Job) -> None:
@@ -54,9 +54,9 @@ class HeldOut:
         tokens = job.config.ppo.pretraining.sequence_tokens
         self.text = packed_text(job, "pretraining_valid", self.encoding, tokens)
 
-    def connect(self, learner: LearnerGroup, generators: Sequence[Sampler], rewards: RewardClient) -> Self:
+    def connect(self, learner: LearnerGroup, fleet: Fleet, rewards: RewardClient) -> Self:
         """Take the processes to work with."""
-        self.learner, self.generators, self.rewards = learner, generators, rewards
+        self.learner, self.fleet, self.rewards = learner, fleet, rewards
         return self
 
     def probes(self) -> list[Probe]:
@@ -70,7 +70,7 @@ class HeldOut:
         """Answer the held-out prompts with the present weights; writes RUN/evaluations/<name>.jsonl."""
         job, evaluation = self.job, self.job.config.evaluation
         groups = await sample(
-            self.generators, self.prompts, self.encoding, job.config.rollout, samples=1, seed=evaluation.seed
+            await self.fleet.crew(), self.prompts, self.encoding, job.config.rollout, samples=1, seed=evaluation.seed
         )
         completions = [group[0] for group in groups]
         golds = self.labeler.verdicts([c.text for c in completions])

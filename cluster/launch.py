@@ -46,7 +46,7 @@ def sample(job: Job) -> None:
 
     async def work(processes: Processes) -> None:
         async with processes.generators(job.config.generator, model) as generators:
-            await run_sample(job, generators, model)
+            await run_sample(job, generators.serving, model)
 
     _on_ray(job, work)
 

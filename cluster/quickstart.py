@@ -29,7 +29,7 @@ async def quickstart(job: Job, processes: Processes, tiny: bool) -> None:
         sft_model = job.model("sft")
         with job.tracker.phase("start the vLLM actors"):
             generators = await stack.enter_async_context(processes.generators(job.config.generator, sft_model))
-        await run_sample(job, generators, sft_model)
+        await run_sample(job, generators.serving, sft_model)
         run_rank(job)
         await run_reward(job, learner, sft_model)
         with job.tracker.phase("start the reward service"):

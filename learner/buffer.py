@@ -11,8 +11,10 @@ import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
+from actors.patience import reported
 from actors.trajectory import BufferClosed, StaleTrajectories, Ticket, Trajectory
 from learner.ledger import Ledger
 
@@ -32,7 +34,9 @@ class Buffer:
         *,
         ledger: Ledger,
         clock: Callable[[], float] = time.monotonic,
+        waiting: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> None:
+        """`waiting`: entered whenever the learner has to wait for a batch, and so has no use for its processes."""
         assert min(prompts_per_batch, samples_per_prompt) >= 1, (prompts_per_batch, samples_per_prompt)
         assert min(max_staleness, version) >= 0, (max_staleness, version)
         self.prompts_per_batch = prompts_per_batch
@@ -41,6 +45,7 @@ class Buffer:
         self.version = version
         self._ledger = ledger
         self._clock = clock
+        self._waiting = waiting
         self._admitted = version * prompts_per_batch
         self._taken = version * prompts_per_batch
         self._again: list[Ticket] = []
@@ -123,16 +128,11 @@ class Buffer:
         limit = asyncio.timeout(deadline_s)
         try:
             async with limit:
-                while any(number not in self._ready for number in numbers):
-                    await self._bell.wait()
+                await self._complete(numbers)
         except TimeoutError:
             if not limit.expired():  # then it is what fail() was given
                 raise
-            missing = [number for number in numbers if number not in self._ready]
-            raise TimeoutError(
-                f"waited {deadline_s:g} s for batch {self.version}: {len(missing)} of its {len(numbers)} "
-                f"prompts are missing: {_describe(missing, self._in_flight, self._clock(), self._ledger)}"
-            ) from None
+            raise TimeoutError(f"waited {deadline_s:g} s for batch {self.version}: {self._lack(numbers)}") from None
         batch: list[Trajectory] = []
         for number in numbers:
             ticket, trajectories = self._ready.pop(number)
@@ -209,6 +209,21 @@ class Buffer:
             self._dropped["resumed"] += lost
         self._ledger.resumed(self.version, [ticket for ticket, _ in self._ready.values()])
         self._bell.ring()
+
+    async def _complete(self, numbers: Sequence[int]) -> None:
+        """Wait until all these tickets are answered."""
+        if all(number in self._ready for number in numbers):
+            return
+        what = f"the learner waits for batch {self.version}"
+        async with self._waiting():
+            with reported(lambda: f"{what}: {self._lack(numbers)}"):
+                while any(number not in self._ready for number in numbers):
+                    await self._bell.wait()
+
+    def _lack(self, numbers: Sequence[int]) -> str:
+        missing = [number for number in numbers if number not in self._ready]
+        states = _describe(missing, self._in_flight, self._clock(), self._ledger)
+        return f"{len(missing)} of its {len(numbers)} prompts are missing: {states}"
 
     def _capacity(self) -> int:
         return max((self.version + 1 + self.max_staleness) * self.prompts_per_batch - self._admitted, 0)

@@ -194,5 +194,7 @@ class PublishConfig(BaseModel):
     """Seconds that each phase may take."""
     bucket_mb: int = Field(default=64, ge=1)
     """Size of one message, in MB (2**20 bytes)."""
+    kv_cache: Literal["keep", "recompute"] = "keep"
+    """Of responses under way: keep the keys and values that older weights made, or make them anew with the new ones."""
     parity: ParityConfig = ParityConfig()
     """Bounds of the probe after each publication."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
+from actors.patience import reported
 from actors.transfer import Manifest, Rendezvous, mismatched
 from learner.config import PublishConfig
 
@@ -17,6 +18,15 @@ _LEARNER = "learner"  # the name of the sending side among those who take part
 
 class PublishError(RuntimeError):
     """A version could not be published; the text names who failed, in which phase, and why."""
+
+
+class NobodyLeft(PublishError):
+    """No generator has the version; those that were asked are all lost."""
+
+    def __init__(self, text: str, lost: dict[str, str]) -> None:
+        super().__init__(text)
+        self.lost = lost
+        """Why, by name."""
 
 
 class StaleWeights(PublishError):
@@ -38,7 +48,7 @@ class Receiver(Protocol):
     async def join(self, rendezvous: Rendezvous, rank: int) -> None:
         """See Generator."""
 
-    async def begin_update(self) -> None:
+    async def begin_update(self, recompute: bool = False) -> None:
         """See Generator."""
 
     async def receive(self, manifest: Manifest) -> dict[str, int]:
@@ -118,8 +128,8 @@ class Publisher:
 
         The group is formed anew whenever the generators are not those of the last time. One that fails is
         left out and named in the result, and the others get the version all the same.
-        Raises PublishError when none is left or the transfer itself keeps failing, StaleWeights and
-        ParityError when a proof fails.
+        Raises NobodyLeft when none is left, PublishError when the transfer itself keeps failing, StaleWeights
+        and ParityError when a proof fails.
         """
         started = time.monotonic()
         members = {generator.name: generator for generator in generators}
@@ -129,7 +139,7 @@ class Publisher:
         while True:
             if not members:
                 reasons = "; ".join(lost.values()) or "there are no generators"
-                raise PublishError(f"version {version} reached no generator: {reasons}")
+                raise NobodyLeft(f"version {version} reached no generator: {reasons}", lost)
             error, gone = await self._attempt(members, version, metrics)
             lost |= gone
             members = {name: m for name, m in members.items() if name not in gone}
@@ -138,7 +148,11 @@ class Publisher:
             failures += not gone
             if failures == _ATTEMPTS:
                 raise PublishError(f"version {version}: {failures} transfers failed, lastly since {error}") from error
-        metrics |= await self._prove(members, version)
+        gaps, gone = await self._prove(members, version)
+        lost |= gone
+        if gone.keys() == members.keys():
+            raise NobodyLeft(f"version {version} reached no generator: {'; '.join(lost.values())}", lost)
+        metrics |= gaps
         metrics["time/publish"] = time.monotonic() - started
         return Publication(metrics=metrics, lost=lost)
 
@@ -156,7 +170,8 @@ class Publisher:
         try:
             await self._regroup(members)
             lap("join")
-            await self._all("pause", {name: m.begin_update() for name, m in members.items()})
+            recompute = self.config.kv_cache == "recompute"
+            await self._all("pause", {name: m.begin_update(recompute) for name, m in members.items()})
             lap("pause")
             assert self._manifest is not None
             receiving = {name: m.receive(self._manifest) for name, m in members.items()}
@@ -191,12 +206,14 @@ class Publisher:
         await self._all("join the transfer group", {_LEARNER: self.source.connect_transfer(), **joins})
         self._members = members
 
-    async def _prove(self, members: dict[str, Receiver], version: int) -> dict[str, float]:
-        """Compare log-probabilities on the probes' tokens; returns the largest gaps of any generator."""
+    async def _prove(self, members: dict[str, Receiver], version: int) -> tuple[dict[str, float], dict[str, str]]:
+        """Compare log-probabilities on the probes' tokens: the largest gaps of any generator, and who is lost."""
         sequences = [probe.ids for probe in self.probes]
         expected = self._counted(await self.source.probe_logprobs(sequences))
         calls = {name: m.logprobs(sequences) for name, m in members.items()}
-        answers = await self._all("give log-probabilities", calls)
+        answers, gone = await self._run("give log-probabilities", calls, asyncio.ALL_COMPLETED)
+        if gone:
+            self._members = {}
         bounds = self.config.parity
         worst = {"parity/mean_gap": 0.0, "parity/max_gap": 0.0}
         for name, answer in answers.items():
@@ -211,7 +228,7 @@ class Publisher:
                 )
             worst["parity/mean_gap"] = max(worst["parity/mean_gap"], mean)
             worst["parity/max_gap"] = max(worst["parity/max_gap"], largest)
-        return worst
+        return worst, gone
 
     def _counted(self, logprobs: Sequence[Sequence[float]]) -> list[Sequence[float]]:
         """Leave out the tokens before each probe's first; entry j - 1 of a row is the log-prob of token j."""
@@ -234,8 +251,14 @@ class Publisher:
     ) -> tuple[dict[str, Any], dict[str, str]]:
         tasks = {name: asyncio.ensure_future(call) for name, call in calls.items()}
         seconds = self.config.deadline_s + _MARGIN_S
+
+        def waiting() -> str:
+            names = ", ".join(name for name, task in tasks.items() if not task.done())
+            return f"publishing waits for {names} to {phase} (deadline {seconds:g} s)"
+
         try:
-            done, pending = await asyncio.wait(tasks.values(), timeout=seconds, return_when=until)
+            with reported(waiting):
+                done, pending = await asyncio.wait(tasks.values(), timeout=seconds, return_when=until)
         finally:
             for task in tasks.values():
                 task.cancel()

@@ -13,7 +13,7 @@ import pytest
 
 from actors.config import MissingEos, RolloutConfig
 from actors.prompts import Prompt, PromptStream
-from actors.rollout import rollout, supervise
+from actors.rollout import rollout
 from actors.trajectory import Completion, Trajectory
 from actors.waves import Generator, GeneratorFailed, PromptFailed
 from learner.buffer import Buffer
@@ -46,11 +46,16 @@ class Run:
             self.staleness,
             ledger=Ledger(self.ledger, self.stream),
         )
-        self.stop = asyncio.Event()
+        self.leave = asyncio.Event()
+        self.failed: list[GeneratorFailed] = []
 
-    def rollouts(self) -> dict[str, Coroutine[Any, Any, None]]:
-        return {
-            name: rollout(
+    def rollouts(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._rollout(generator) for generator in self.generators.values()]
+
+    async def _rollout(self, generator: Generator) -> None:
+        """One that fails is left out, and the last one ends the run."""
+        try:
+            await rollout(
                 generator,
                 self.scorer,
                 self.stream,
@@ -58,13 +63,15 @@ class Run:
                 FakeEncoding(),
                 self.config,
                 self.seed,
-                self.stop,
+                self.leave,
             )
-            for name, generator in self.generators.items()
-        }
+        except GeneratorFailed as error:
+            self.failed.append(error)
+            if len(self.failed) == len(self.generators):
+                self.buffer.fail(error)
 
     async def train(self, iterations: int) -> list[list[Trajectory]]:
-        working = asyncio.create_task(supervise(self.rollouts(), self.buffer))
+        working = [asyncio.create_task(rollout) for rollout in self.rollouts()]
         try:
             for version in range(1, iterations + 1):
                 self.batches.append(await self.buffer.take(DEADLINE_S))
@@ -73,8 +80,9 @@ class Run:
                         generator.version = version
                 self.buffer.advance()
         finally:
-            self.stop.set()
-            await asyncio.gather(working, return_exceptions=True)
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
         return self.batches
 
 
@@ -286,29 +294,80 @@ def test_a_generator_that_missed_the_weights_is_not_trained_on() -> None:
     assert len(run.batches) == 1
 
 
-def test_stopping_gives_back_what_is_under_way_and_ends_at_once() -> None:
+def test_cancelling_gives_back_what_is_under_way_and_ends_at_once() -> None:
     async def run_and_stop() -> Mapping[str, float]:
         run = Run({"g": FakeGenerator(turns=lambda: 10**9)})
-        (work,) = run.rollouts().values()
+        (work,) = run.rollouts()
         task = asyncio.create_task(work)
         for _ in range(5):
             await asyncio.sleep(0)
         assert run.buffer.counts()["buffer/in_flight"] == 4
-        run.stop.set()
-        await asyncio.wait_for(task, DEADLINE_S)
+        task.cancel()
+        await asyncio.wait({task}, timeout=DEADLINE_S)
+        assert task.cancelled()
         return run.buffer.counts()
 
     counts = asyncio.run(run_and_stop())
     assert (counts["buffer/in_flight"], counts["buffer/dropped/stopped"]) == (0, 4)
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_one_that_leaves_finishes_its_waves_and_takes_no_more(lanes: int) -> None:
+    async def run_and_leave() -> Mapping[str, float]:
+        config = RolloutConfig(prompts_per_wave=4, waves_in_flight=lanes, max_new_tokens=8)
+        run = Run({"g": FakeGenerator(turns=lambda: 20)}, config=config, prompts_per_batch=4, staleness=5)
+        (work,) = run.rollouts()
+        task = asyncio.create_task(work)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert run.buffer.counts()["buffer/in_flight"] == 4 * lanes
+        run.leave.set()
+        await asyncio.wait_for(task, DEADLINE_S)
+        return run.buffer.counts()
+
+    counts = asyncio.run(run_and_leave())
+    assert (counts["buffer/in_flight"], counts["buffer/ready"]) == (0, 4 * lanes)
+    assert not [name for name in counts if "dropped" in name]
+
+
+def test_one_that_waits_for_tickets_leaves_at_once() -> None:
+    async def run_and_leave() -> Mapping[str, float]:
+        run = Run({"g": FakeGenerator()})
+        (work,) = run.rollouts()
+        task = asyncio.create_task(work)
+        while run.buffer.counts()["buffer/ready"] < 4:
+            await asyncio.sleep(0)
+        run.leave.set()
+        await asyncio.wait_for(task, DEADLINE_S)
+        return run.buffer.counts()
+
+    assert asyncio.run(run_and_leave())["buffer/in_flight"] == 0
+
+
+def test_a_generator_that_is_gone_loses_its_waves_once_and_the_prompts_go_on() -> None:
+    gone = FakeGenerator(fault=Once(GeneratorFailed("it was killed"), times=100), turns=lambda: 1)
+    run = Run({"gone": gone, "g": FakeGenerator(turns=lambda: 3)}, config=RolloutConfig(prompts_per_wave=2))
+    (batch,) = asyncio.run(run.train(1))
+    assert len(gone.waves) == 1, "one failure of this kind is enough"
+    assert sorted(t.key.attempt for t in batch) == [0, 0, 1, 1]
+    assert run.buffer.counts()["buffer/dropped/generator lost"] == 2
+
+
+def test_a_prompt_that_kills_every_generator_is_found_and_named() -> None:
+    bad = [USER, 5, ASSISTANT]
+    deadly = lambda queries: GeneratorFailed("it was killed") if bad in queries else None  # noqa: E731
+    error = _train_and_fail(Run({name: FakeGenerator(fault=deadly) for name in "abcd"}, prompts_per_batch=6))
+    assert isinstance(error, PromptFailed)
+    assert "prompt 'p1' could not be sampled in 3 attempts; the last: generator lost, it was killed" in str(error)
+
+
 def test_closing_the_buffer_ends_the_rollouts_in_peace() -> None:
     async def run_and_close() -> None:
         run = Run({"a": FakeGenerator(), "b": FakeGenerator()})
-        task = asyncio.create_task(supervise(run.rollouts(), run.buffer))
+        working = asyncio.gather(*run.rollouts())
         await run.buffer.take(DEADLINE_S)
         run.buffer.close()
-        await asyncio.wait_for(task, DEADLINE_S)
+        await asyncio.wait_for(working, DEADLINE_S)
 
     asyncio.run(run_and_close())
 

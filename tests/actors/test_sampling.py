@@ -61,10 +61,25 @@ def test_no_prompts_give_no_responses():
     assert run([FakeGenerator()], 0) == []
 
 
-def test_what_a_generator_raises_is_raised():
+def test_what_the_last_generator_raises_is_raised():
     broken = FakeGenerator(fault=lambda queries: RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
-        run([broken, FakeGenerator()], 6)
+        run([broken, broken], 6)
+    assert len(broken.waves) == 2
+
+
+def test_the_prompts_of_a_generator_that_fails_are_given_to_the_others():
+    broken = FakeGenerator(fault=lambda queries: RuntimeError("out of memory"), turns=lambda: 30)
+    working = FakeGenerator()
+    done = []
+    found = run([broken, working], 6, advance=done.append)
+    assert found == run([FakeGenerator()], 6)
+    assert (len(broken.waves), sum(done)) == (1, 6)
+
+
+def test_one_that_fails_last_leaves_its_prompts_to_one_that_had_finished():
+    late = FakeGenerator(fault=lambda queries: RuntimeError("gone"), turns=lambda: 500)
+    assert run([late, FakeGenerator()], 4) == run([FakeGenerator()], 4)
 
 
 def test_a_timeout_of_the_generators_own_keeps_its_text():

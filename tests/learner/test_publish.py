@@ -9,7 +9,7 @@ import pytest
 import learner.publish
 from actors.transfer import Manifest, Rendezvous
 from learner.config import ParityConfig, PublishConfig
-from learner.publish import ParityError, Probe, Publisher, PublishError, StaleWeights, log_prob_gaps
+from learner.publish import NobodyLeft, ParityError, Probe, Publisher, PublishError, StaleWeights, log_prob_gaps
 
 SUMS = {"a": 11, "b": 22}
 PROBES = [Probe(ids=[1, 2, 3]), Probe(ids=[4, 5])]
@@ -53,8 +53,8 @@ class ScriptedGenerator:
     async def join(self, rendezvous: Rendezvous, rank: int) -> None:
         await self._do("join", rendezvous.epoch, rank, rendezvous.world_size)
 
-    async def begin_update(self) -> None:
-        await self._do("begin")
+    async def begin_update(self, recompute: bool = False) -> None:
+        await self._do("begin", *["recompute"] * recompute)
 
     async def receive(self, manifest: Manifest) -> dict[str, int]:
         await self._do("receive")
@@ -205,6 +205,27 @@ def test_nobody_left_is_an_error_that_names_everybody(scene: Scene) -> None:
         scene.publish(7)
     with pytest.raises(PublishError, match="there are no generators"):
         asyncio.run(scene.publisher.publish([], 8))
+
+
+def test_one_that_dies_while_it_is_probed_is_lost_and_the_others_are_not(scene: Scene) -> None:
+    scene.two.faults = {"logprobs": failing(RuntimeError("two died"))}
+    publication = scene.publish(1)
+    assert publication.lost == {"two": "two failed to give log-probabilities: two died"}
+    scene.calls()
+    scene.publish(2, scene.one)
+    assert "one join 2 1 2" in scene.calls()
+    scene.one.faults = {"logprobs": failing(RuntimeError("one died"))}
+    with pytest.raises(NobodyLeft, match="version 3 reached no generator: one failed to give log-prob") as caught:
+        scene.publish(3, scene.one)
+    assert caught.value.lost.keys() == {"one"}
+
+
+def test_keys_and_values_are_made_anew_where_that_is_configured(scene: Scene) -> None:
+    scene.publish(1)
+    assert "one begin" in scene.calls()
+    scene.publisher.config = scene.publisher.config.model_copy(update={"kv_cache": "recompute"})
+    scene.publish(2)
+    assert {"one begin recompute", "two begin recompute"} < set(scene.calls())
 
 
 def test_a_transfer_that_fails_by_itself_is_tried_twice(scene: Scene) -> None:
