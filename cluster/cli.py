@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             near = nearest(name, COMMANDS)
             raise ConfigError(f"there is no command {name!r}. " + (f"Did you mean {near}?" if near else "See --help"))
         command = COMMANDS[name]
+        if command.own:
+            return _own(name, command, words[1:])
         if "-h" in words or "--help" in words:
             sys.stdout.write(help_text(name, _config_class() if command.sections else None))
             return DONE
@@ -133,6 +135,21 @@ def load(section: type[Config], call: Call) -> Config:
     return compose(section, [*given, *read_overrides(section, call.overrides)])
 
 
+def _own(name: str, command: Command, words: Sequence[str]) -> int:
+    try:
+        return _entry(command)(words)
+    except SystemExit as error:  # argparse, after --help or a mistake
+        return error.code if isinstance(error.code, int) else WRONG
+    except RuntimeError as error:
+        sys.stderr.write(f"rayward {name}: {error}\n")
+        return FAILED
+
+
+def _entry(command: Command) -> Any:
+    module, _, function = command.entry.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def _config_class() -> Any:
     return importlib.import_module("cluster.config").Config
 
@@ -168,8 +185,7 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
 
 
 def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console) -> None:
-    module, _, function = command.entry.partition(":")
-    entry = getattr(importlib.import_module(module), function)
+    entry = _entry(command)
     if config is None:
         entry(call.run_dir, console, **{flag: flag in call.flags for flag in command.flags})
         return

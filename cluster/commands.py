@@ -33,6 +33,8 @@ class Command:
     """Preset when neither a preset nor a file is named."""
     flags: dict[str, str] = field(default_factory=dict)
     """Flags that are either given or not: flag -> meaning."""
+    own: bool = False
+    """It reads its command line itself, `function(words) -> exit code`, and has its own --help."""
     variants: dict[str, str] = field(default_factory=dict)
     """Flags that each stand for another preset, and a run directory of that name: flag -> meaning."""
 
@@ -108,6 +110,34 @@ COMMANDS = {
         example="rayward lineage runs/mine",
         entry="cluster.launch:lineage",
         flags={"json": "as JSON: the last record of each file and model, with its state"},
+    ),
+    "submit": Command(
+        purpose="Run any of the commands above as a job of a Ray cluster, and follow it.",
+        files="Sends the code and the settings along; everything else is read and written on the cluster.",
+        example="rayward submit ppo --run /shared/runs/mine --config mine.toml",
+        entry="cluster.jobs:submit",
+        own=True,
+    ),
+    "jobs": Command(
+        purpose="List the jobs of a Ray cluster.",
+        files="Reads and writes nothing.",
+        example="rayward jobs --address http://head:8265",
+        entry="cluster.jobs:jobs",
+        own=True,
+    ),
+    "logs": Command(
+        purpose="Print what a job has printed.",
+        files="Reads and writes nothing.",
+        example="rayward logs raysubmit_abc --follow",
+        entry="cluster.jobs:show_logs",
+        own=True,
+    ),
+    "stop": Command(
+        purpose="Stop a job, and wait until it has stopped.",
+        files="Reads and writes nothing.",
+        example="rayward stop raysubmit_abc",
+        entry="cluster.jobs:stop_job",
+        own=True,
     ),
 }
 

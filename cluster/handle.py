@@ -7,13 +7,19 @@ handle cannot tell them apart.
 import asyncio
 import inspect
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 from typing import Any
+from weakref import WeakSet
 
-_RESERVED = frozenset({"call", "ready", "kill"})
+LIVE: "WeakSet[Handle]" = WeakSet()
+"""Every handle of this process that has not been killed, for whoever shows what a run is doing."""
+
+_RESERVED = frozenset({"answered", "call", "died", "kill", "name", "ready", "waiting"})
 
 
 class ActorDied(RuntimeError):
@@ -37,6 +43,11 @@ class Handle(ABC):
         self._class = cls.__name__
         self._name = name
         self._deadline_s = deadline_s
+        self._calls: dict[int, tuple[str, float]] = {}
+        self._numbers = count()
+        self._answered = 0
+        self._died = ""
+        LIVE.add(self)
         if clash := sorted(_RESERVED & self._methods.keys()):
             raise ValueError(f"{cls.__name__} has methods named {clash}, which a handle needs for itself: rename them")
 
@@ -45,7 +56,7 @@ class Handle(ABC):
             raise AttributeError(self._unknown(method))
 
         async def invoke(*args: Any, **kwargs: Any) -> Any:
-            return await self._call(method, args, kwargs, self._deadline_s)
+            return await self._tracked(method, args, kwargs, self._deadline_s)
 
         return invoke
 
@@ -62,7 +73,35 @@ class Handle(ABC):
         """
         if method not in self._methods:
             raise AttributeError(self._unknown(method))
-        return await self._call(method, args, kwargs, deadline_s)
+        return await self._tracked(method, args, kwargs, deadline_s)
+
+    @property
+    def waiting(self) -> list[tuple[str, float]]:
+        """(method, seconds) of each call without an answer yet, the oldest first."""
+        now = time.monotonic()
+        return [(method, now - since) for method, since in list(self._calls.values())]
+
+    @property
+    def died(self) -> str:
+        """Why its process is gone, once a call has found that out; else empty."""
+        return self._died
+
+    @property
+    def answered(self) -> int:
+        """How many calls have had an answer, or an error."""
+        return self._answered
+
+    async def _tracked(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
+        number = next(self._numbers)
+        self._calls[number] = (method, time.monotonic())
+        try:
+            return await self._call(method, args, kwargs, deadline_s)
+        except ActorDied as error:
+            self._died = error.reason
+            raise
+        finally:
+            del self._calls[number]
+            self._answered += 1
 
     @abstractmethod
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
@@ -92,6 +131,7 @@ class LocalHandle(Handle):
     def kill(self) -> None:
         """Answer every later call with ActorDied and drop what is queued; what runs now runs to its end."""
         self._alive = False
+        LIVE.discard(self)
         self._compute.shutdown(wait=False, cancel_futures=True)
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:

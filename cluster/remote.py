@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.handle import ActorDied, Handle
+from cluster.handle import LIVE, ActorDied, Handle
 from cluster.host import Failure, Host, recipe
 from cluster.reaping import ACTOR_MARK
 
@@ -82,6 +82,7 @@ class RemoteHandle(Handle):
 
     def kill(self) -> None:
         """End the actor's process at once, without a word to the object. Its children follow in a second."""
+        LIVE.discard(self)
         if ray.is_initialized():
             ray.kill(self._actor)
 
