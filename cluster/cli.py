@@ -140,7 +140,9 @@ def _own(name: str, command: Command, words: Sequence[str]) -> int:
         return _entry(command)(words)
     except SystemExit as error:  # argparse, after --help or a mistake
         return error.code if isinstance(error.code, int) else WRONG
-    except RuntimeError as error:
+    except ConfigError:
+        raise
+    except _TOLD as error:
         sys.stderr.write(f"rayward {name}: {error}\n")
         return FAILED
 
@@ -190,6 +192,7 @@ def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[
         entry(call.run_dir, console, **{flag: flag in call.flags for flag in command.flags})
         return
     from cluster.environment import write_environment
+    from cluster.status import reporting
     from cluster.steps import Job
     from cluster.tracking import Tracker
 
@@ -197,7 +200,10 @@ def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[
     write_environment(call.run_dir, ["rayward", *words])
     console.line(f"rayward {name}: everything goes to {call.run_dir}")
     settings = config.model_dump(mode="json")
-    with Tracker(call.run_dir, config.tracking, name, settings=settings, console=console) as tracker:
+    with (
+        Tracker(call.run_dir, config.tracking, name, settings=settings, console=console) as tracker,
+        reporting(call.run_dir, name),
+    ):
         flags = {flag: flag == call.variant for flag in command.variants}
         told = shlex.join(["rayward", *words])
         entry(Job(config=config, run_dir=call.run_dir, tracker=tracker, command=told), **flags)

@@ -1,5 +1,6 @@
 """The commands of `rayward`, and the help that teaches them."""
 
+import argparse
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -111,6 +112,20 @@ COMMANDS = {
         entry="cluster.launch:lineage",
         flags={"json": "as JSON: the last record of each file and model, with its state"},
     ),
+    "status": Command(
+        purpose="Show what every process of a run is doing, and who waits for whom.",
+        files="Reads RUN/status.json, which a run keeps up to date.",
+        example="rayward status runs/mine --json",
+        entry="cluster.watch:status",
+        own=True,
+    ),
+    "top": Command(
+        purpose="Show a run live: its processes and its curves.",
+        files="Reads RUN/status.json and RUN/metrics.jsonl.",
+        example="rayward top runs/mine",
+        entry="cluster.watch:top",
+        own=True,
+    ),
     "submit": Command(
         purpose="Run any of the commands above as a job of a Ray cluster, and follow it.",
         files="Sends the code and the settings along; everything else is read and written on the cluster.",
@@ -181,6 +196,17 @@ def help_text(name: str, config: type[BaseModel] | None) -> str:
         shown = [setting for setting in settings(config) if setting.key.split(".")[0] in command.sections]
         lines += _settings(shown)
     return "\n".join(lines) + "\n"
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command that reads its command line itself, with its purpose and example as help."""
+    command = COMMANDS[name]
+    return argparse.ArgumentParser(
+        prog=f"rayward {name}",
+        description=f"{command.purpose} {command.files}",
+        epilog=f"example: {command.example}",
+        allow_abbrev=False,
+    )
 
 
 def _options(command: Command) -> list[str]:

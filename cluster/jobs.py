@@ -12,7 +12,7 @@ from rich.console import Console as Rich
 from rich.table import Table
 
 from cluster.cli import DONE, FAILED, INTERRUPTED, Call, load, parse
-from cluster.commands import COMMANDS
+from cluster.commands import COMMANDS, command_parser
 from cluster.config import Config
 from cluster.console import duration
 from cluster.settings import ConfigError, nearest
@@ -79,13 +79,7 @@ def stop_job(words: Sequence[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    command = COMMANDS[name]
-    parser = argparse.ArgumentParser(
-        prog=f"rayward {name}",
-        description=f"{command.purpose} {command.files}",
-        epilog=f"example: {command.example}",
-        allow_abbrev=False,
-    )
+    parser = command_parser(name)
     parser.add_argument("--address", help=_ADDRESS)
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     return parser

@@ -152,7 +152,6 @@ async def run_sample(job: Job, generators: Sequence[Generator], model: Path) -> 
     with job.tracker.phase(title, "sample"), job.tracker.console.progress("sample", len(prompts)) as advance:
         groups = await sample(generators, prompts, encoding, job.config.rollout, count, job.config.sample.seed, advance)
     path = job.run_dir / "data" / "completions.jsonl"
-    path.parent.mkdir(exist_ok=True)
     write_comparisons(
         path,
         (

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pydantic import BaseModel
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.settings import save_toml
@@ -67,6 +68,8 @@ def connect(address: str | None) -> JobSubmissionClient:
 
     Raises JobError when nobody answers there, or the token is refused.
     """
+    with _quiet():
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as the `ray` command does
     url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or _DEFAULT_ADDRESS
     try:
         return JobSubmissionClient(url)
@@ -78,8 +81,8 @@ def _no_answer(url: str, error: Exception) -> str:
     text = str(error)
     if "401" in text or "403" in text or "uthenticat" in text:
         return (
-            f"the cluster at {url} refuses this token. Remedy: have the cluster's token in ~/.ray/auth_token (0600) or "
-            "RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token"
+            f"the cluster at {url} refuses this token. Remedy: have the cluster's token in ~/.ray/auth_token (0600) "
+            "or in RAY_AUTH_TOKEN"
         )
     return (
         f"no Ray job server answers at {url} ({type(error).__name__}). Remedy: name the dashboard of a running "
@@ -215,11 +218,9 @@ def stop(client: JobSubmissionClient, name: str, deadline_s: float = _STOP_S) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray's client logs uploads and connections to the console; keep its warnings only."""
-    logger = logging.getLogger("ray")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    """Ray's client logs uploads, connections and its token to the console; keep its errors only."""
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)

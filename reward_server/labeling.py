@@ -74,6 +74,7 @@ def read_comparisons(path: str | Path, max_bad_rows: int = 0) -> list[Comparison
 def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> None:
     """Write comparisons so that `read_comparisons` reads them back; a file appears whole or not at all."""
     target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     with aside.open("w", encoding="utf-8") as file:
         for comparison in comparisons:
