@@ -224,9 +224,15 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_example_is_a_right_command_line(name: str):
+def test_every_example_is_a_right_command_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = COMMANDS[name].example.split()
     assert words[:2] == ["rayward", name]
+    if COMMANDS[name].own:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mine.toml").touch()
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+        assert cli.main(words[1:]) == cli.FAILED  # no cluster, no run: but not a wrong command line
+        return
     call = cli.parse(COMMANDS[name], words[2:])
     if COMMANDS[name].sections:
         cli.load(Config, call)
