@@ -34,6 +34,8 @@ class Demonstration:
     """the conversation, which ends with a user message"""
     response: str
     """the reply to learn"""
+    group: str | None = None
+    """the instruction it was made of, where several demonstrations were; they stay in one split"""
 
 
 class PromptEncoding(Protocol):
@@ -66,11 +68,14 @@ def read_prompts(path: str | Path, max_bad_rows: int = 0) -> list[Prompt]:
 
 
 def read_demonstrations(path: str | Path, max_bad_rows: int = 0) -> list[Demonstration]:
-    """Read rows {"id"?: str, "prompt": str | [messages], "response": str}. Raises as `read_prompts` does."""
+    """Read rows {"id"?: str, "prompt": str | [messages], "response": str, "group"?: str}. Raises as `read_prompts`."""
 
     def parse(row: dict[str, Any], line_number: int) -> Demonstration:
         return Demonstration(
-            id=row_id(row, line_number), prompt=row_conversation(row), response=row_text(row, "response")
+            id=row_id(row, line_number),
+            prompt=row_conversation(row),
+            response=row_text(row, "response"),
+            group=row_text(row, "group") if row.get("group") is not None else None,
         )
 
     return _read_unique(path, parse, max_bad_rows)

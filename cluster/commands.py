@@ -64,6 +64,13 @@ COMMANDS = {
         entry="cluster.launch:sft",
         sections=(*_TRAINING, "sft", "tracking"),
     ),
+    "baseline": Command(
+        purpose="Step 1 again: the SFT baseline, trained longer and without pretraining text.",
+        files="Reads models.base and data.demonstrations. Writes RUN/baseline, and each epoch to RUN/baseline-epochs.",
+        example="rayward baseline --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl",
+        entry="cluster.launch:baseline",
+        sections=(*_TRAINING, "baseline", "tracking"),
+    ),
     "sample": Command(
         purpose="Step 2a: sample completions to be compared.",
         files="Reads RUN/sft (or models.sft) and data.preference_prompts. Writes RUN/data/completions.jsonl.",
@@ -84,6 +91,14 @@ COMMANDS = {
         example="rayward reward --run runs/mine --data.comparisons comparisons.jsonl",
         entry="cluster.launch:reward",
         sections=(*_TRAINING, "reward", "tracking"),
+    ),
+    "select": Command(
+        purpose="Choose the epoch of an SFT model whose responses the reward model scores highest.",
+        files="Reads RUN/baseline-epochs (or RUN/sft-epochs), RUN/reward and data.prompts_valid. Writes RUN/baseline "
+        "(or RUN/sft) and RUN/selection-baseline.json.",
+        example="rayward select --run runs/mine --data.prompts_valid prompts.jsonl",
+        entry="cluster.launch:select",
+        sections=(*_TRAINING, "select", *_SAMPLING, "scoring", "tracking"),
     ),
     "ppo": Command(
         purpose="Step 3: train the SFT model against the reward model by PPO-ptx.",

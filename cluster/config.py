@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.config import GeneratorConfig, RolloutConfig
-from learner.config import PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
+from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
 from reward_server.config import LabelerConfig, SourceConfig
 
 
@@ -92,17 +92,20 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     demonstrations: Path | None = None
-    """{"prompt": text or messages, "response": text}: what SFT learns, and what scores 0 on average."""
+    """{"prompt": text or messages, "response": text}: what SFT learns, and what scores 0 on average. Rows with the same
+    "group", such as one instruction with several few-shot draws, are never split between training and held out."""
     demonstrations_valid: Path | None = None
-    """The same, held out."""
+    """The same, held out; when not set, sft.valid_share of the demonstrations."""
     preference_prompts: Path | None = None
     """{"prompt": text or messages}: prompts whose sampled completions are compared."""
     completions: Path | None = None
     """Completions to rank; RUN/data/completions.jsonl when not set."""
     comparisons: Path | None = None
-    """Ranked completions; RUN/data/comparisons.jsonl when not set."""
+    """Ranked completions, pairs (HH) or trees (OASST); RUN/data/comparisons.jsonl when not set."""
     prompts: Path | None = None
     """{"prompt": text or messages}: what PPO samples from."""
+    prompts_valid: Path | None = None
+    """Prompts on which the epochs of an SFT model are compared, to choose one."""
     prompts_heldout: Path | None = None
     """Prompts on which models are compared; none of them is trained on."""
     pretraining: Path | None = None
@@ -122,6 +125,17 @@ class SampleConfig(BaseModel):
     """K: completions of one prompt that are ranked against each other (paper: 4 to 9)."""
     seed: int = 0
     """Seed of the samples."""
+
+
+class SelectConfig(BaseModel):
+    """The choice among the epochs of an SFT model by the reward model's scores (InstructGPT, appendix C.1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: Literal["baseline", "sft"] = "baseline"
+    """Which model's epochs are compared, those of RUN/baseline-epochs or RUN/sft-epochs."""
+    seed: int = 4321
+    """Seed of the samples, the same for every epoch."""
 
 
 class EvaluationConfig(BaseModel):
@@ -166,13 +180,17 @@ class Config(BaseModel):
     cluster: ClusterConfig = ClusterConfig()
     """How many processes there are."""
     sft: SFTConfig = SFTConfig()
-    """Step 1."""
+    """Step 1: the policy that PPO starts from and is held to."""
+    baseline: SFTConfig = BASELINE
+    """The SFT baseline, trained longer and without text, which PPO is compared with."""
     sample: SampleConfig = SampleConfig()
     """Completions for step 2."""
     labeler: LabelerConfig = LabelerConfig()
     """Who ranks them."""
     reward: RewardModelingConfig = RewardModelingConfig()
     """Step 2."""
+    select: SelectConfig = SelectConfig()
+    """Which epoch of an SFT model is the best."""
     scoring: SourceConfig = SourceConfig()
     """What scores responses in step 3."""
     ppo: PPOConfig = PPOConfig()

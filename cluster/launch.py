@@ -14,8 +14,10 @@ from cluster.heldout import HeldOut
 from cluster.lineage import lineage_json, lineage_tree
 from cluster.quickstart import quickstart as every_step
 from cluster.report import summary, write_report
+from cluster.selection import read_contest, run_select
 from cluster.session import start_ray
 from cluster.steps import Job, run_rank, run_reward, run_sample, run_sft, sft_data
+from learner.config import SFTConfig
 
 Connected = TypeVar("Connected", Alignment, HeldOut)
 
@@ -27,15 +29,25 @@ def quickstart(job: Job, tiny: bool) -> None:
 
 
 def sft(job: Job) -> None:
-    """Step 1. Raises ValueError when a model or file is missing or cannot be read."""
+    """Step 1."""
+    _fine_tune(job, job.config.sft, "sft")
+
+
+def baseline(job: Job) -> None:
+    """Step 1 once more, for the model that the others are compared with."""
+    _fine_tune(job, job.config.baseline, "baseline")
+
+
+def _fine_tune(job: Job, config: SFTConfig, name: str) -> None:
+    """Raises ValueError when a model or file is missing or cannot be read."""
     base = job.config.models.base
     if base is None:
         raise ValueError("models.base is not set: name a Hugging Face folder or hub id, --models.base NAME")
-    data = sft_data(job, base)
+    data = sft_data(job, base, config)
 
     async def work(processes: Processes) -> None:
         async with processes.learner() as learner:
-            await run_sft(job, learner, Path(base), data, job.config.sft)
+            await run_sft(job, learner, Path(base), data, config, stage=name, out=name)
 
     _on_ray(job, work)
 
@@ -63,6 +75,17 @@ def reward(job: Job) -> None:
     async def work(processes: Processes) -> None:
         async with processes.learner() as learner:
             await run_reward(job, learner, model)
+
+    _on_ray(job, work)
+
+
+def select(job: Job) -> None:
+    """The best epoch of an SFT model, by its score."""
+    contest, reward_model = read_contest(job), _own_reward_model(job)
+
+    async def work(processes: Processes) -> None:
+        async with processes.reward(job.config.scoring, reward_model) as rewards:
+            await run_select(job, lambda model: processes.generators(job.config.generator, model), rewards, contest)
 
     _on_ray(job, work)
 

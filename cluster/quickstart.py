@@ -8,9 +8,10 @@ from pathlib import Path
 from cluster.alignment import Alignment
 from cluster.build import Processes
 from cluster.quickstart_data import ChatSizes, chat_files, smollm2, tiny_tokenizer_and_model
-from cluster.steps import Job, SFTData, packed_text, run_rank, run_reward, run_sample, run_sft, sft_data
+from cluster.steps import Job, packed_text, run_rank, run_reward, run_sample, run_sft, sft_data
 from learner.corpora import read_texts
 from learner.group import LearnerGroup
+from learner.sft import SFTData
 from reward_server.encoding import ChatEncoding
 
 
@@ -25,7 +26,7 @@ async def quickstart(job: Job, processes: Processes, tiny: bool) -> None:
         if tiny:
             await pretrain(job, learner, base)
             base = job.run_dir / "base"
-        await run_sft(job, learner, base, sft_data(job, base), job.config.sft)
+        await run_sft(job, learner, base, sft_data(job, base, job.config.sft), job.config.sft)
         sft_model = job.model("sft")
         with job.tracker.phase("start the vLLM actors"):
             generators = await stack.enter_async_context(processes.generators(job.config.generator, sft_model))
@@ -60,6 +61,5 @@ async def pretrain(job: Job, learner: LearnerGroup, untrained: Path) -> None:
     data = SFTData(
         demonstrations=packed_text(job, "pretraining", encoding, config.max_tokens),
         valid=packed_text(job, "pretraining_valid", encoding, config.max_tokens),
-        pretraining=[],
     )
     await run_sft(job, learner, untrained, data, config, stage="pretraining", out="base")

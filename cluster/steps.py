@@ -1,13 +1,16 @@
 """The steps of a run: what each command reads, asks of the processes, and writes into the run directory."""
 
 import json
+import logging
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.chat import ChatExample
-from actors.prompts import Prompt, check_prompts, read_demonstrations, read_prompts
+from actors.prompts import Demonstration, Prompt, check_prompts, read_demonstrations, read_prompts
 from actors.sampling import sample
 from actors.waves import Generator
 from cluster.config import Config
@@ -15,14 +18,15 @@ from cluster.lineage import record
 from cluster.tracking import Tracker
 from learner.agreement import Agreement
 from learner.config import SFTConfig
-from learner.corpora import demonstration_examples, pack, read_texts, text_examples
+from learner.corpora import demonstration_examples, pack, read_texts, split_held_out, text_examples
 from learner.group import LearnerGroup
 from learner.reward_modeling import ranked_groups, reward_modeling, split_groups
-from learner.sft import sft
+from learner.sft import SFTData, best_epoch, sft
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Comparison, label, load_labeler, read_comparisons, write_comparisons
 
 _MADE_BY = {"policy": "ppo", "init": "ppo"}  # commands that are not called as the model that they write
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +62,24 @@ class Job:
 
     def file(self, name: str) -> Path:
         """The configured data file. Raises ValueError naming the key when it is not set."""
-        path = getattr(self.config.data, name)
-        own = self.run_dir / "data" / f"{name}.jsonl"
-        if path is None and not own.is_file():
+        path = self.found(name)
+        if path is None:
+            own = self.run_dir / "data" / f"{name}.jsonl"
             raise ValueError(f"data.{name} is not set and {own} does not exist: set it to a JSONL file")
-        return path or own
+        return path
+
+    def found(self, name: str) -> Path | None:
+        """The configured data file, else the run's own, else None."""
+        own = self.run_dir / "data" / f"{name}.jsonl"
+        return getattr(self.config.data, name) or (own if own.is_file() else None)
+
+    def install(self, model: Path, name: str) -> None:
+        """Make RUN/<name> a copy of another model's folder, written aside and renamed when it is whole."""
+        target, aside = self.run_dir / name, self.run_dir / f".{name}.{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(model, aside)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
 
     def made(self, kind: str, path: Path, *inputs: str | Path) -> None:
         """Record in the lineage that `path` was made of `inputs`."""
@@ -79,34 +96,33 @@ class Job:
         path.write_text(json.dumps(summary, indent=2) + "\n")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SFTData:
-    """Encoded files of supervised fine-tuning."""
-
-    demonstrations: list[ChatExample]
-    """what is learnt"""
-    valid: list[ChatExample]
-    """what the held-out loss is measured on"""
-    pretraining: list[ChatExample]
-    """text that is mixed in; empty when the share is 0"""
-
-
-def sft_data(job: Job, base: str | Path) -> SFTData:
+def sft_data(job: Job, base: str | Path, config: SFTConfig) -> SFTData:
     """Read and encode the files of step 1, before anything heavy starts."""
-    config, bad = job.config.sft, job.config.data.max_bad_rows
+    bad = job.config.data.max_bad_rows
     encoding = ChatEncoding.load(base, job.config.models.chat_template)
-
-    def examples(name: str) -> list[ChatExample]:
-        rows = read_demonstrations(job.file(name), bad)
-        return demonstration_examples(rows, encoding, config.max_tokens, config.mask_prompt)
-
+    rows, valid = read_demonstrations(job.file("demonstrations"), bad), job.found("demonstrations_valid")
+    if valid is None:
+        rows, held_out = split_held_out(rows, instruction, config.valid_share, config.seed)
+    else:
+        held_out = read_demonstrations(valid, bad)
+        if both := len({instruction(row) for row in held_out} & {instruction(row) for row in rows}):
+            log.warning(
+                "%d instructions of %s are also in data.demonstrations: its loss will look too good", both, valid
+            )
+    text = bool(config.pretraining_share)
+    measured = text and job.found("pretraining_valid") is not None
+    tokens = sequence_tokens(job, config)
     return SFTData(
-        demonstrations=examples("demonstrations"),
-        valid=examples("demonstrations_valid"),
-        pretraining=(
-            packed_text(job, "pretraining", encoding, sequence_tokens(job)) if config.pretraining_share else []
-        ),
+        demonstrations=demonstration_examples(rows, encoding, config.max_tokens, config.mask_prompt),
+        valid=demonstration_examples(held_out, encoding, config.max_tokens, config.mask_prompt),
+        pretraining=packed_text(job, "pretraining", encoding, tokens) if text else (),
+        pretraining_valid=packed_text(job, "pretraining_valid", encoding, tokens) if measured else (),
     )
+
+
+def instruction(row: Demonstration) -> str:
+    """What a demonstration must not be parted from in a split: its group, else the text of its prompt."""
+    return row.group or json.dumps([(message.role, message.content) for message in row.prompt])
 
 
 def packed_text(job: Job, name: str, encoding: ChatEncoding, tokens: int) -> list[ChatExample]:
@@ -114,9 +130,9 @@ def packed_text(job: Job, name: str, encoding: ChatEncoding, tokens: int) -> lis
     return text_examples(pack(read_texts(job.file(name), job.config.data.max_bad_rows), encoding, tokens))
 
 
-def sequence_tokens(job: Job) -> int:
+def sequence_tokens(job: Job, config: SFTConfig) -> int:
     """Length of packed pretraining sequences: what PPO uses, within what SFT allows."""
-    return min(job.config.ppo.pretraining.sequence_tokens, job.config.sft.max_tokens)
+    return min(job.config.ppo.pretraining.sequence_tokens, config.max_tokens)
 
 
 async def run_sft(
@@ -128,19 +144,31 @@ async def run_sft(
     stage: str = "sft",
     out: str = "sft",
 ) -> None:
-    """Step 1: fine-tune `base` on demonstrations and write it to RUN/sft."""
+    """Step 1: fine-tune `base` on demonstrations and write the epoch that `config.select` names to RUN/<out>."""
+    target, kept = job.run_dir / out, job.run_dir / f"{out}-epochs"
+    shutil.rmtree(kept, ignore_errors=True)  # of an earlier run in this directory, perhaps of more epochs
+    template, dropout = job.config.models.chat_template, config.residual_dropout
     trained = await learner.load(
-        "policy", "policy", base, config.network, config.optimizer, chat_template=job.config.models.chat_template
+        "policy", "policy", base, config.network, config.optimizer, chat_template=template, residual_dropout=dropout
     )
+
+    async def keep(epoch: int) -> None:
+        if config.select != "last":
+            await learner.save("policy", kept / str(epoch))
+
     with job.tracker.phase(f"{stage}: {len(data.demonstrations)} examples, {trained / 1e6:.1f} M parameters", stage):
-        before, after = await sft(
-            learner, data.demonstrations, data.pretraining, data.valid, config, job.tracker.log, stage
-        )
-    await learner.save("policy", job.run_dir / out)
+        losses = await sft(learner, data, config, job.tracker.log, keep, stage)
+    epoch = best_epoch(losses) if config.select == "loss" else config.epochs
+    if config.select == "last":
+        await learner.save("policy", target)
+    else:
+        job.install(kept / str(epoch), out)
     await learner.unload()
     learnt = ["pretraining" if stage == "pretraining" else "demonstrations", *["pretraining"] * bool(data.pretraining)]
-    job.made(out, job.run_dir / out, base, *map(job.file, learnt))
-    job.summarise(stage, valid_before=before, valid_after=after)
+    job.made(out, target, base, *map(job.file, learnt))
+    before, after = losses[0], losses[epoch]
+    text = {} if after.pretraining is None else {"pretraining_valid_after": after.pretraining}
+    job.summarise(stage, valid_before=before.demonstrations, valid_after=after.demonstrations, epoch=epoch, **text)
 
 
 async def run_sample(job: Job, generators: Sequence[Generator], model: Path) -> None:
@@ -201,6 +229,9 @@ async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
         "reward",
         accuracy=found.accuracy,
         accuracy_ci=found.accuracy_ci,
+        prompt_accuracy=found.prompt_accuracy,
+        prompt_accuracy_ci=found.prompt_accuracy_ci,
+        score_std=found.score_std,
         longer_wins=found.longer_wins,
         pairs=found.pairs,
         log_loss=found.log_loss,

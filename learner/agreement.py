@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -43,6 +44,18 @@ class CalibrationBin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankGap:
+    """Pairs that lie equally many ranks apart."""
+
+    gap: int
+    """ranks between the better and the worse completion, at least 1"""
+    accuracy: float
+    """share of them whose better completion has the higher score"""
+    count: int
+    """number of pairs"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
     """Scores held against rankings, over the prompts that have an ordered pair."""
 
@@ -56,14 +69,23 @@ class Agreement:
     """95 % bootstrap interval of `accuracy`, resampling prompts: the pairs of one prompt are correlated."""
     prompt_accuracy: float
     """The same share within each prompt, averaged over prompts."""
+    prompt_accuracy_ci: tuple[float, float]
+    """95 % bootstrap interval of `prompt_accuracy`, resampling prompts."""
     log_loss: float
     """Mean over pairs of -log sigmoid(margin), nats; log 2 = 0.693 is what equal scores earn."""
     longer_wins: float
     """Accuracy of the rule "the longer completion wins": a score close to it may have learnt just that."""
-    by_rank_gap: dict[int, float]
-    """Accuracy of the pairs that lie so many ranks apart."""
+    score_std: float
+    """Standard deviation of the scores: the scale on which the KL coefficient of PPO has to be read."""
+    by_rank_gap: tuple[RankGap, ...]
+    """Accuracy by how many ranks apart a pair lies, the closest first."""
     bins: tuple[CalibrationBin, ...]
     """Calibration in bins of |margin|, lowest first, empty bins left out."""
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean |predicted - observed| over the pairs, bin by bin; 0 is a reward model that means its margins."""
+        return sum(abs(b.predicted - b.observed) * b.count for b in self.bins) / self.pairs
 
 
 def ordered_pairs(group: Int[Tensor, " m"], ranks: Int[Tensor, " m"]) -> Pairs:
@@ -132,6 +154,7 @@ def agreement(
     margins = scores[pairs.winners] - scores[pairs.losers]
     credit = pair_credit(margins)
     won = sum_by_prompt(credit, pairs)
+    by_prompt = won / pairs.pairs_per_prompt
     gaps = ranks[pairs.losers] - ranks[pairs.winners]
     longer = (lengths[pairs.winners] - lengths[pairs.losers]).double()
     return Agreement(
@@ -139,9 +162,14 @@ def agreement(
         prompts=len(won),
         accuracy=float(credit.mean()),
         accuracy_ci=bootstrap_interval(won, pairs.pairs_per_prompt, resamples, seed),
-        prompt_accuracy=float((won / pairs.pairs_per_prompt).mean()),
+        prompt_accuracy=float(by_prompt.mean()),
+        prompt_accuracy_ci=bootstrap_interval(by_prompt, torch.ones_like(pairs.pairs_per_prompt), resamples, seed),
         log_loss=float(softplus(-margins).mean()),
         longer_wins=float(pair_credit(longer).mean()),
-        by_rank_gap={gap: float(credit[gaps == gap].mean()) for gap in gaps.unique().tolist()},
+        score_std=float(scores.std(correction=0)),
+        by_rank_gap=tuple(
+            RankGap(gap=gap, accuracy=float(credit[gaps == gap].mean()), count=int((gaps == gap).sum()))
+            for gap in gaps.unique().tolist()
+        ),
         bins=calibration_bins(margins),
     )

@@ -1,8 +1,8 @@
 """The learner's sections of the configuration. Nothing heavy is imported here: the help reads it."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class NetworkConfig(BaseModel):
@@ -51,9 +51,17 @@ class SFTConfig(BaseModel):
     epochs: int = Field(default=2, ge=1)
     """Passes over the demonstrations (paper: 16 for the baseline, 2 for the policy that PPO starts from)."""
     batch_size: int = Field(default=32, ge=1)
-    """Demonstrations an optimizer step (paper: 32)."""
+    """Examples an optimizer step (paper: 32, and 8 for the 175B model)."""
     pretraining_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of pretraining text among a batch's examples (paper: 10 % for the policy that PPO starts from)."""
+    """Share of pretraining text among the examples (paper: 10 % for the policy that PPO starts from)."""
+    residual_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of what attention and MLP add to the residual stream, in training only (paper: 0.2)."""
+    select: Literal["last", "loss", "reward"] = "last"
+    """Which epoch's weights are kept. last: the last one's; loss: those of the lowest held-out loss; reward: all of
+    them in RUN/NAME-epochs, the last one's until `rayward select` finds the highest score of the reward model.
+    """
+    valid_share: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the demonstrations held out when data.demonstrations_valid is not set; whole instructions at a time."""
     mask_prompt: bool = True
     """Learn the responses only; false learns the prompts too."""
     max_tokens: int = Field(default=1024, ge=2)
@@ -63,11 +71,24 @@ class SFTConfig(BaseModel):
     max_skipped_steps: int = Field(default=3, ge=1)
     """Optimizer steps in a row with a loss or gradient that is not finite, that end the run."""
     seed: int = 0
-    """Order of the examples."""
+    """Order of the examples, and which are held out."""
     network: NetworkConfig = NetworkConfig()
     """What is trained."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=9.65e-6)
     """Adam; the learning rate falls to a tenth along a cosine."""
+
+    @model_validator(mode="after")
+    def _has_room_for_demonstrations(self) -> Self:
+        if self.batch_size * (1 - self.pretraining_share) < 1 - 1e-9:
+            raise ValueError(
+                f"pretraining_share = {self.pretraining_share:g} leaves no room for a demonstration in a batch of "
+                f"{self.batch_size}: lower it, or raise batch_size"
+            )
+        return self
+
+
+BASELINE = SFTConfig(epochs=16, pretraining_share=0.0, residual_dropout=0.2, select="reward")
+"""The SFT baseline of the paper (C.1). The defaults are those of the policy that PPO starts from (C.3)."""
 
 
 class RewardModelingConfig(BaseModel):
@@ -82,7 +103,7 @@ class RewardModelingConfig(BaseModel):
     normaliser: Literal["pairs", "all"] = "pairs"
     """A prompt's loss is divided by its ordered pairs, or by all K(K-1)/2 with ties counted too (paper eq. 1)."""
     valid_share: float = Field(default=0.15, gt=0, lt=1)
-    """Share of the prompts held out to measure accuracy."""
+    """Share of the prompts held out to measure accuracy; a prompt that occurs twice is on one side only."""
     unit_variance: bool = False
     """Scale scores to standard deviation 1 over the demonstrations (lm-human-preferences); the paper shifts only."""
     max_tokens_per_microbatch: int = Field(default=4096, ge=1)

@@ -36,9 +36,11 @@ class LearnerGroup:
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         chat_template: str | None = None,
+        residual_dropout: float = 0.0,
     ) -> int:
         """Load a network on every rank; returns how many of its parameters are trained."""
-        return (await self._every("load", name, kind, path, network, optimizer, ema_decay, chat_template))[0]
+        settings = (network, optimizer, ema_decay, chat_template, residual_dropout)
+        return (await self._every("load", name, kind, path, *settings))[0]
 
     async def unload(self) -> None:
         """Forget every network, to make room for the next step's."""

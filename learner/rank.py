@@ -11,6 +11,7 @@ from torch import Tensor
 from actors.transfer import Manifest, Rendezvous
 from learner.batch import microbatches
 from learner.config import NetworkConfig, OptimizerConfig, PublishConfig
+from learner.dropout import add_residual_dropout
 from learner.engine import Engine, init_distributed
 from learner.networks import Network, load_network, merged_weights, save_network
 from learner.sender import NcclWeightSender, WeightSender
@@ -51,13 +52,17 @@ class Rank:
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         chat_template: str | None = None,
+        residual_dropout: float = 0.0,
     ) -> int:
         """Load a network under `name`, to train with `optimizer` or frozen without; returns its trained parameters.
 
-        `chat_template` is saved with it in place of its own.
+        `chat_template` is saved with it in place of its own; `residual_dropout` acts in supervised training only.
         """
         torch.manual_seed(0)  # LoRA adapters start alike on every rank and in every run
         module = load_network(kind, path, network)
+        torch.manual_seed(self.rank)  # what is random from here on (dropout) differs between ranks
+        if residual_dropout:
+            add_residual_dropout(module.model, residual_dropout)
         if optimizer is None:
             module.requires_grad_(False)
             self._frozen[name] = module.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,20 +1,25 @@
 """Step 2 of InstructGPT: a reward model from ranked completions (paper section 3.5, eq. 1)."""
 
+import logging
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from learner.agreement import Agreement, agreement
 from learner.config import RewardModelingConfig
+from learner.corpora import split_held_out
 from learner.group import LearnerGroup
 from learner.schedules import cosine_to_tenth
 from learner.sft import Log
 from learner.skips import Skips
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Comparison
+from reward_server.model import Normalisation
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +32,21 @@ class RankedGroup:
     """0 is best, equal is a tie"""
     response_lengths: tuple[int, ...]
     """tokens of each response, for the "longer wins" baseline"""
+    family: str
+    """what it must not be parted from in a split: its conversation tree, else the text of its prompt"""
+
+    @property
+    def has_pair(self) -> bool:
+        """Some completion is ranked above another; one alone, or all tied, teach nothing."""
+        return len(set(self.ranks)) > 1
+
+    @property
+    def identical_pairs(self) -> int:
+        """Pairs of completions with the same tokens and different ranks: no score can tell them apart."""
+        ranks: dict[tuple[int, ...], list[int]] = {}
+        for ids, rank in zip(self.sequences, self.ranks, strict=True):
+            ranks.setdefault(ids, []).append(rank)
+        return sum(map(_pairs, ranks.values()))
 
 
 def ranked_groups(comparisons: Sequence[Comparison], encoding: ChatEncoding) -> list[RankedGroup]:
@@ -44,6 +64,7 @@ def ranked_groups(comparisons: Sequence[Comparison], encoding: ChatEncoding) -> 
                 sequences=tuple(tuple(query + response) for response in responses),
                 ranks=comparison.ranks,
                 response_lengths=tuple(map(len, responses)),
+                family=comparison.group or " ".join(map(str, query)),
             )
         )
     return groups
@@ -52,12 +73,22 @@ def ranked_groups(comparisons: Sequence[Comparison], encoding: ChatEncoding) -> 
 def split_groups(
     groups: Sequence[RankedGroup], config: RewardModelingConfig
 ) -> tuple[list[RankedGroup], list[RankedGroup]]:
-    """(train, held out) by prompt."""
-    order = random.Random(config.seed).sample(range(len(groups)), len(groups))
-    held_out = max(1, round(config.valid_share * len(groups)))
-    if held_out >= len(groups):
-        raise ValueError(f"{len(groups)} comparisons are too few to hold some out: give at least 2 prompts")
-    return [groups[i] for i in order[held_out:]], [groups[i] for i in order[:held_out]]
+    """(train, held out): groups of one prompt, or of one conversation tree, are on one side.
+
+    Groups without a pair are in neither, since they teach and measure nothing; how many there are is warned of, and
+    so is how many pairs of identical completions are ranked differently (those are kept: they cost log 2 each).
+    Raises ValueError when nothing is left to train on or to measure with.
+    """
+    useful = [group for group in groups if group.has_pair]
+    if len(useful) < len(groups):
+        _logger.warning(
+            "%d of %d comparisons have no completion ranked above another", len(groups) - len(useful), len(groups)
+        )
+    if identical := sum(group.identical_pairs for group in useful):
+        _logger.warning(
+            "%d pairs of identical completions are ranked differently; no score can tell them apart", identical
+        )
+    return split_held_out(useful, lambda group: group.family, config.valid_share, config.seed)
 
 
 async def reward_modeling(
@@ -72,6 +103,7 @@ async def reward_modeling(
     `demonstrations` are whole sequences (query ++ response ++ EOS) whose mean score becomes 0.
     """
     train, held_out = split_groups(groups, config)
+    log("reward", 0, _data_metrics(groups, train, held_out))
     size, budget = config.prompts_per_batch, config.max_tokens_per_microbatch
     steps = config.epochs * -(-len(train) // size)
     order, step = random.Random(config.seed + 1), 0
@@ -84,20 +116,13 @@ async def reward_modeling(
                 "reward", [g.sequences for g in batch], [g.ranks for g in batch], config.normaliser, budget, lr
             )
             step += 1
-            measured = {**_batch_metrics(sums), **skips.count(step, [sums])}
+            measured = {**_batch_metrics(sums, len(batch)), **skips.count(step, [sums])}
             log("reward", step, {**measured, "reward_model/lr": lr, "progress/total": float(steps)})
-    gain, bias = normaliser(await learner.last_values("reward", demonstrations, budget), config.unit_variance)
-    await learner.normalise("reward", gain, bias)
+    scale = Normalisation.of(await learner.last_values("reward", demonstrations, budget), config.unit_variance)
+    await learner.normalise("reward", scale.gain, scale.bias)
     found = await held_out_agreement(learner, held_out, budget)
-    log("reward", step, {"reward_model/accuracy": found.accuracy, "reward_model/longer_wins": found.longer_wins})
+    log("reward", step, _agreement_metrics(found))
     return found
-
-
-def normaliser(raw: Tensor, unit_variance: bool) -> tuple[float, float]:
-    """(gain, bias) that give the raw scores of demonstrations mean 0, and standard deviation 1 if asked."""
-    deviation = float(raw.double().std(correction=0))
-    gain = 1.0 / deviation if unit_variance and deviation > 0 else 1.0
-    return gain, -gain * float(raw.double().mean())
 
 
 async def held_out_agreement(learner: LearnerGroup, groups: Sequence[RankedGroup], budget: int) -> Agreement:
@@ -114,12 +139,48 @@ async def held_out_agreement(learner: LearnerGroup, groups: Sequence[RankedGroup
     )
 
 
-def _batch_metrics(sums: dict[str, float]) -> dict[str, float]:
+def _batch_metrics(sums: dict[str, float], prompts: int) -> dict[str, float]:
     if "skipped" in sums:
         return {}
     pairs = max(sums.get("pairs", 0.0), 1.0)
     return {
         "reward_model/loss": sums.get("log_loss", 0.0) / pairs,
         "reward_model/batch_accuracy": sums.get("correct", 0.0) / pairs,
+        "reward_model/batch_prompt_accuracy": sums.get("prompt_accuracy", 0.0) / prompts,
         "reward_model/grad_norm": sums["grad_norm"],
     }
+
+
+def _data_metrics(
+    groups: Sequence[RankedGroup], train: Sequence[RankedGroup], held_out: Sequence[RankedGroup]
+) -> dict[str, float]:
+    counts = {
+        "train": len(train),
+        "held_out": len(held_out),
+        "without_pair": len(groups) - len(train) - len(held_out),
+        "identical_pairs": sum(group.identical_pairs for group in groups),
+    }
+    return {f"comparisons/{name}": float(count) for name, count in counts.items()}
+
+
+def _agreement_metrics(found: Agreement) -> dict[str, float]:
+    (low, high), (prompt_low, prompt_high) = found.accuracy_ci, found.prompt_accuracy_ci
+    return {
+        "reward_model/accuracy": found.accuracy,
+        "reward_model/accuracy_low": low,
+        "reward_model/accuracy_high": high,
+        "reward_model/prompt_accuracy": found.prompt_accuracy,
+        "reward_model/prompt_accuracy_low": prompt_low,
+        "reward_model/prompt_accuracy_high": prompt_high,
+        "reward_model/log_loss": found.log_loss,
+        "reward_model/calibration_error": found.calibration_error,
+        "reward_model/longer_wins": found.longer_wins,
+        "reward_model/score_std": found.score_std,
+        **{f"reward_model/accuracy_gap_{one.gap}": one.accuracy for one in found.by_rank_gap},
+    }
+
+
+def _pairs(ranks: Sequence[int]) -> int:
+    """How many pairs of these have different ranks."""
+    tied = sum(count * (count - 1) for count in Counter(ranks).values())
+    return (len(ranks) * (len(ranks) - 1) - tied) // 2

@@ -1,14 +1,45 @@
 """Step 1 of InstructGPT: supervised fine-tuning on demonstrations (paper section 3.5, appendix C.1)."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from actors.chat import ChatExample
+from actors.prompts import Shuffle
 from learner.config import SFTConfig
 from learner.group import LearnerGroup
 from learner.schedules import cosine_to_tenth
 from learner.skips import Skips
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTData:
+    """Encoded files of supervised fine-tuning."""
+
+    demonstrations: Sequence[ChatExample]
+    """what is learnt"""
+    valid: Sequence[ChatExample]
+    """held-out demonstrations"""
+    pretraining: Sequence[ChatExample] = ()
+    """text that is mixed in; empty when the share is 0"""
+    pretraining_valid: Sequence[ChatExample] = ()
+    """held-out text; empty when there is none, and then not measured"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutLoss:
+    """What an epoch left of the losses on held-out data, nats a token."""
+
+    demonstrations: float
+    """of the held-out demonstrations"""
+    pretraining: float | None
+    """of the held-out pretraining text, where there is some"""
+
+    @property
+    def total(self) -> float:
+        """The sum of both: "low loss on demonstrations and pretraining data" as one number to choose by."""
+        return self.demonstrations + (self.pretraining or 0.0)
 
 
 class Log(Protocol):
@@ -21,41 +52,74 @@ class Log(Protocol):
 
 async def sft(
     learner: LearnerGroup,
-    demonstrations: Sequence[ChatExample],
-    pretraining: Sequence[ChatExample],
-    valid: Sequence[ChatExample],
+    data: SFTData,
     config: SFTConfig,
     log: Log,
+    keep: Callable[[int], Awaitable[None]],
     stage: str = "sft",
-) -> tuple[float, float]:
-    """Train the learner's "policy" on demonstrations; returns the held-out loss (nats a token) before and after."""
-    batches = sft_batches(demonstrations, pretraining, config)
-    before = await learner.language_model_loss("policy", valid, config.max_tokens_per_microbatch)
-    log(stage, 0, {f"{stage}/valid_loss": before, "progress/total": float(len(batches))})
-    skips = Skips(stage, config.max_skipped_steps)
-    for step, batch in enumerate(batches):
-        lr = cosine_to_tenth(config.optimizer.lr, step, len(batches))
-        sums = await learner.language_model_step("policy", batch, config.max_tokens_per_microbatch, lr)
-        found = {f"{stage}/{key}": sums[key] for key in ("loss", "grad_norm") if key in sums}
-        log(stage, step + 1, {**found, f"{stage}/lr": lr, **skips.count(step + 1, [sums])})
-    after = await learner.language_model_loss("policy", valid, config.max_tokens_per_microbatch)
-    log(stage, len(batches), {f"{stage}/valid_loss": after})
-    return before, after
+) -> list[HeldOutLoss]:
+    """Train the learner's "policy"; returns the held-out losses before (at 0) and after each epoch.
+
+    `keep(epoch)` is awaited after each epoch, from 1, once its losses are known.
+    """
+    epochs = sft_batches(data.demonstrations, data.pretraining, config)
+    steps, step, budget = sum(map(len, epochs)), 0, config.max_tokens_per_microbatch
+    losses, skips = [await _held_out(learner, data, budget)], Skips(stage, config.max_skipped_steps)
+    log(stage, 0, {**_named(stage, losses[0]), "progress/total": float(steps)})
+    for number, batches in enumerate(epochs, start=1):
+        for batch in batches:
+            lr = cosine_to_tenth(config.optimizer.lr, step, steps)
+            sums = await learner.language_model_step("policy", batch, budget, lr)
+            step += 1
+            found = {f"{stage}/{key}": sums[key] for key in ("loss", "grad_norm") if key in sums}
+            log(stage, step, {**found, f"{stage}/lr": lr, **skips.count(step, [sums])})
+        losses.append(await _held_out(learner, data, budget))
+        log(stage, step, _named(stage, losses[-1]))
+        await keep(number)
+    return losses
+
+
+def best_epoch(losses: Sequence[HeldOutLoss]) -> int:
+    """The trained epoch of the lowest total loss, the earlier one of equals."""
+    return min(range(1, len(losses)), key=lambda epoch: losses[epoch].total)
 
 
 def sft_batches(
     demonstrations: Sequence[ChatExample], pretraining: Sequence[ChatExample], config: SFTConfig
-) -> list[list[ChatExample]]:
-    """Every optimizer step's examples: each epoch a fresh shuffle, pretraining text mixed into every batch.
+) -> list[list[list[ChatExample]]]:
+    """Every optimizer step's examples, epoch by epoch: each a fresh shuffle of the demonstrations.
 
+    Of each batch `pretraining_share` is text. Where that is no whole number, what is missing or too much is made up
+    for in the next batches, so that the share is exact over them. Text is not repeated before all of it was used.
     The last batch of an epoch may be smaller, so that every demonstration is seen once an epoch.
     """
-    order = random.Random(config.seed)
-    text = min(round(config.batch_size * config.pretraining_share), config.batch_size - 1) if pretraining else 0
-    size = config.batch_size - text
-    batches: list[list[ChatExample]] = []
+    order, texts = random.Random(config.seed), Shuffle(size=len(pretraining), seed=config.seed)
+    share = config.pretraining_share if pretraining else 0.0
+    owed, used = 0.0, 0  # texts that earlier batches are short of, or have too many
+    epochs: list[list[list[ChatExample]]] = []
     for _ in range(config.epochs):
-        shuffled = order.sample(list(demonstrations), len(demonstrations))
-        for start in range(0, len(shuffled), size):
-            batches.append(shuffled[start : start + size] + order.choices(pretraining, k=text))
-    return batches
+        left, batches = order.sample(list(demonstrations), len(demonstrations)), []
+        while left:
+            wanted = min(owed + share * config.batch_size, (owed + share * len(left)) / (1.0 - share))
+            count = min(int(wanted + 0.5), config.batch_size - 1)
+            own, left = left[: config.batch_size - count], left[config.batch_size - count :]
+            batches.append(own + [pretraining[texts[number][0]] for number in range(used, used + count)])
+            owed, used = owed + share * len(batches[-1]) - count, used + count
+        epochs.append(batches)
+    return epochs
+
+
+async def _held_out(learner: LearnerGroup, data: SFTData, budget: int) -> HeldOutLoss:
+    return HeldOutLoss(
+        demonstrations=await learner.language_model_loss("policy", data.valid, budget),
+        pretraining=(
+            await learner.language_model_loss("policy", data.pretraining_valid, budget)
+            if data.pretraining_valid
+            else None
+        ),
+    )
+
+
+def _named(stage: str, loss: HeldOutLoss) -> dict[str, float]:
+    text = {} if loss.pretraining is None else {f"{stage}/pretraining_valid_loss": loss.pretraining}
+    return {f"{stage}/valid_loss": loss.demonstrations, **text}

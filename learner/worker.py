@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actors.chat import ChatExample
 from learner.batch import Batch
+from learner.dropout import training_mode
 from learner.losses import kwise_loss, lm_loss_sum, policy_loss_sum, value_loss_sum
 from learner.networks import ValueNetwork
 from learner.rank import Rank
@@ -90,8 +91,9 @@ class LearnerWorker(Rank):
     def language_model_step(
         self, name: str, examples: Sequence[ChatExample], max_tokens: int, lr: float
     ) -> dict[str, float]:
-        """One optimizer step on the mean negative log-likelihood over all targets of `examples` (spec of SFT)."""
-        total = self._backward_language_model(name, examples, max_tokens, 1.0 / targets_of(examples))
+        """One optimizer step on the mean negative log-likelihood over all targets of `examples`, dropout on."""
+        with training_mode(self._network(name)):
+            total = self._backward_language_model(name, examples, max_tokens, 1.0 / targets_of(examples))
         return self._stepped(name, lr, {"nll": total}, "")
 
     def _backward_language_model(

@@ -1,6 +1,7 @@
 """Comparisons of completions: reading and writing them, and ranking completions with a simulated labeler."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -14,16 +15,18 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from reward_server.config import LabelerConfig
 from reward_server.functions import call_function, load_function
-from reward_server.records import read_records, row_conversation, row_id, row_text
+from reward_server.records import RecordError, read_records, row_conversation, row_id, row_text
 from reward_server.schema import Message
+from reward_server.trees import is_tree, sibling_groups
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One prompt with K >= 2 completions, ranked or to be ranked."""
+    """One prompt with K completions, ranked or to be ranked; one alone, or all tied, says nothing of any other."""
 
     id: str
     """unique in its file"""
@@ -37,12 +40,14 @@ class Comparison:
     """K ranks, 0 for the best, equal ones for a tie; None before anybody ranked them"""
     labeler: str | None
     """who ranked them"""
+    group: str | None = None
+    """what it belongs to, such as a tree of conversations; a group is never split between training and held out"""
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless everything has K entries, K is at least 2, and ranks are not negative."""
+        """Raise ValueError unless everything has K entries, K is at least 1, and ranks are not negative."""
         count = len(self.responses)
-        if count < 2:
-            raise ValueError(f"a comparison needs at least 2 completions, this one has {count}")
+        if count < 1:
+            raise ValueError("a comparison needs completions, this one has none")
         if len(self.ended) != count or (self.ranks is not None and len(self.ranks) != count):
             given = len(self.ended) if self.ranks is None else len(self.ranks)
             raise ValueError(f'"ranks" has {given} entries for {count} completions; give each completion one')
@@ -51,24 +56,41 @@ class Comparison:
 
 
 def read_comparisons(path: str | Path, max_bad_rows: int = 0) -> list[Comparison]:
-    """Read a JSONL file of comparisons, or of pairs.
+    """Read a JSONL file of comparisons, of pairs, or of ranked trees.
 
     A comparison is {"id"?, "prompt": str | [messages], "completions": [{"text", "ended"?}], "ranks"?,
-    "labeler"?}. A pair is {"chosen", "rejected"}: two transcripts "\\n\\nHuman: ..\\n\\nAssistant: .." that
-    differ in the last turn, two lists of messages that do, or two texts beside a "prompt". Raises RecordError
-    with file:line and reason.
+    "labeler"?, "group"?}. A pair is {"chosen", "rejected"}: two transcripts "\\n\\nHuman: ..\\n\\nAssistant: .."
+    that differ in the last turn, two lists of messages that do, or two texts beside a "prompt". A tree (see
+    `reward_server.trees`) gives a comparison for every message with two ranked replies or more; the other replies
+    are left out, with a warning that counts them. Raises RecordError with file:line and reason.
     """
     lines: dict[str, int] = {}
+    left_out = 0
 
-    def parse(row: dict[str, Any], line_number: int) -> Comparison:
-        name = row_id(row, line_number)
-        comparison = _pair(name, row) if "chosen" in row else _comparison(name, row)
+    def parse(row: dict[str, Any], line_number: int) -> list[Comparison]:
+        nonlocal left_out
+        name = row_id(row | {"id": row["message_tree_id"]} if "message_tree_id" in row else row, line_number)
         if name in lines:
             raise ValueError(f"id {name!r} was used in line {lines[name]}; give each row its own")
+        if is_tree(row):
+            comparisons, more = _tree(name, row)
+            left_out += more
+        else:
+            comparisons = [_pair(name, row) if "chosen" in row else _comparison(name, row)]
         lines[name] = line_number
-        return comparison
+        return comparisons
 
-    return read_records(path, parse, max_bad_rows)
+    found = [comparison for row in read_records(path, parse, max_bad_rows) for comparison in row]
+    if not found:
+        raise RecordError(f"{path}: no message in it has two ranked replies, so there is nothing to compare")
+    if left_out:
+        log.warning(
+            "%s: %d comparisons; left out %d replies without a rank, or without a ranked sibling",
+            path,
+            len(found),
+            left_out,
+        )
+    return found
 
 
 def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> None:
@@ -90,6 +112,8 @@ def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> No
                 row["ranks"] = list(comparison.ranks)
             if comparison.labeler is not None:
                 row["labeler"] = comparison.labeler
+            if comparison.group is not None:
+                row["group"] = comparison.group
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     aside.replace(target)
 
@@ -113,7 +137,27 @@ def _comparison(name: str, row: dict[str, Any]) -> Comparison:
         ended=tuple(ended for _, ended in read),
         ranks=None if ranks is None else tuple(ranks),
         labeler=labeler,
+        group=row_text(row, "group") if row.get("group") is not None else None,
     )
+
+
+def _tree(name: str, row: dict[str, Any]) -> tuple[list[Comparison], int]:
+    """The comparisons of a tree, and how many replies of the assistant are in none of them."""
+    found = sibling_groups(name, row)
+    comparisons = [
+        Comparison(
+            id=group.name,
+            prompt=group.prompt,
+            responses=group.responses,
+            ended=(True,) * len(group.responses),
+            ranks=group.ranks,
+            labeler=None,
+            group=name,
+        )
+        for group in found
+        if len(group.responses) > 1
+    ]
+    return comparisons, sum(g.unranked + (len(g.responses) == 1) for g in found)
 
 
 def _completion(number: int, completion: Any) -> tuple[str, bool]:

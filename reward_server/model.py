@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,17 @@ class Normalisation:
     def __call__(self, raw: float) -> float:
         """Score of a raw head output."""
         return self.gain * raw + self.bias
+
+    @classmethod
+    def of(cls, raw: Tensor, unit_variance: bool) -> Self:
+        """The one that gives the raw scores [N] of demonstrations mean 0 (InstructGPT, section 3.5).
+
+        With `unit_variance` also a population standard deviation of 1 (lm-human-preferences): gain = 1/sigma, bias =
+        -gain * mu; scores that do not vary are only shifted.
+        """
+        mean, deviation = raw.double().mean().item(), raw.double().std(correction=0).item()
+        gain = 1.0 / deviation if unit_variance and deviation > 0 else 1.0
+        return cls(gain=gain, bias=-gain * mean)
 
 
 class ScalarHead(nn.Linear):
@@ -85,12 +96,6 @@ def load_reward_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def save_reward_model(model: PreTrainedModel, encoding: ChatEncoding, path: str | Path) -> None:
-    """Write a plain Hugging Face folder: weights, config with normalisation, tokenizer with its PAD."""
-    model.save_pretrained(str(path))
-    encoding.tokenizer.save_pretrained(str(path))
-
-
 def set_normalisation(model: PreTrainedModel, normalisation: Normalisation) -> None:
     """Store it in the model's config, and so in every folder that the model is saved to."""
     setattr(model.config, _NORMALISATION_KEY, asdict(normalisation))
@@ -102,8 +107,8 @@ def normalisation(model: PreTrainedModel) -> Normalisation:
     if not (isinstance(stored, dict) and stored.keys() == {"gain", "bias"}):
         raise ValueError(
             f"the reward model {model.config.name_or_path!r} is not normalised: {_NORMALISATION_KEY} in its "
-            f"config.json is {stored!r}, not a gain and a bias; call normalise_on with demonstrations and "
-            "save it before a policy is trained against it"
+            f"config.json is {stored!r}, not a gain and a bias; train it with `rayward reward`, which measures them on "
+            'demonstrations, or store {"gain": 1.0, "bias": minus the mean score of demonstrations} there'
         )
     return Normalisation(gain=float(stored["gain"]), bias=float(stored["bias"]))
 

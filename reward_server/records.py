@@ -4,8 +4,10 @@ Everything people hand to a run (prompts, demonstrations, comparisons, pretraini
 before any model is loaded: a bad row found in the third hour of a run costs three hours.
 """
 
+import gzip
 import json
 import logging
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -120,15 +122,20 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
     if not path.is_file():
         raise RecordError(f"{path}: there is no such file; give the path of a JSONL file")
     found = 0
-    with path.open("rb") as file:
-        for line_number, line in enumerate(_lines(file), start=1):
-            if line is not None and not line.strip():
-                continue
-            found += 1
-            try:
-                yield line_number, _row(line, first=line_number == 1)
-            except ValueError as error:
-                yield line_number, RecordError(f"{path}:{line_number}: {error}")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for line_number, line in enumerate(_lines(file), start=1):
+                if line is not None and not line.strip():
+                    continue
+                found += 1
+                try:
+                    yield line_number, _row(line, first=line_number == 1)
+                except ValueError as error:
+                    yield line_number, RecordError(f"{path}:{line_number}: {error}")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(
+            f"{path}: after {found} rows it is no valid gzip ({error}); fetch or compress it again"
+        ) from error
     if not found:
         raise RecordError(f"{path}: the file is empty; it must hold one JSON object a line")
 

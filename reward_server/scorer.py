@@ -1,17 +1,17 @@
 """From requests to scores with a reward model: encode, batch by tokens, forward, normalise."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from reward_server.encoding import ChatEncoding
-from reward_server.model import Normalisation, load_reward_model, normalisation, scores, set_normalisation
-from reward_server.schema import Message, ScoreReply, ScoreRequest
+from reward_server.model import Normalisation, load_reward_model, normalisation, scores
+from reward_server.schema import ScoreReply, ScoreRequest
 
 
 class InputTooLong(ValueError):
@@ -20,20 +20,6 @@ class InputTooLong(ValueError):
 
 class NonFiniteScore(RuntimeError):
     """The reward model answered with NaN or an infinity."""
-
-
-class Demonstration(Protocol):
-    """A prompt with the reply that a person wrote."""
-
-    @property
-    def prompt(self) -> Sequence[Message]:
-        """The conversation up to the reply."""
-        ...
-
-    @property
-    def response(self) -> str:
-        """The reply."""
-        ...
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -162,30 +148,3 @@ class RewardModelSource:
             ScoreReply(id=request.id, score=normalise(value), parts={"raw": value})
             for request, value in zip(requests, raw, strict=True)
         ]
-
-
-def normalise_on(
-    model: PreTrainedModel,
-    encoding: ChatEncoding,
-    demonstrations: Iterable[Demonstration],
-    unit_std: bool = False,
-    max_batch_tokens: int = 8192,
-) -> Normalisation:
-    """Make demonstrations score 0 on average (InstructGPT C.2), and store that in the model's config.
-
-    With `unit_std` the gain also makes their population standard deviation 1 (lm-human-preferences):
-    gain = 1/sigma, bias = -gain * mu. Raises ValueError without demonstrations, or when all score the same.
-    """
-    sequences = [[*encoding.prompt(d.prompt), *encoding.response(d.response, ended=True)] for d in demonstrations]
-    if not sequences:
-        raise ValueError("a reward model is normalised on demonstrations, and there are none")
-    raw = torch.tensor(raw_scores(model, sequences, encoding.pad_id, max_batch_tokens), dtype=torch.float64)
-    mean, std = raw.mean().item(), raw.std(correction=0).item()
-    if unit_std and not std > 0:
-        raise ValueError(
-            f"all {len(sequences)} demonstrations score {mean:g}, so no gain gives them a standard deviation of 1"
-        )
-    gain = 1 / std if unit_std else 1.0
-    result = Normalisation(gain=gain, bias=-gain * mean)
-    set_normalisation(model, result)
-    return result

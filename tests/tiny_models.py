@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from reward_server.encoding import ChatEncoding
-from reward_server.model import Normalisation, new_reward_model, save_reward_model, set_normalisation
+from reward_server.model import Normalisation, new_reward_model, set_normalisation
 
 CHATML = (
     "{% for message in messages %}"
@@ -105,6 +105,12 @@ def tiny_causal_lm(
                         weight += 0.1 * torch.randn(weight.shape)
     model.eval().save_pretrained(str(path))
     return model
+
+
+def save_reward_model(model: PreTrainedModel, encoding: ChatEncoding, path: str | Path) -> None:
+    """Write a reward model's folder as Hugging Face alone would."""
+    model.save_pretrained(str(path))
+    encoding.tokenizer.save_pretrained(str(path))
 
 
 def tiny_reward_model(path: str | Path, family: str = "llama", seed: int = 0) -> PreTrainedModel:

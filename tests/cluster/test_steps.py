@@ -3,17 +3,18 @@
 import asyncio
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from actors.prompts import Prompt
+from actors.prompts import Prompt, read_demonstrations
 from cluster.config import Config, TrackingConfig
 from cluster.lineage import read_lineage
 from cluster.steps import Job, heldout_prompts, run_rank, run_reward, run_sample, run_sft, sequence_tokens, sft_data
 from cluster.tracking import Tracker
 from learner.config import SFTConfig
+from learner.corpora import demonstration_examples
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import read_comparisons
 from reward_server.schema import Message
@@ -135,20 +136,58 @@ def test_the_files_of_fine_tuning_are_read_before_anything_starts(job, tmp_path,
         "pretraining": rows(tmp_path / "t.jsonl", {"text": "the quick brown fox " * 20}),
     }
     sections = {"data": data, "sft": {"max_tokens": 64}, "ppo": {"pretraining": {"sequence_tokens": 16}}}
-    found = sft_data(job(**sections), base)
+    one = job(**sections)
+    found = sft_data(one, base, one.config.sft)
     assert (len(found.demonstrations), len(found.valid)) == (2, 1)
     assert found.pretraining
     assert {len(one.ids) for one in found.pretraining} == {16}
-    del data["pretraining"]
+    assert found.pretraining_valid == ()
+    data["pretraining_valid"] = data.pop("pretraining")
     with pytest.raises(ValueError, match=r"data\.pretraining is not set"):
-        sft_data(job(**sections), base)
-    sections["sft"] |= {"pretraining_share": 0.0}
-    assert sft_data(job(**sections), base).pretraining == []
+        sft_data(job(**sections), base, one.config.sft)
+    data["pretraining"] = data["pretraining_valid"]
+    found = sft_data(job(**sections), base, one.config.sft)
+    assert found.pretraining_valid == found.pretraining
+    assert sft_data(job(**sections), base, one.config.baseline.model_copy(update={"max_tokens": 64})).pretraining == ()
+
+
+def test_without_a_held_out_file_whole_instructions_are_held_out(job, tmp_path, base):
+    drawn = [ASK | {"prompt": f"hello {i}", "group": str(i // 4)} for i in range(16)]  # 4 draws of each instruction
+    data = {"demonstrations": rows(tmp_path / "d.jsonl", *drawn)}
+    one = job(data=data, sft={"pretraining_share": 0.0, "valid_share": 0.25})
+    found = sft_data(one, base, one.config.sft)
+    assert (len(found.demonstrations), len(found.valid)) == (12, 4)
+    texts = {example.ids: row["group"] for row, example in zip(drawn, examples(one, base), strict=True)}
+    assert len({texts[example.ids] for example in found.valid}) == 1
+
+
+def examples(one: Job, base):
+    encoding, config = ChatEncoding.load(base), one.config.sft
+    rows = read_demonstrations(one.file("demonstrations"))
+    return demonstration_examples(rows, encoding, config.max_tokens, config.mask_prompt)
+
+
+def test_demonstrations_without_a_group_are_split_by_their_prompts(job, tmp_path, base):
+    said = [{"prompt": f"hello {i % 4}", "response": f"good {i}"} for i in range(16)]
+    one = job(data={"demonstrations": rows(tmp_path / "d.jsonl", *said)}, sft={"pretraining_share": 0.0})
+    found = sft_data(one, base, one.config.sft)
+    assert (len(found.demonstrations), len(found.valid)) == (12, 4)
+
+
+def test_an_instruction_on_both_sides_is_told(job, tmp_path, base, caplog):
+    data = {
+        "demonstrations": rows(tmp_path / "d.jsonl", ASK, ASK | {"prompt": "hello world"}),
+        "demonstrations_valid": rows(tmp_path / "v.jsonl", ASK | {"response": "that is bad"}),
+    }
+    one = job(data=data, sft={"pretraining_share": 0.0})
+    sft_data(one, base, one.config.sft)
+    assert "1 instructions of" in caplog.text
 
 
 def test_packed_text_is_as_long_as_fine_tuning_allows(job):
-    assert sequence_tokens(job(sft={"max_tokens": 64}, ppo={"pretraining": {"sequence_tokens": 16}})) == 16
-    assert sequence_tokens(job(sft={"max_tokens": 64}, ppo={"pretraining": {"sequence_tokens": 2048}})) == 64
+    config = SFTConfig(max_tokens=64)
+    assert sequence_tokens(job(ppo={"pretraining": {"sequence_tokens": 16}}), config) == 16
+    assert sequence_tokens(job(ppo={"pretraining": {"sequence_tokens": 2048}}), config) == 64
 
 
 def made_of(job: Job) -> dict[str, list[str]]:
@@ -188,14 +227,57 @@ def test_fine_tuning_writes_the_model_and_its_losses(job, tmp_path, base):
     learner: Any = FakeLearner()
     model_folder(one.run_dir / "base")  # as the learner's save does
     config = SFTConfig(epochs=2, pretraining_share=0.0)
-    asyncio.run(run_sft(one, learner, base, sft_data(one, base), config, stage="warm", out="base"))
+    asyncio.run(run_sft(one, learner, base, sft_data(one, base, config), config, stage="warm", out="base"))
     assert learner.named("load") == [("policy", "policy", base, config.network, config.optimizer)]
     assert learner.named("save") == [("policy", one.run_dir / "base")]
     assert learner.calls[-1] == ("unload",)
-    assert summary(one) == {"warm": {"valid_before": 3.0, "valid_after": 2.0}}
+    assert summary(one) == {"warm": {"valid_before": 3.0, "valid_after": 2.0, "epoch": 2}}
     assert made_of(one) == {"base": [str(base), str(tmp_path / "d.jsonl")]}
     lines = [json.loads(line) for line in (one.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["warm"] * 4
+    assert [line["stage"] for line in lines] == ["warm"] * 5
+    assert [line["warm/valid_loss"] for line in lines if "warm/valid_loss" in line] == [3.0, 2.5, 2.0]
+
+
+class SavingLearner(FakeLearner):
+    """Writes the number of its steps; its losses fall for two steps and then rise."""
+
+    async def language_model_loss(self, *args):
+        return abs(len(self.named("language_model_step")) - 2.0)
+
+    async def save(self, name, path):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(str(len(self.named("language_model_step"))))
+
+
+@pytest.mark.parametrize(
+    ("select", "kept", "epoch"),
+    [("last", [], 4), ("loss", ["1", "2", "3", "4"], 2), ("reward", ["1", "2", "3", "4"], 4)],
+)
+def test_the_kept_weights_are_those_of_the_epoch_that_was_asked_for(job, tmp_path, base, select, kept, epoch):
+    data = {"demonstrations": rows(tmp_path / "d.jsonl", ASK), "demonstrations_valid": rows(tmp_path / "v.jsonl", ASK)}
+    one, config = job(data=data), SFTConfig(epochs=4, pretraining_share=0.0, select=select)
+    (one.run_dir / "sft-epochs" / "9").mkdir(parents=True)  # of an earlier run
+    learner: Any = SavingLearner()
+    asyncio.run(run_sft(one, learner, base, sft_data(one, base, config), config))
+    assert sorted(path.name for path in (one.run_dir / "sft-epochs").glob("*")) == kept
+    assert (one.run_dir / "sft" / "config.json").read_text() == str(epoch)
+    assert summary(one)["sft"] == {"valid_before": 2.0, "valid_after": abs(epoch - 2.0), "epoch": epoch}
+
+
+def test_dropout_is_asked_for_where_it_is_configured(job, tmp_path, base):
+    data = {"demonstrations": rows(tmp_path / "d.jsonl", ASK), "demonstrations_valid": rows(tmp_path / "v.jsonl", ASK)}
+    one, config, learner = job(data=data), SFTConfig(pretraining_share=0.0, residual_dropout=0.2), LoadingLearner()
+    model_folder(one.run_dir / "sft")
+    asyncio.run(run_sft(one, cast(Any, learner), base, sft_data(one, base, config), config))
+    assert learner.settings == {"chat_template": None, "residual_dropout": 0.2}
+
+
+class LoadingLearner(FakeLearner):
+    """Remembers how it was told to load."""
+
+    async def load(self, *_, **settings):
+        self.settings = settings
+        return 1
 
 
 def test_completions_are_sampled_and_then_ranked(job, tmp_path, base):

@@ -1,9 +1,11 @@
 import math
+import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
-from learner.agreement import agreement, calibration_bins, ordered_pairs, pair_credit, sum_by_prompt
+from learner.agreement import RankGap, agreement, calibration_bins, ordered_pairs, pair_credit, sum_by_prompt
 
 GROUP = torch.tensor([9, 9, 9, 2, 2, 5])
 RANKS = torch.tensor([0, 1, 1, 3, 0, 0])
@@ -51,15 +53,35 @@ def test_agreement_of_scores_with_rankings() -> None:
     losses = [math.log1p(math.exp(-margin)) for margin in (1.0, 0.0, -1.25)]
     assert result.log_loss == pytest.approx(sum(losses) / 3)
     assert result.longer_wins == pytest.approx((1 + 0 + 0.5) / 3)
-    assert result.by_rank_gap == {1: 0.75, 3: 0.0}
+    assert result.by_rank_gap == (RankGap(gap=1, accuracy=0.75, count=2), RankGap(gap=3, accuracy=0.0, count=1))
     assert [(b.margin, b.count) for b in result.bins] == [(0.25, 1), (1.25, 2)]
     assert result.accuracy_ci == (0.0, 0.75)
+    assert result.prompt_accuracy_ci == (0.0, 0.75)
+    assert result.score_std == pytest.approx(statistics.pstdev(SCORES.tolist()))
+    # the first bin has one pair, of equal scores; in the other sigmoid(1) and sigmoid(1.25) won one of two
+    sigmoid = [1 / (1 + math.exp(-x)) for x in (1.0, 1.25)]
+    assert result.calibration_error == pytest.approx(2 / 3 * (sum(sigmoid) / 2 - 0.5))
+
+
+def test_accuracy_counts_pairs_and_prompt_accuracy_counts_prompts_and_so_do_their_intervals() -> None:
+    """99 prompts of one pair, all right; one prompt of K = 9 with its 36 pairs all wrong."""
+    group = torch.tensor([i for i in range(99) for _ in range(2)] + [99] * 9)
+    ranks = torch.tensor([0, 1] * 99 + list(range(9)))
+    scores = torch.tensor([1.0, 0.0] * 99 + [float(rank) for rank in range(9)])
+    found = agreement(scores, group, ranks, torch.ones_like(ranks), resamples=400, seed=0)
+    assert found.accuracy == pytest.approx(99 / 135)
+    assert found.prompt_accuracy == pytest.approx(0.99)
+    assert found.accuracy_ci[0] < 0.6  # that one prompt is drawn three times, and weighs 36 pairs each
+    assert found.prompt_accuracy_ci[0] >= 0.96
+    assert [(one.gap, one.count) for one in found.by_rank_gap] == [(1, 107), *((gap, 9 - gap) for gap in range(2, 9))]
 
 
 def test_agreement_ignores_order_and_offset_of_the_scores() -> None:
     order = torch.tensor([4, 0, 5, 2, 1, 3])
     moved = agreement(SCORES[order] + 3, GROUP[order], RANKS[order], LENGTHS[order], resamples=50, seed=0)
-    assert moved == agreement(SCORES, GROUP, RANKS, LENGTHS, resamples=50, seed=0)
+    plain = agreement(SCORES, GROUP, RANKS, LENGTHS, resamples=50, seed=0)
+    assert moved.score_std == pytest.approx(plain.score_std)
+    assert replace(moved, score_std=plain.score_std) == plain
 
 
 def test_rankings_that_are_all_ties_are_refused() -> None:

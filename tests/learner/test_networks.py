@@ -21,11 +21,10 @@ from reward_server.model import (
     load_reward_model,
     new_reward_model,
     normalisation,
-    save_reward_model,
     set_normalisation,
     token_values,
 )
-from tests.tiny_models import FAMILIES, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
+from tests.tiny_models import FAMILIES, save_reward_model, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 FP32 = NetworkConfig(dtype="float32")
 IDS = torch.tensor([[5, 60, 7, 200, 9, 11], [300, 4, 77, 8, 0, 0]])

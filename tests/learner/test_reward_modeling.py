@@ -11,7 +11,6 @@ from learner.config import NetworkConfig, OptimizerConfig, RewardModelingConfig
 from learner.reward_modeling import (
     RankedGroup,
     held_out_agreement,
-    normaliser,
     ranked_groups,
     reward_modeling,
     split_groups,
@@ -32,6 +31,7 @@ def group(number: int, ranks: tuple[int, ...] = (0, 1)) -> RankedGroup:
         sequences=tuple((number + 3, 5, 100 + rank) for rank in ranks),
         ranks=ranks,
         response_lengths=tuple(1 + rank for rank in ranks),
+        family=str(number),
     )
 
 
@@ -61,6 +61,7 @@ def test_whole_prompts_are_held_out_by_the_seed():
     groups = [group(i) for i in range(8)]
     train, held_out = split_groups(groups, config(seed=3))
     assert (len(train), len(held_out)) == (6, 2)
+    assert train == [one for one in groups if one not in held_out]
     assert sorted(map(groups.index, train + held_out)) == list(range(8))
     assert split_groups(groups, config(seed=3)) == (train, held_out)
     assert any(split_groups(groups, config(seed=seed))[1] != held_out for seed in range(3))
@@ -68,28 +69,53 @@ def test_whole_prompts_are_held_out_by_the_seed():
 
 def test_at_least_one_prompt_is_held_out_and_one_is_left():
     assert [len(part) for part in split_groups([group(0), group(1)], config(valid_share=0.01))] == [1, 1]
-    with pytest.raises(ValueError, match="1 comparisons are too few"):
+    with pytest.raises(ValueError, match=r"holding out 0.25 of 1 different items leaves none to train on"):
         split_groups([group(0)], config())
-    with pytest.raises(ValueError, match="2 comparisons are too few"):
+    with pytest.raises(ValueError, match=r"holding out 0.9 of 2 different items leaves none to train on"):
         split_groups([group(0), group(1)], config(valid_share=0.9))
 
 
-# --- normalisation
+def compared(prompt: str, number: int, group: str | None = None) -> Comparison:
+    """A comparison of two completions that are its own."""
+    ask = (Message(role="user", content=prompt),)
+    responses = ("b" * number, "c" * number)
+    return Comparison(
+        id=str(number), prompt=ask, responses=responses, ended=(True, True), ranks=(0, 1), labeler=None, group=group
+    )
 
 
-def test_a_shift_makes_demonstrations_score_zero_on_average():
-    assert normaliser(torch.tensor([1.0, 2.0, 6.0]), unit_variance=False) == (1.0, -3.0)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prompt_that_is_compared_twice_is_on_one_side(seed):
+    comparisons = [compared("abcd"[number % 4], number + 1) for number in range(16)]
+    train, held_out = split_groups(ranked_groups(comparisons, ENCODING), config(seed=seed))
+    assert (len(train), len(held_out)) == (12, 4)
+    queries = [{one.sequences[0][:3] for one in part} for part in (train, held_out)]
+    assert not queries[0] & queries[1]
 
 
-def test_unit_variance_scales_too():
-    # mean 3, population variance (4 + 1 + 9) / 3
-    gain, bias = normaliser(torch.tensor([1.0, 2.0, 6.0]), unit_variance=True)
-    assert gain == pytest.approx((3 / 14) ** 0.5)
-    assert bias == pytest.approx(-3 * gain)
+def test_comparisons_of_one_tree_are_on_one_side():
+    """Different prompts, but the longer one holds a completion of the shorter."""
+    comparisons = [compared("abcdefgh"[number], number + 1, group=f"tree {number // 4}") for number in range(8)]
+    train, held_out = split_groups(ranked_groups(comparisons, ENCODING), config())
+    assert (len(train), len(held_out)) == (4, 4)
+    assert {one.family for one in train} ^ {one.family for one in held_out} == {"tree 0", "tree 1"}
 
 
-def test_demonstrations_that_all_score_the_same_are_only_shifted():
-    assert normaliser(torch.tensor([2.0, 2.0]), unit_variance=True) == (1.0, -2.0)
+def test_comparisons_that_teach_nothing_are_left_out_and_counted(caplog):
+    groups = [group(i) for i in range(4)] + [group(5, (0,)), group(6, (2, 2, 2))]
+    train, held_out = split_groups(groups, config())
+    assert sorted(one.family for one in train + held_out) == ["0", "1", "2", "3"]
+    assert "2 of 6 comparisons have no completion ranked above another" in caplog.text
+
+
+def test_identical_completions_ranked_differently_are_kept_and_told(caplog):
+    same = RankedGroup(
+        sequences=((1, 5), (1, 6), (1, 5), (1, 5)), ranks=(0, 1, 1, 0), response_lengths=(1,) * 4, family="x"
+    )
+    assert same.identical_pairs == 2  # the third is worse than the first and the fourth, which say the same
+    train, held_out = split_groups([same, group(1)], config())
+    assert same in train + held_out
+    assert "2 pairs of identical completions are ranked differently" in caplog.text
 
 
 # --- the loop
@@ -105,7 +131,7 @@ class FakeLearner:
 
     async def ranking_step(self, name, groups, ranks, normaliser, max_tokens, lr):
         self.steps.append((groups, ranks, normaliser, lr))
-        return {"pairs": 4.0, "correct": 3.0, "log_loss": 2.0, "grad_norm": 0.5}
+        return {"pairs": 4.0, "correct": 3.0, "log_loss": 2.0, "prompt_accuracy": 2.5, "grad_norm": 0.5}
 
     async def last_values(self, name, sequences, max_tokens):
         gain, bias = self.scale
@@ -136,10 +162,21 @@ def test_each_epoch_takes_every_training_prompt_once_with_all_its_completions():
     assert [step[3] for step in learner.steps] == pytest.approx([1.0, 0.868198, 0.55, 0.231802], abs=1e-6)
     assert logged[0] == (
         "reward",
+        0,
+        {
+            "comparisons/train": 6.0,
+            "comparisons/held_out": 2.0,
+            "comparisons/without_pair": 0.0,
+            "comparisons/identical_pairs": 0.0,
+        },
+    )
+    assert logged[1] == (
+        "reward",
         1,
         {
             "reward_model/loss": 0.5,
             "reward_model/batch_accuracy": 0.75,
+            "reward_model/batch_prompt_accuracy": 0.625,
             "reward_model/grad_norm": 0.5,
             "reward_model/lr": 1.0,
             "progress/total": 4.0,
@@ -153,7 +190,34 @@ def test_the_result_is_measured_on_held_out_prompts_after_normalising():
     assert learner.scale == (1.0, 5.0)  # demonstrations score -4 and -6
     assert (found.prompts, found.pairs, found.accuracy) == (2, 6, 1.0)
     assert found.longer_wins == 0.0  # a worse completion is a longer one here
-    assert logged[-1] == ("reward", 2, {"reward_model/accuracy": 1.0, "reward_model/longer_wins": 0.0})
+    stage, step, metrics = logged[-1]
+    assert (stage, step) == ("reward", 2)
+    assert metrics == pytest.approx(
+        {
+            "reward_model/accuracy": 1.0,
+            "reward_model/accuracy_low": 1.0,
+            "reward_model/accuracy_high": 1.0,
+            "reward_model/prompt_accuracy": 1.0,
+            "reward_model/prompt_accuracy_low": 1.0,
+            "reward_model/prompt_accuracy_high": 1.0,
+            "reward_model/log_loss": found.log_loss,
+            "reward_model/calibration_error": found.calibration_error,
+            "reward_model/longer_wins": 0.0,
+            "reward_model/score_std": (2 / 3) ** 0.5,  # of 5, 4 and 3
+            "reward_model/accuracy_gap_1": 1.0,
+            "reward_model/accuracy_gap_2": 1.0,
+        }
+    )
+
+
+def test_prompts_may_have_different_numbers_of_completions():
+    groups = [group(i, ranks=tuple(range(2 + i % 8))) for i in range(16)]  # K = 2 to 9
+    learner = FakeLearner(lambda token: 100.0 - token)
+    found, _ = train(learner, groups, config())
+    taken = sum(len(sequences) for step in learner.steps for sequences in step[0])
+    kept = [len(one.sequences) for one in split_groups(groups, config())[1]]
+    assert taken == sum(len(one.sequences) for one in groups) - sum(kept)
+    assert found.pairs == sum(count * (count - 1) // 2 for count in kept)
 
 
 def test_ties_form_no_pair():
@@ -191,6 +255,7 @@ def preference(number: int) -> RankedGroup:
         sequences=tuple(query + response for response in responses),
         ranks=tuple(order.index(count) for count in said),
         response_lengths=tuple(map(len, responses)),
+        family=str(number),
     )
 
 

@@ -120,6 +120,83 @@ def test_pairs_load_as_comparisons_of_two(tmp_path: Path) -> None:
     assert third.responses == ("1", "2")
 
 
+def said(text, role="prompter", rank=None, replies=()):
+    """A message of a tree."""
+    return {"text": text, "role": role, "rank": rank, "replies": list(replies)}
+
+
+def test_ranked_siblings_of_a_tree_at_any_depth_are_comparisons(tmp_path: Path, caplog) -> None:
+    deeper = [said("a1 is good", "assistant", 1), said("a1 is bad", "assistant", 0), said("late", "assistant")]
+    tree = said(
+        "q",
+        replies=[
+            said(
+                "a0", "assistant", 1, [said("and?", replies=deeper), said("so?", replies=[said("x", "assistant", 0)])]
+            ),
+            said("a1", "assistant", 0, [said("thanks", rank=0), said("no thanks", rank=1)]),
+            said("a2", "assistant", 2),
+            said("gone", "assistant", 3) | {"deleted": True},
+        ],
+    )
+    path = lines(tmp_path / "trees.jsonl", {"message_tree_id": "t", "prompt": tree}, GOOD | {"id": "plain"})
+    first, second, plain = read_comparisons(path)
+    assert (first.id, first.responses, first.ranks, first.group) == ("t", ("a0", "a1", "a2"), (1, 0, 2), "t")
+    assert [(m.role, m.content) for m in first.prompt] == [("user", "q")]
+    assert (second.responses, second.ranks, second.group) == (("a1 is good", "a1 is bad"), (1, 0), "t")
+    assert [(m.role, m.content) for m in second.prompt] == [("user", "q"), ("assistant", "a0"), ("user", "and?")]
+    assert len({first.id, second.id, plain.id}) == 3
+    # "gone" is deleted, "late" has no rank, and "x" has no sibling; what people asked next is no completion
+    assert "3 comparisons; left out 3 replies without a rank" in caplog.text
+
+
+def test_trees_without_ranked_siblings_are_no_comparisons(tmp_path: Path) -> None:
+    path = lines(tmp_path / "trees.jsonl", {"prompt": said("q", replies=[said("a", "assistant", 0)])})
+    with pytest.raises(RecordError, match="no message in it has two ranked replies"):
+        read_comparisons(path)
+
+
+def test_a_tree_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    tree = {"message_tree_id": "t", "prompt": said("q", replies=[said(x, "assistant", 0) for x in "ab"])}
+    with pytest.raises(RecordError, match=r":2: id 't' was used in line 1"):
+        read_comparisons(lines(tmp_path / "trees.jsonl", tree, tree))
+
+
+def test_a_lone_completion_and_a_group_are_read(tmp_path: Path) -> None:
+    (one,) = read_comparisons(lines(tmp_path / "c.jsonl", GOOD | {"completions": [{"text": "a"}], "group": "g"}))
+    assert (one.responses, one.group) == (("a",), "g")
+    write_comparisons(tmp_path / "again.jsonl", [one])
+    assert read_comparisons(tmp_path / "again.jsonl") == [one]
+
+
+# Beside the checkout, or somewhere above it, on machines that have them.
+REAL = next((up / "shared" / "data" for up in Path(__file__).parents if (up / "shared" / "data").is_dir()), Path("no"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the samples of public data sets are not here")
+@pytest.mark.parametrize(("name", "count"), [("helpful", 1185), ("harmless", 1154)])
+def test_real_pairs_load(name: str, count: int) -> None:
+    pairs = read_comparisons(REAL / f"hh-{name}-base.jsonl.gz", max_bad_rows=20)
+    assert len(pairs) > count - 20
+    assert {len(pair.responses) for pair in pairs} == {2}
+    assert all(pair.prompt[-1].role == "user" for pair in pairs)
+    assert any(len(pair.prompt) > 1 for pair in pairs)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the samples of public data sets are not here")
+def test_real_trees_load(caplog) -> None:
+    found = read_comparisons(REAL / "oasst-trees.jsonl")
+    assert len({comparison.group for comparison in found}) == 60
+    assert {len(comparison.responses) for comparison in found} > {2, 3, 4}
+    assert {len(comparison.prompt) for comparison in found} >= {1, 3}
+    for comparison in found:
+        assert comparison.ranks is not None
+        assert sorted(comparison.ranks) == list(range(len(comparison.ranks)))  # people gave no ties here
+        assert [message.role for message in comparison.prompt] == ["user", "assistant"] * (
+            len(comparison.prompt) // 2
+        ) + ["user"]
+    assert "replies without a rank" in caplog.text
+
+
 GOOD = {"prompt": "p", "completions": [{"text": "a"}, {"text": "b"}]}
 
 
@@ -127,8 +204,7 @@ GOOD = {"prompt": "p", "completions": [{"text": "a"}, {"text": "b"}]}
     ("row", "reason"),
     [
         ({"prompt": "p"}, 'this one has ["prompt"]'.replace('"prompt"]', "'prompt']")),
-        (GOOD | {"completions": []}, "at least 2 completions, this one has 0"),
-        (GOOD | {"completions": [{"text": "a"}]}, "at least 2 completions, this one has 1"),
+        (GOOD | {"completions": []}, "a comparison needs completions, this one has none"),
         (GOOD | {"completions": [{"text": "a"}, {"text": 3}]}, "completions.1 must be"),
         (GOOD | {"completions": [{"text": "a"}, {"text": "b", "ended": "no"}]}, "completions.1 must be"),
         (GOOD | {"completions": ["a", "b"]}, "completions.0 must be"),
@@ -137,6 +213,11 @@ GOOD = {"prompt": "p", "completions": [{"text": "a"}, {"text": "b"}]}
         (GOOD | {"ranks": [True, False]}, '"ranks" must be a list of integers'),
         (GOOD | {"ranks": [-1, 0]}, '"ranks" must be 0 (best) or more'),
         (GOOD | {"labeler": 3}, '"labeler" must be a string'),
+        (GOOD | {"group": 3}, '"group" must be a string'),
+        ({"prompt": {"text": "q", "role": "user"}}, 'prompt must be {"text": str, "role": "prompter" or'),
+        ({"prompt": said("q", replies=[said("a", "assistant", 0), {"text": "b"}])}, "prompt.replies.1 must be"),
+        ({"prompt": said("q", replies=[said("a", "assistant", -1)])}, "prompt.replies.0.rank must be an integer"),
+        ({"prompt": said("q"), "message_tree_id": ""}, '"id" must have 1 to 100 characters'),
         (GOOD | {"prompt": []}, '"prompt" must end with a user message'),
         ({"chosen": "hello", "rejected": "bye"}, 'must start with "\\n\\nHuman:"'),
         (

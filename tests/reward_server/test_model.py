@@ -13,13 +13,12 @@ from reward_server.model import (
     load_reward_model,
     new_reward_model,
     normalisation,
-    save_reward_model,
     scores,
     set_normalisation,
     token_values,
 )
 from reward_server.schema import Message
-from tests.tiny_models import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
+from tests.tiny_models import save_reward_model, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 PAD, END = 0, 2
 IDS = torch.tensor([[5, 6, 7, END, PAD, PAD], [5, 6, 7, 8, 9, 10], [40, END, 41, 42, 43, PAD]])
@@ -117,7 +116,7 @@ def test_scores_are_fp32_even_in_bf16_and_gradients_reach_head_and_body(folder: 
 def test_normalisation_is_refused_when_absent_or_malformed_and_survives_saving(tmp_path: Path) -> None:
     tiny_causal_lm(tmp_path / "base")
     model = new_reward_model(tmp_path / "base", torch.float32, seed=0)
-    with pytest.raises(ValueError, match=r"is not normalised.*normalise_on"):
+    with pytest.raises(ValueError, match=r"is not normalised.*rayward reward"):
         normalisation(model)
     save_reward_model(model, ChatEncoding.load(tmp_path / "base"), tmp_path / "raw")
     with pytest.raises(ValueError, match="is not normalised"):
@@ -137,6 +136,21 @@ def test_a_base_with_a_normalisation_does_not_hand_it_to_a_new_head(tmp_path: Pa
     tiny_reward_model(tmp_path)
     with pytest.raises(ValueError, match="is not normalised"):
         normalisation(new_reward_model(tmp_path, torch.float32, seed=3))
+
+
+def test_a_shift_makes_demonstrations_score_zero_on_average() -> None:
+    assert Normalisation.of(torch.tensor([1.0, 2.0, 6.0]), unit_variance=False) == Normalisation(gain=1.0, bias=-3.0)
+
+
+def test_unit_variance_scales_too() -> None:
+    # mean 3, population variance (4 + 1 + 9) / 3
+    found = Normalisation.of(torch.tensor([1.0, 2.0, 6.0]), unit_variance=True)
+    assert found.gain == pytest.approx((3 / 14) ** 0.5)
+    assert found.bias == pytest.approx(-3 * found.gain)
+
+
+def test_demonstrations_that_all_score_the_same_are_only_shifted() -> None:
+    assert Normalisation.of(torch.tensor([2.0, 2.0]), unit_variance=True) == Normalisation(gain=1.0, bias=-2.0)
 
 
 @pytest.mark.parametrize(("gain", "bias"), [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (1.0, math.inf)])

@@ -1,5 +1,6 @@
 """Reading JSONL: every fault names file, line, reason and remedy."""
 
+import gzip
 import logging
 from pathlib import Path
 
@@ -69,6 +70,23 @@ def test_a_byte_order_mark_is_refused(tmp_path: Path, mark: bytes) -> None:
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(RecordError, match="the file is empty"):
         list(read_jsonl(_file(tmp_path, content)))
+
+
+def test_a_compressed_file_is_read_as_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": 2}\n'))
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"a": 2})]
+
+
+@pytest.mark.parametrize("cut", [5, 30, -4])
+def test_a_compressed_file_that_is_broken_off_is_refused(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n{"a": 2}\n')[:cut])
+    with pytest.raises(RecordError, match=r"rows.jsonl.gz: .*no valid gzip"):
+        list(read_jsonl(path))
+    path.write_bytes(b'{"a": 1}\n')
+    with pytest.raises(RecordError, match=r"after 0 rows it is no valid gzip \(Not a gzipped file"):
+        list(read_jsonl(path))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

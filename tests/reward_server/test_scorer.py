@@ -9,8 +9,6 @@ from reward_server.encoding import ChatEncoding
 from reward_server.model import (
     Normalisation,
     load_reward_model,
-    normalisation,
-    save_reward_model,
     scores,
     set_normalisation,
 )
@@ -20,11 +18,10 @@ from reward_server.scorer import (
     NonFiniteScore,
     RewardModelSource,
     encode_request,
-    normalise_on,
     raw_scores,
     token_batches,
 )
-from tests.tiny_models import tiny_reward_model, tiny_tokenizer
+from tests.tiny_models import save_reward_model, tiny_reward_model, tiny_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,14 +145,15 @@ def test_a_broken_model_never_scores(tmp_path: Path) -> None:
         RewardModelSource(tmp_path).score([asking("hello", "x")])
 
 
-@pytest.mark.parametrize("unit_std", [False, True])
-def test_demonstrations_score_zero_on_average_after_normalisation(tmp_path: Path, unit_std: bool) -> None:
+@pytest.mark.parametrize("unit_variance", [False, True])
+def test_demonstrations_score_zero_on_average_after_normalisation(tmp_path: Path, unit_variance: bool) -> None:
     model, encoding = tiny_reward_model(tmp_path), ChatEncoding.load(tmp_path)
     demonstrations = [
         Demonstration(prompt=(Message(role="user", content=f"q {n}"),), response="good " * (n + 1)) for n in range(12)
     ]
-    stored = normalise_on(model, encoding, demonstrations, unit_std=unit_std, max_batch_tokens=64)
-    assert stored == normalisation(model)
+    sequences = [[*encoding.prompt(d.prompt), *encoding.response(d.response, ended=True)] for d in demonstrations]
+    stored = Normalisation.of(torch.tensor(raw_scores(model, sequences, encoding.pad_id, 64)), unit_variance)
+    set_normalisation(model, stored)
     save_reward_model(model, encoding, tmp_path)
     requests = [
         ScoreRequest(id=str(n), prompt=demonstration.prompt, response=demonstration.response, ended=True)
@@ -163,20 +161,11 @@ def test_demonstrations_score_zero_on_average_after_normalisation(tmp_path: Path
     ]
     got = torch.tensor([reply.score for reply in RewardModelSource(tmp_path).score(requests)])
     assert got.mean().item() == pytest.approx(0, abs=1e-5)
-    if unit_std:
+    if unit_variance:
         assert got.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     else:
         assert stored.gain == 1.0
         assert got.std(correction=0).item() != pytest.approx(1, abs=1e-2)
-
-
-def test_normalisation_needs_demonstrations_that_differ(folder: Path) -> None:
-    model, encoding = load_reward_model(folder, torch.float32), ChatEncoding.load(folder)
-    with pytest.raises(ValueError, match="there are none"):
-        normalise_on(model, encoding, [])
-    one = Demonstration(prompt=(Message(role="user", content="q"),), response="a")
-    with pytest.raises(ValueError, match="all 1 demonstrations score"):
-        normalise_on(model, encoding, [one], unit_std=True)
 
 
 def test_raw_scores_leave_no_graph_and_no_padding_in_the_result(folder: Path) -> None:
