@@ -147,15 +147,24 @@ def responses(run: Run) -> Iterator[Picture]:
 
 
 def reward_model(run: Run) -> Iterator[Picture]:
-    """Accuracy beside the baseline, calibration, training."""
+    """Accuracy beside the baseline and by rank gap, calibration, training."""
     table = run.figures("reward") | run.calibration
     rows = []
     if (share := number(table.get("accuracy"))) is not None:
         rows.append(("reward model", SERIES[0], share, interval(table.get("accuracy_ci"))))
+    if (share := number(table.get("prompt_accuracy"))) is not None:
+        rows.append(("the same, mean of prompts", SERIES[0], share, interval(table.get("prompt_accuracy_ci"))))
     if (share := number(table.get("longer_wins"))) is not None:
         rows.append(('rule "the longer wins"', BEFORE, share, None))
     if rows:
         yield plots.accuracy("Accuracy on held-out pairs", rows)
+    gaps = [
+        (f"{int(gap)} apart, {int(number(row.get('count')) or 0)} pairs", SERIES[0], share, None)
+        for row in _rows(table.get("by_rank_gap"))
+        if (gap := number(row.get("gap"))) is not None and (share := number(row.get("accuracy"))) is not None
+    ]
+    if len(gaps) > 1:
+        yield plots.accuracy("Accuracy by how many ranks apart", gaps)
     bins = [
         (predicted, observed, int(number(row.get("count")) or 0))
         for row in _bins(table)
@@ -180,22 +189,36 @@ def interval(value: object) -> tuple[float, float] | None:
 
 def _bins(table: dict[str, object]) -> list[dict[str, object]]:
     bins = table.get("bins", table.get("calibration"))
-    bins = bins.get("bins") if isinstance(bins, dict) else bins
-    return [row for row in bins if isinstance(row, dict)] if isinstance(bins, list) else []
+    return _rows(bins.get("bins") if isinstance(bins, dict) else bins)
+
+
+def _rows(value: object) -> list[dict[str, object]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def supervised(run: Run) -> Iterator[Picture]:
     """Losses of each supervised stage: those that log "<stage>/loss"."""
+    kinds = (("training", "loss"), ("held out", "valid_loss"), ("held-out pretraining text", "pretraining_valid_loss"))
     for stage in run.metrics:
-        loss, valid = run.series(stage, f"{stage}/loss"), run.series(stage, f"{stage}/valid_loss")
         curves = [
             _curve(name, colour, series)
-            for name, colour, series in (("training", SERIES[0], loss), ("held out", SERIES[1], valid))
-            if series
+            for (name, metric), colour in zip(kinds, SERIES, strict=False)
+            if (series := run.series(stage, f"{stage}/{metric}"))
         ]
         if curves:
             name = "SFT" if stage == "sft" else stage.capitalize()
             yield plots.lines(f"{name} loss, nats a token", "step", curves, smooth=True)
+
+
+def selection(run: Run) -> Iterator[Picture]:
+    """The score of each epoch of an SFT model that was to be chosen among."""
+    for stage in run.metrics:
+        score = run.series(stage, "select/score")
+        low, high = run.series(stage, "select/score_low"), run.series(stage, "select/score_high")
+        if score:
+            half = {step: (high.get(step, value) - low.get(step, value)) / 2 for step, value in score.items()}
+            curve = _curve("mean score, 95% CI", SERIES[0], score, half)
+            yield plots.lines(f"Score of each epoch: {stage.removeprefix('select-')}", "epoch", [curve])
 
 
 def inside_ppo(run: Run) -> Iterator[Picture]:

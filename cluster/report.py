@@ -7,7 +7,8 @@ the final figures; every part of it is optional:
     labeler   the caption of the labeler, e.g. "simulated labeler (VADER)"
     seconds   all together
     sft       {"loss_first", "loss_last", "valid_before", "valid_after"}, nats a token
-    reward    {"accuracy", "accuracy_ci": [low, high], "longer_wins", "pairs", "calibration": [bins]}
+    reward    {"accuracy", "accuracy_ci": [low, high], "prompt_accuracy", "prompt_accuracy_ci", "longer_wins",
+              "pairs", "score_std", "calibration": [bins]}
     ppo       by stage ("ppo", "ppo-noptx", ..): {"gold_before", "gold_after", "score_before", "score_after",
               "kl" (nats a response), "pretraining_loss_before", "pretraining_loss_after" (nats a token),
               "iterations"}
@@ -178,6 +179,8 @@ def _figures(run: Run) -> Iterator[Figure]:
         detail = "held-out pairs"
         if bounds := interval(reward.get("accuracy_ci")):
             detail += f", 95% CI {bounds[0]:.2f} to {bounds[1]:.2f}"
+        if (alike := number(reward.get("prompt_accuracy"))) is not None:
+            detail += f"; mean of prompts: {alike:.3f}"
         if (longer := number(reward.get("longer_wins"))) is not None:
             detail += f"; longer wins: {longer:.3f}"
         yield make(name="Reward-model accuracy", value=f"{accuracy:.3f}", detail=detail, verdict=True)
@@ -244,7 +247,8 @@ def _plain(value: Any) -> str:
 
 def _folders(run: Run) -> Iterator[tuple[str, str]]:
     """(name, what it is) of each model in the run directory."""
-    known = {"base": "where SFT started", "sft": "after SFT", "reward": "the reward model"}
+    known = {"base": "where SFT started", "sft": "after SFT", "baseline": "the SFT baseline"}
+    known |= {"reward": "the reward model"}
     for arm, name in arm_names(run).items():
         folder = arm.replace("ppo", "policy")
         known |= {folder: f"after {name}", f"{folder}_ema": f"after {name}, weights averaged over its steps"}

@@ -64,8 +64,9 @@ def sections(run: Run) -> list[Section]:
         ),
         Section(
             title="Supervised training",
-            lead="Mean loss a token, of training batches and of held-out text.",
-            pictures=tuple(pictures.supervised(run)),
+            lead="Mean loss a token, of training batches and of held-out text. The best epoch of a model is the one "
+            "whose responses to validation prompts score highest: its held-out loss may have risen long before.",
+            pictures=(*pictures.supervised(run), *pictures.selection(run)),
         ),
         Section(
             title="Inside PPO",

@@ -67,9 +67,17 @@ def write_run(path: Path, arms: Sequence[str] = ("ppo",), iterations: int = 24, 
             (1.75, 0.88, 90),
         )
     ]
-    agreement = {"accuracy": 0.807, "accuracy_ci": [0.778, 0.836], "longer_wins": 0.548, "pairs": 840}
+    agreement = {
+        "accuracy": 0.807,
+        "accuracy_ci": [0.778, 0.836],
+        "prompt_accuracy": 0.796,
+        "prompt_accuracy_ci": [0.761, 0.829],
+        "longer_wins": 0.548,
+        "pairs": 840,
+    }
+    gaps = [{"gap": gap, "accuracy": 0.7 + 0.09 * gap, "count": 480 // gap} for gap in (1, 2, 3)]
     (path / "reward").mkdir()
-    (path / "reward" / "calibration.json").write_text(json.dumps({**agreement, "bins": bins}))
+    (path / "reward" / "calibration.json").write_text(json.dumps({**agreement, "bins": bins, "by_rank_gap": gaps}))
     (path / "config.toml").write_text('[labeler]\nname = "simulated:vader"\n\n[ppo]\niterations = 24\n')
     (path / "environment.json").write_text(
         json.dumps(
@@ -106,6 +114,9 @@ def _supervised(random_: random.Random) -> Iterable[dict[str, Any]]:
         loss = 3.2 + 1.1 * math.exp(-step / 20) + random_.gauss(0, 0.12)
         yield {"stage": "sft", "step": step, "time": float(step), "sft/loss": loss}
     yield {"stage": "sft", "step": 75, "time": 76.0, "sft/valid_loss": 3.34}
+    for epoch, score in enumerate((0.1, 0.5, 0.8, 0.7), start=1):
+        figures = {"select/score": score, "select/score_low": score - 0.1, "select/score_high": score + 0.1}
+        yield {"stage": "select-baseline", "step": epoch, "time": 78.0 + epoch, **figures}
 
 
 def _reward(random_: random.Random) -> Iterable[dict[str, Any]]:

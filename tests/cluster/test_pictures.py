@@ -36,10 +36,11 @@ def test_a_run_with_one_arm_gives_every_section(one: Run):
         "Held-out responses": [f"Gold score of responses, {CAPTION}", "Does the score still mean gold?"],
         "The reward model": [
             "Accuracy on held-out pairs",
+            "Accuracy by how many ranks apart",
             "How often the higher score wins",
             "Loss, nats a pair",
         ],
-        "Supervised training": ["SFT loss, nats a token"],
+        "Supervised training": ["SFT loss, nats a token", "Score of each epoch: baseline"],
         "Inside PPO": [
             "Policy loss",
             "Value loss",
@@ -53,6 +54,12 @@ def test_a_run_with_one_arm_gives_every_section(one: Run):
         ],
         "Time": ["Time of each phase", "Mean time of a PPO iteration"],
     }
+
+
+def test_the_reward_model_is_shown_by_pairs_by_prompts_and_by_rank_gap(one: Run):
+    accuracy, gaps, *_ = pictures.reward_model(one)
+    assert "reward model 0.807; the same, mean of prompts 0.796" in accuracy.alt
+    assert "1 apart, 480 pairs 0.790; 2 apart, 240 pairs 0.880; 3 apart, 160 pairs 0.970" in gaps.alt
 
 
 def test_two_arms_are_compared_first_in_the_same_axes(one: Run, two: Run):

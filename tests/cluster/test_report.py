@@ -80,7 +80,7 @@ def test_the_page_can_be_read_without_seeing_it(page: Page):
     assert page.all("html") == [{"lang": "en"}]
     assert len(page.all("h1")) == 1
     figures = page.all("figure")
-    assert len(figures) == len(page.all("svg")) == 23
+    assert len(figures) == len(page.all("svg")) == 25
     assert all(len(figure["aria-label"] or "") > 30 and figure["role"] == "img" for figure in figures)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -94,7 +94,8 @@ def test_the_figures_stand_at_the_top_and_verdicts_name_the_labeler(page: Page):
     for part in (
         "KL to the SFT model 6.4 nats",
         "Alignment tax +0.040 3.97 → 4.01 nats a token of pretraining text",
-        f"Reward-model accuracy 0.807 held-out pairs, 95% CI 0.78 to 0.84; longer wins: 0.548 · {CAPTION}",
+        f"Reward-model accuracy 0.807 held-out pairs, 95% CI 0.78 to 0.84; mean of prompts: 0.796; "
+        f"longer wins: 0.548 · {CAPTION}",
         "SFT loss 4.21 → 3.34",
         "Time 11 min 32 s",
         f"96 held-out prompts · {CAPTION}",

@@ -151,5 +151,5 @@ def test_training_steps_drop_and_held_out_losses_do_not(worker, folders):
     (plain, steps), (held_out, dropped) = losses[0.0], losses[SHARE]
     assert plain[0] == plain[1] == held_out[0] == held_out[1]
     assert steps == pytest.approx(plain, rel=1e-5)
-    assert min(abs(loss / plain[0] - 1) for loss in dropped) > 1e-3
-    assert abs(dropped[0] / dropped[1] - 1) > 1e-3
+    assert min(abs(loss / plain[0] - 1) for loss in dropped) > 1e-4
+    assert abs(dropped[0] / dropped[1] - 1) > 1e-4
