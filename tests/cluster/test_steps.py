@@ -312,7 +312,7 @@ def test_a_preference_prompt_that_is_too_long_stops_before_sampling(job, tmp_pat
 def comparison(number: int):
     return {
         "id": str(number),
-        "prompt": "hello",
+        "prompt": f"hello {number}",
         "completions": [{"text": "a", "ended": True}, {"text": "b", "ended": True}],
         "ranks": [0, 1],
     }
