@@ -69,7 +69,8 @@ def branch_outputs(model: PreTrainedModel, names: tuple[str, str]) -> list[torch
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fifth_of_both_branches_is_dropped_and_the_rest_scaled(family):
-    config, *names = FAMILIES[family]
+    config, attention_name, mlp_name = FAMILIES[family]
+    names = (attention_name, mlp_name)
     model = model_of(config)
     kept_whole, _ = branch_outputs(model, names)
     logits = model(IDS).logits
