@@ -62,7 +62,7 @@ class GeneratorConfig(BaseModel):
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the weights; take the learner's, or their log-probabilities drift apart."""
-    max_model_len: int = Field(default=1024, ge=2)
+    max_model_len: int = Field(default=2048, ge=2)
     """Longest query plus response, in tokens."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Most sequences that are decoded at once; further ones wait."""

@@ -15,28 +15,12 @@ from cluster.config import ClusterConfig
 from cluster.fleet import Fleet
 from cluster.members import Worker
 from cluster.remote import ActorOptions, RemoteHandle, remote
-from cluster.resources import Plan, Process, ResourceError, check, default_plan, machine_cores, machine_gpus
+from cluster.resources import Plan, Process, ResourceError, machine_cores, machine_gpus
 from learner.group import LearnerGroup
 from learner.worker import LearnerWorker
 from reward_server.client import RewardClient
 from reward_server.config import SourceConfig
 from reward_server.service import TOKEN_VARIABLE, RewardService
-
-
-def plan_run(config: ClusterConfig, max_staleness: int, waves_in_flight: int) -> Plan:
-    """Threads and cores of every process; raises ResourceError when they do not fit this machine."""
-    cores, gpus = machine_cores(), machine_gpus()
-    plan = default_plan(
-        generators=max(config.generators, config.max_generators or 0),
-        cores=cores,
-        gpus=gpus,
-        max_staleness=max_staleness,
-        learner_ranks=config.learner_ranks,
-        waves_in_flight=waves_in_flight,
-    )
-    if config.address == "local":
-        check(plan, cores=cores, gpus=gpus)
-    return plan
 
 
 class Processes:

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return DONE
         call = parse(command, words[1:])
         config = load(_config_class(), call) if command.sections else None
-        return _run(name, command, call, config, words)
+        return _run(name, command, call, config, words, _checked(config, name, call.run_dir) if config else ())
     except ConfigError as error:
         sys.stderr.write("".join(f"rayward {name}: {line}\n" for line in str(error).splitlines()))
         return WRONG
@@ -156,7 +156,15 @@ def _config_class() -> Any:
     return importlib.import_module("cluster.config").Config
 
 
-def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[str]) -> int:
+def _checked(config: Any, name: str, run_dir: Path) -> Sequence[str]:
+    """What is odd about the configuration. Raises ConfigError with a line for everything that is wrong."""
+    found = importlib.import_module("cluster.checks").check_config(config, name, run_dir)
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+    return found.warnings
+
+
+def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[str], warnings: Sequence[str]) -> int:
     """Run the command; what goes wrong is said in a line, and its traceback is kept in a file."""
     logs = call.run_dir / "logs"
     if config is None and not call.run_dir.is_dir():
@@ -166,6 +174,8 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
     except OSError as error:
         raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
     with Console(logs) as console, _sigterm_exits():
+        for warning in warnings:
+            console.line(f"warning: {warning}")
         try:
             _work(name, command, call, config, words, console)
         except KeyboardInterrupt:

@@ -8,12 +8,13 @@ from typing import TypeVar
 from rich.text import Text
 
 from cluster.alignment import Alignment
-from cluster.build import Processes, plan_run
+from cluster.build import Processes
 from cluster.console import Console
 from cluster.heldout import HeldOut
 from cluster.lineage import lineage_json, lineage_tree
 from cluster.quickstart import quickstart as every_step
 from cluster.report import summary, write_report
+from cluster.resources import plan_run
 from cluster.selection import read_contest, run_select
 from cluster.session import start_ray
 from cluster.steps import Job, run_rank, run_reward, run_sample, run_sft, sft_data

@@ -9,10 +9,13 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from cluster.config import ClusterConfig
+
+if TYPE_CHECKING:  # else a plan that does not fit would be told seconds later
+    from ray.util.placement_group import PlacementGroup
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 _GPU_PROCESS_THREADS = 8  # beyond this a process that computes on a GPU has no use for more
 
@@ -91,6 +94,30 @@ def machine_gpus() -> int:
     if visible is not None:
         return sum(1 for device in visible.split(",") if device.strip() not in ("", "-1"))
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or the limit of its control group where that is smaller."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return total if text == "max" else min(total, int(text))
+
+
+def plan_run(config: ClusterConfig, max_staleness: int, waves_in_flight: int) -> Plan:
+    """Threads and cores of every process; raises ResourceError when they do not fit this machine."""
+    cores, gpus = machine_cores(), machine_gpus()
+    plan = default_plan(
+        generators=max(config.generators, config.max_generators or 0),
+        cores=cores,
+        gpus=gpus,
+        max_staleness=max_staleness,
+        learner_ranks=config.learner_ranks,
+        waves_in_flight=waves_in_flight,
+    )
+    if config.address == "local":
+        check(plan, cores=cores, gpus=gpus)
+    return plan
 
 
 def default_plan(
@@ -201,16 +228,21 @@ def _check_pins(phase: Phase, processes: Sequence[Process]) -> None:
 class Placement:
     """Reserved bundles of a cluster, one for each process."""
 
-    def __init__(self, group: PlacementGroup, names: Sequence[str]) -> None:
+    def __init__(self, group: "PlacementGroup", names: Sequence[str]) -> None:
         self._group = group
         self._names = list(names)
 
-    def bundle(self, name: str) -> PlacementGroupSchedulingStrategy:
+    def bundle(self, name: str) -> "PlacementGroupSchedulingStrategy":
         """Where the process called `name` goes, for ActorOptions.placement. Raises: ValueError."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
         return PlacementGroupSchedulingStrategy(self._group, self._names.index(name))
 
     def release(self) -> None:
         """Give the bundles back; what still runs in them is killed."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
         if ray.is_initialized():
             remove_placement_group(self._group)
 
@@ -224,6 +256,8 @@ def place(
 
     Raises: ResourceError naming the bundle that cannot be placed and what the cluster has.
     """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
     if not autoscaling:
         _check_bundles(processes)
     bundles = [{"CPU": p.cpus, "GPU": p.gpus} if p.gpus else {"CPU": p.cpus} for p in processes]
@@ -252,6 +286,8 @@ def _check_bundles(processes: Sequence[Process]) -> None:
 
 def _nodes() -> list[tuple[str, float, float]]:
     """(address, CPUs, GPUs) of every live machine of the cluster."""
+    import ray
+
     nodes = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
     return [(address, has.get("CPU", 0.0), has.get("GPU", 0.0)) for address, has in nodes]
 
@@ -261,5 +297,7 @@ def _nodes_text() -> str:
 
 
 def _free_text() -> str:
+    import ray
+
     free = ray.available_resources()
     return f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"

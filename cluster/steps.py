@@ -14,6 +14,7 @@ from actors.prompts import Demonstration, Prompt, check_prompts, read_demonstrat
 from actors.sampling import sample
 from actors.waves import Generator
 from cluster.config import Config
+from cluster.inputs import data_file, model_folder
 from cluster.lineage import record
 from cluster.tracking import Tracker
 from learner.agreement import Agreement
@@ -25,7 +26,6 @@ from learner.sft import SFTData, best_epoch, sft
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Comparison, label, load_labeler, read_comparisons, write_comparisons
 
-_MADE_BY = {"policy": "ppo", "init": "ppo"}  # commands that are not called as the model that they write
 log = logging.getLogger(__name__)
 
 
@@ -49,24 +49,11 @@ class Job:
 
         "init" is the configured one, else the SFT model. Raises ValueError naming the key when neither exists.
         """
-        configured = getattr(self.config.models, name)
-        if name == "init" and configured is None:
-            return self.model("sft")
-        path = configured or self.run_dir / name
-        if not (path / "config.json").is_file():
-            raise ValueError(
-                f"there is no {name} model in {path}: run `rayward {_MADE_BY.get(name, name)}` in this run "
-                f"directory first, or set models.{name} to a Hugging Face folder"
-            )
-        return path
+        return model_folder(self.config, self.run_dir, name)
 
     def file(self, name: str) -> Path:
-        """The configured data file. Raises ValueError naming the key when it is not set."""
-        path = self.found(name)
-        if path is None:
-            own = self.run_dir / "data" / f"{name}.jsonl"
-            raise ValueError(f"data.{name} is not set and {own} does not exist: set it to a JSONL file")
-        return path
+        """The configured data file, else the run's own. Raises ValueError naming the key when there is neither."""
+        return data_file(self.config, self.run_dir, name)
 
     def found(self, name: str) -> Path | None:
         """The configured data file, else the run's own, else None."""

@@ -21,6 +21,10 @@ def load_function(name: str) -> Callable[..., Iterable[Any]]:
         raise ValueError(
             f"cannot import the module of {name!r}: {error}; is its folder on PYTHONPATH, and shipped with the run?"
         ) from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise ValueError(
+            f"cannot import the module of {name!r}: {type(error).__name__}: {error}; correct the module"
+        ) from error
     function = getattr(module, function_name, None)
     if callable(function):
         return cast(Callable[..., Iterable[Any]], function)

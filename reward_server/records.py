@@ -63,6 +63,15 @@ def read_records(path: str | Path, parse: Callable[[dict[str, Any], int], Row], 
     return rows
 
 
+def kind_of(row: dict[str, Any]) -> str | None:
+    """What kind of file a row seems to be from, by its keys; None where that cannot be told."""
+    if "completions" in row or {"chosen", "rejected"} <= row.keys():
+        return "comparisons"
+    if isinstance(row.get("prompt"), str | list):
+        return "demonstrations" if "response" in row else "prompts"
+    return "pretraining text" if "text" in row else None
+
+
 def row_id(row: dict[str, Any], line_number: int) -> str:
     """Read the optional "id" of a row; without one, the row is named after its line ("row-7").
 
@@ -81,8 +90,12 @@ def row_id(row: dict[str, Any], line_number: int) -> str:
 def row_text(row: dict[str, Any], key: str) -> str:
     """Read a text that must be there and not be blank. Raises ValueError."""
     value = row.get(key)
+    if key not in row:
+        kind = kind_of(row)
+        like = f", as in a file of {kind}: is it the right file?" if kind else "; add it"
+        raise ValueError(f'"{key}" is missing; the row has {sorted(row)}{like}')
     if not isinstance(value, str):
-        raise ValueError(f'"{key}" must be a string, this row has {value!r:.60}; its keys are {sorted(row)}')
+        raise ValueError(f'"{key}" must be a string, not {value!r:.60}; write it in quotes')
     if not value.strip():
         raise ValueError(f'"{key}" is blank; give it a text or remove the row')
     return value

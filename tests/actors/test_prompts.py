@@ -45,7 +45,7 @@ def test_demonstrations_need_a_response(tmp_path: Path) -> None:
     (demonstration,) = read_demonstrations(good)
     assert (demonstration.id, demonstration.response) == ("d", "hello")
     bad = _write(tmp_path / "bad.jsonl", [{"prompt": "hi", "response": "a"}, {"prompt": "hi"}])
-    with pytest.raises(RecordError, match=r'bad\.jsonl:2: "response" must be a string'):
+    with pytest.raises(RecordError, match=r'bad\.jsonl:2: "response" is missing.*as in a file of prompts'):
         read_demonstrations(bad)
 
 

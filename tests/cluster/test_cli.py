@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster import cli
+from cluster import checks, cli
 from cluster.commands import COMMANDS
 from cluster.config import Config
 from cluster.settings import compose, read_toml
@@ -30,6 +30,7 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Entry], None]:
         module.entry = function
         monkeypatch.setitem(sys.modules, "stand_in", module)
         monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], entry="stand_in:entry"))
+        monkeypatch.setattr(checks, "check_config", lambda *_: checks.Findings())  # no model or file is given
 
     return replace
 
