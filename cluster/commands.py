@@ -141,6 +141,13 @@ COMMANDS = {
         entry="cluster.watch:top",
         own=True,
     ),
+    "dashboard": Command(
+        purpose="Make a workspace with the plots that matter in a project of Weights & Biases.",
+        files="Needs `wandb login`; writes nothing here.",
+        example="rayward dashboard --entity my-team --project rayward",
+        entry="cluster.dashboard:dashboard",
+        own=True,
+    ),
     "submit": Command(
         purpose="Run any of the commands above as a job of a Ray cluster, and follow it.",
         files="Sends the code and the settings along; everything else is read and written on the cluster.",

@@ -48,8 +48,21 @@ class ClusterConfig(BaseModel):
     """What is done about generators that are lost."""
 
 
+class AlertsConfig(BaseModel):
+    """When a run asks for attention: on the console, in RUN/alerts.jsonl and as a W&B alert."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kl_above: float | None = Field(default=50.0, gt=0)
+    """KL to the SFT model, in nats a response."""
+    gap_above: float | None = Field(default=0.3, gt=0)
+    """Mean gap between the log-probs of sampler and learner on the same tokens, in nats."""
+    stalled_s: float = Field(default=3600.0, ge=0)
+    """Seconds without a step; 0 never asks."""
+
+
 class TrackingConfig(BaseModel):
-    """Weights & Biases. The metrics also go to RUN/metrics.jsonl, whatever is set here."""
+    """Weights & Biases and others. The metrics also go to RUN/metrics.jsonl, whatever is set here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -65,6 +78,14 @@ class TrackingConfig(BaseModel):
     """Steps that may wait for W&B; when it falls further behind, steps are left out of W&B and counted."""
     close_deadline_s: float = Field(default=30.0, gt=0)
     """Seconds that W&B has to finish, and half of them to start; what is not sent stays in RUN/wandb."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into RUN/tensorboard, too."""
+    prometheus_port: int = Field(default=0, ge=0, le=65535)
+    """Serve the run's metrics to Prometheus on this port of the controller's machine; 0 does not."""
+    prometheus_host: str = "127.0.0.1"
+    """Address to serve them on. They hold no secrets, but anybody who reaches the port can read them."""
+    alerts: AlertsConfig = AlertsConfig()
+    """When the run asks for attention."""
 
 
 class ModelsConfig(BaseModel):

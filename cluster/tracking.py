@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from cluster.alerts import Alert, Alerts
 from cluster.config import TrackingConfig
 from cluster.console import Console
+from cluster.prometheus import Exporter
 from cluster.reaping import SPAWNING
 
 log = logging.getLogger(__name__)
+_TICK_S = 5.0
 
 
 class Tracker:
@@ -60,7 +63,11 @@ class Tracker:
             "dir": str(run_dir),
             "config": dict(settings or {}),
         }
+        self._config = config
         self._wandb = None if config.mode == "disabled" else _WandbFeed(config, self._start, wandb)
+        self._alerts = Alerts(config.alerts, self._alert)
+        self._closing = contextlib.ExitStack()
+        self._sinks: list[Callable[[str, int, Mapping[str, float]], None]] = [self.console.metrics, self._alerts.step]
 
     @property
     def run_id(self) -> str:
@@ -69,6 +76,13 @@ class Tracker:
 
     def __enter__(self) -> Self:
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self._config.prometheus_port:
+            exporter = Exporter(self.run_dir.name, self._config.prometheus_host, self._config.prometheus_port)
+            self._closing.callback(exporter.close)
+            self._sinks.append(exporter.step)
+        if self._config.tensorboard:
+            self._sinks.append(self._closing.enter_context(_tensorboard(self.run_dir / "tensorboard")))
+        self._closing.enter_context(_ticking(self._alerts.tick))
         if self._wandb is not None:
             self._wandb.start()
         return self
@@ -78,6 +92,7 @@ class Tracker:
 
     def close(self) -> None:
         """Let W&B finish, within its deadline."""
+        self._closing.close()
         if self._wandb is not None:
             self._wandb.close()
 
@@ -85,7 +100,11 @@ class Tracker:
         """Record the metrics of a step of a stage ("sft", "reward", "ppo", ...), by the name "area/name"."""
         values = {name: float(value) for name, value in metrics.items()}
         self._append("metrics.jsonl", {"stage": stage, "step": step, "time": time.time(), **values})
-        self.console.metrics(stage, step, values)
+        for sink in self._sinks:
+            try:
+                sink(stage, step, values)
+            except Exception:  # nobody who watches may stop the run
+                log.exception("a step could not be shown")
         self._feed(lambda wandb, run: _log_step(run, stage, step, values))
 
     @contextlib.contextmanager
@@ -110,6 +129,11 @@ class Tracker:
         """Show a picture file in W&B."""
         self._feed(lambda wandb, run: run.log({name: wandb.Image(str(path))}))
 
+    def _alert(self, alert: Alert) -> None:
+        self._append("alerts.jsonl", {"time": time.time(), "kind": alert.kind, "text": alert.text})
+        self.console.warning(alert.text)
+        self._feed(lambda wandb, run: run.alert(title=f"{self._start['name']}: {alert.kind}", text=alert.text))
+
     def _append(self, file: str, row: Mapping[str, Any]) -> None:
         with self._lock, (self.run_dir / file).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
@@ -117,6 +141,45 @@ class Tracker:
     def _feed(self, item: Callable[[Any, Any], None]) -> None:
         if self._wandb is not None:
             self._wandb.put(item)
+
+
+@contextlib.contextmanager
+def _ticking(tick: Callable[[], None]) -> Iterator[None]:
+    """Call `tick` every few seconds, on a thread."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(_TICK_S):
+            tick()
+
+    thread = threading.Thread(target=work, name="alerts", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _tensorboard(folder: Path) -> Iterator[Callable[[str, int, Mapping[str, float]], None]]:
+    """Write event files; raises ValueError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"tracking.tensorboard is set, and TensorBoard cannot be imported ({error}). Remedy: install tensorboard"
+        ) from error
+    writer = SummaryWriter(str(folder), flush_secs=10)
+
+    def step(stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(f"{stage}/{name}", value, step)
+
+    try:
+        yield step
+    finally:
+        writer.close()
 
 
 def _log_step(run: Any, stage: str, step: int, values: Mapping[str, float]) -> None:

@@ -3,15 +3,17 @@ import json
 import logging
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.config import TrackingConfig
+from cluster.config import AlertsConfig, TrackingConfig
 from cluster.console import Console
 from cluster.tracking import Tracker
+from reward_server.address import free_port
 
 
 class FakeRun:
@@ -228,3 +230,50 @@ def test_the_real_wandb_keeps_an_offline_run_without_secrets_and_without_a_word(
     assert b"score/mean" in run.read_bytes()
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or canary.encode() not in file.read_bytes(), file
+
+
+def test_an_alert_goes_to_the_console_a_file_and_wandb(tmp_path: Path):
+    fake, alerted = FakeWandb(), []
+    fake.run.alert = lambda title, text: alerted.append((title, text))  # pyright: ignore[reportAttributeAccessIssue]
+    shown = io.StringIO()
+    config = TrackingConfig(alerts=AlertsConfig(kl_above=1.0))
+    with Tracker(tmp_path, config, "ppo", console=Console(stream=shown), wandb=fake) as found:
+        found.log("ppo", 4, {"kl/mean": 2.0})
+    (row,) = rows(tmp_path / "alerts.jsonl")
+    assert (row["kind"], row["text"][:13]) == ("kl", "step 4 of ppo")
+    assert "warning: step 4 of ppo: the KL" in shown.getvalue()
+    assert alerted == [(f"{tmp_path.name} ppo: kl", row["text"])]
+
+
+def test_tensorboard_gets_every_metric(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tracker(tmp_path, None, mode="disabled", tensorboard=True) as found:
+        for step in (1, 2):
+            found.log("ppo", step, {"score/mean": step / 2})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("ppo/score/mean")] == [(1, 0.5), (2, 1.0)]
+
+
+def test_prometheus_can_scrape_a_run_while_it_works(tmp_path: Path):
+    port = free_port("127.0.0.1")
+    with tracker(tmp_path / "mine", None, mode="disabled", prometheus_port=port) as found:
+        found.log("ppo", 3, {"score/mean": 0.25})
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            page = answer.read().decode()
+    assert 'rayward_metric{name="score/mean",run="mine",stage="ppo"} 0.25' in page
+
+
+def test_a_sink_that_raises_stops_neither_the_run_nor_the_others(tmp_path: Path):
+    with tracker(tmp_path, None, mode="disabled") as found:
+
+        def broken(stage: str, step: int, metrics: Any) -> None:
+            raise OSError("gone")
+
+        seen: list[int] = []
+        found._sinks[:] = [broken, lambda stage, step, metrics: seen.append(step)]
+        found.log("ppo", 1, {"score/mean": 1.0})
+        found.log("ppo", 2, {"score/mean": 1.0})
+    assert seen == [1, 2]
+    assert len(rows(tmp_path / "metrics.jsonl")) == 2

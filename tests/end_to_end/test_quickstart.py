@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from statistics import fmean
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from cluster import dashboard
+from cluster.dashboard import SECTIONS
 from learner.ledger import audit
 from reward_server.encoding import ChatEncoding
 
@@ -64,6 +68,14 @@ def test_sampler_and_learner_agree_at_every_publication(run):
     for row in rows(run, "ppo"):
         assert row["parity/mean_gap"] < 1e-3
         assert row["importance/log_ratio_mean"] < 1e-3  # on the tokens that were trained, too
+
+
+def test_every_plot_of_the_dashboards_has_its_metric(run):
+    logged = rows(run, "ppo")[-1].keys()
+    wanted = {metric for plots in SECTIONS.values() for metrics in plots.values() for metric in metrics}
+    assert {metric.removeprefix("ppo/") for metric in wanted} <= logged
+    grafana = (Path(dashboard.__file__).parent / "grafana.json").read_text()
+    assert set(re.findall(r'name=\\"([^"\\]+)\\"', grafana)) <= logged
 
 
 def test_every_sample_is_accounted_for(run):

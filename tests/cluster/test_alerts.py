@@ -1,0 +1,81 @@
+import math
+
+import pytest
+
+from cluster.alerts import Alerts
+from cluster.config import AlertsConfig
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+def alerts(told, clock):
+    return Alerts(AlertsConfig(kl_above=10, gap_above=0.2, stalled_s=60), told.append, clock)
+
+
+def kinds(told):
+    return [alert.kind for alert in told]
+
+
+def test_a_healthy_step_tells_nothing(alerts, told):
+    alerts.step("ppo", 1, {"kl/mean": 10.0, "parity/mean_gap": 0.2, "optimizer/skipped_policy": 0.0})
+    alerts.tick()
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("metrics", "kind", "words"),
+    [
+        ({"kl/mean": 10.1}, "kl", "step 7 of ppo: the KL to the SFT model is 10.1 nats"),
+        ({"parity/mean_gap": 0.21}, "gap", "parity/mean_gap is 0.21 nats, above 0.2"),
+        ({"importance/log_ratio_mean": 0.5}, "gap", "importance/log_ratio_mean is 0.5"),
+        ({"loss/policy": math.nan, "a/b": math.inf}, "non-finite", "not finite: a/b, loss/policy"),
+        ({"optimizer/skipped_value": 2.0}, "non-finite", "2 optimizer steps were skipped"),
+    ],
+)
+def test_a_step_out_of_bounds_is_told_with_its_place_and_value(alerts, told, metrics, kind, words):
+    alerts.step("ppo", 7, metrics)
+    assert kinds(told) == [kind]
+    assert words in told[0].text
+
+
+def test_it_is_told_once_until_it_is_over(alerts, told):
+    for kl in (11, 12, 13, 9, 11):
+        alerts.step("ppo", 1, {"kl/mean": float(kl)})
+    assert kinds(told) == ["kl", "kl"]
+
+
+def test_silence_is_told_once_and_ends_with_a_step(alerts, told, clock):
+    alerts.step("ppo", 3, {})
+    for later in (60, 1, 1, 500):
+        clock.now += later
+        alerts.tick()
+    assert kinds(told) == ["stalled"]
+    assert "no step was logged for 61 s since step 3 of ppo" in told[0].text
+    alerts.step("ppo", 4, {})
+    clock.now += 61
+    alerts.tick()
+    assert kinds(told) == ["stalled", "stalled"]
+
+
+def test_a_rule_that_is_off_tells_nothing(told, clock):
+    alerts = Alerts(AlertsConfig(kl_above=None, gap_above=None, stalled_s=0), told.append, clock)
+    alerts.step("ppo", 1, {"kl/mean": 1e6, "parity/mean_gap": 9.0})
+    clock.now += 1e6
+    alerts.tick()
+    assert told == []
