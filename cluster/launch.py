@@ -1,12 +1,14 @@
 """The commands: each starts Ray and the processes that its step needs, runs it, and stops them again."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from rich.text import Text
 
+from actors.waves import Generator
 from cluster.alignment import Alignment
 from cluster.build import Processes
 from cluster.console import Console
@@ -85,8 +87,13 @@ def select(job: Job) -> None:
     contest, reward_model = read_contest(job), _own_reward_model(job)
 
     async def work(processes: Processes) -> None:
+        @contextlib.asynccontextmanager
+        async def generators(model: Path) -> AsyncIterator[Sequence[Generator]]:
+            async with processes.generators(job.config.generator, model) as fleet:
+                yield fleet.serving
+
         async with processes.reward(job.config.scoring, reward_model) as rewards:
-            await run_select(job, lambda model: processes.generators(job.config.generator, model), rewards, contest)
+            await run_select(job, generators, rewards, contest)
 
     _on_ray(job, work)
 

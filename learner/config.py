@@ -74,8 +74,8 @@ class SFTConfig(BaseModel):
     """Order of the examples, and which are held out."""
     network: NetworkConfig = NetworkConfig()
     """What is trained."""
-    optimizer: OptimizerConfig = OptimizerConfig(lr=9.65e-6)
-    """Adam; the learning rate falls to a tenth along a cosine."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-6)
+    """Adam (paper: 5e-6, and 9.65e-6 for the baseline, of 1.3B); the learning rate falls to a tenth along a cosine."""
 
     @model_validator(mode="after")
     def _has_room_for_demonstrations(self) -> Self:
@@ -87,7 +87,13 @@ class SFTConfig(BaseModel):
         return self
 
 
-BASELINE = SFTConfig(epochs=16, pretraining_share=0.0, residual_dropout=0.2, select="reward")
+BASELINE = SFTConfig(
+    epochs=16,
+    pretraining_share=0.0,
+    residual_dropout=0.2,
+    select="reward",
+    optimizer=OptimizerConfig(lr=9.65e-6),
+)
 """The SFT baseline of the paper (C.1). The defaults are those of the policy that PPO starts from (C.3)."""
 
 
@@ -163,8 +169,8 @@ class PPOConfig(BaseModel):
     """Upper bound of the importance weights that correct for stale tokens; only used when max_staleness > 0."""
     clip: float = Field(default=0.2, gt=0)
     """Of the probability ratio (paper: 0.2)."""
-    value_clip: float = Field(default=0.2, gt=0)
-    """Of the value's change (lm-human-preferences: 0.2)."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """Of the value's change (lm-human-preferences: 0.2); none does not clip it."""
     discount: float = Field(default=1.0, gt=0, le=1)
     """Of later rewards (paper: none)."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
@@ -189,10 +195,10 @@ class PPOConfig(BaseModel):
     """The pretraining mix."""
     network: NetworkConfig = NetworkConfig()
     """What of the policy and the critic is trained."""
-    policy_optimizer: OptimizerConfig = OptimizerConfig(lr=9.65e-6)
-    """Adam for the policy (the paper swept 2.55e-6 to 2.55e-5)."""
+    policy_optimizer: OptimizerConfig = OptimizerConfig(lr=8.05e-6)
+    """Adam for the policy (the paper swept 2.55e-6 to 2.55e-5; above 8.05e-6 it diverged without the mix)."""
     critic_optimizer: OptimizerConfig = OptimizerConfig(lr=9e-6)
-    """Adam for the critic, without warm-up (paper: 9e-6)."""
+    """Adam for the critic, without warm-up (paper: 9e-6, and 5e-6 for the 175B model)."""
 
 
 class ParityConfig(BaseModel):

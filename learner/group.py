@@ -149,6 +149,6 @@ def sum_of(parts: Sequence[Tensor]) -> Tensor:
 
 
 def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Sum of dicts, key by key."""
+    """Sum of dicts, key by key; of what is called max, the maximum."""
     keys = dict.fromkeys(key for part in parts for key in part)
-    return {key: sum(part.get(key, 0.0) for part in parts) for key in keys}
+    return {key: (max if key.endswith("/max") else sum)(part[key] for part in parts if key in part) for key in keys}

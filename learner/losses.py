@@ -2,7 +2,8 @@
 
 Callers add the sums of all micro-batches and ranks and divide by global counts, known before the first
 backward pass. So a step never depends on how its batch was cut, and a micro-batch of padding alone adds
-exactly 0. Statistics are detached sums under the name of the metric that they become once divided.
+exactly 0. Statistics are detached sums under the name of the metric that they become once divided; one called max is
+a maximum.
 
 Inputs are zeroed outside the mask before any arithmetic: selecting among the results alone would let garbage
 in the padding reach the gradient, as 0 * NaN.
@@ -48,6 +49,7 @@ def policy_loss_sum(
         per_token = per_token * torch.where(mask, weights, 0.0).detach()
     stats = {
         "ratio/mean": masked_sum(ratio.detach(), mask),
+        "ratio/max": torch.where(mask, ratio.detach(), 0.0).amax() if mask.numel() else ratio.new_zeros(()),
         "policy/clip_fraction": (clipped > unclipped).sum().to(ratio.dtype),
         "policy/approx_kl": 0.5 * log_ratio.detach().square().sum(),
     }
@@ -91,14 +93,14 @@ def value_loss_sum(
     values: Float[Tensor, "b t"],
     returns: Float[Tensor, "b t"],
     mask: Bool[Tensor, "b t"],
-    clip: float,
+    clip: float | None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Half the larger of the clipped and unclipped squared errors, summed over tokens (Ziegler et al., code).
 
-    `new_values` are held within `clip` of the rollout's `values` in the clipped error.
+    `new_values` are held within `clip` of the rollout's `values` in the clipped error; None leaves that error out.
     """
     new_values, values, returns = (torch.where(mask, x, 0.0) for x in (new_values, values, returns))
-    clipped = new_values.clamp(values - clip, values + clip)
+    clipped = new_values if clip is None else new_values.clamp(values - clip, values + clip)
     error, clipped_error = (new_values - returns).square(), (clipped - returns).square()
     stats = {"value/clip_fraction": (clipped_error > error).sum().to(new_values.dtype)}
     return 0.5 * torch.maximum(error, clipped_error).sum(), stats

@@ -3,12 +3,10 @@
 import time
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from learner.advantages import explained_variance, masked_mean
 from learner.batch import Batch, staleness
 from learner.group import added
-from learner.kl import k3, kl_per_response
+from learner.kl import k2, k3, kl_per_response
 from learner.worker import Targets
 
 
@@ -34,17 +32,16 @@ def iteration_metrics(
     batch: Batch,
     version: int,
     targets: Targets,
-    rewards: Tensor,
     beta: float,
     sums: Sequence[dict[str, float]],
 ) -> dict[str, float]:
     """Metrics of one iteration: of the batch as it was sampled, and of the update's minibatches.
 
-    KL and reward are per response (nats, and on the reward model's scale); losses, ratios and entropy per token.
+    KL and reward are per response (nats, and score - beta * KL, before any whitening); the rest is per token.
     """
     mask, old = batch.mask, targets.evaluation
     kl = kl_per_response(old.logprobs, old.ref_logprobs, mask)
-    total = rewards.sum(1)
+    total = batch.score - beta * kl
     lengths = batch.response_len.float()
     update = added(sums)
     # Each sum beside the count that makes it a mean; a step that was skipped has neither.
@@ -63,6 +60,7 @@ def iteration_metrics(
         "score/std": batch.score.std(correction=0).item(),
         "kl/mean": kl.mean().item(),
         "kl/std": kl.std(correction=0).item(),
+        "kl/k2": k2(old.logprobs, old.ref_logprobs)[mask].sum().item() / len(batch),
         "kl/k3": k3(old.logprobs, old.ref_logprobs)[mask].sum().item() / len(batch),
         "kl/coef": beta,
         "reward/mean": total.mean().item(),
@@ -73,6 +71,7 @@ def iteration_metrics(
         "value/mean": float(masked_mean(old.values, mask)),
         "value/explained_variance": explained_variance(old.values, targets.returns, mask),
         **{name: update[name] / update[count] for name, count in counts.items() if name in update},
+        **({"ratio/max": update["ratio/max"]} if "ratio/max" in update else {}),
         **({"ratio/first_minibatch": sums[0]["ratio/mean"] / sums[0]["tokens"]} if "tokens" in sums[0] else {}),
         **{name: update[name] / sum(name in minibatch for minibatch in sums) for name in norms},
         **{name: value for name, value in update.items() if name.startswith("time/")},

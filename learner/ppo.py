@@ -87,7 +87,7 @@ async def ppo(
         published = await publish(i + 1)
         lap("publish")
         buffer.advance()
-        metrics = iteration_metrics(batch, i, targets, rewards, beta, sums)
+        metrics = iteration_metrics(batch, i, targets, beta, sums)
         log("ppo", i + 1, metrics | drift | skipped | published | observe(trajectories) | buffer.counts() | lap.times())
         if config.kl.target:
             kl = kl_per_response(old.logprobs, old.ref_logprobs, batch.mask).mean().item()

@@ -61,8 +61,8 @@ class PPOStep:
 
     clip: float
     """of the probability ratio"""
-    value_clip: float
-    """of the value's change"""
+    value_clip: float | None
+    """of the value's change; None does not clip it"""
     pretraining_coef: float
     """gamma of PPO-ptx; 0 leaves the pretraining term out"""
     temperature: float
@@ -332,4 +332,4 @@ def _floats(stats: dict[str, Tensor]) -> dict[str, float]:
 
 def _add(sums: dict[str, float], more: dict[str, float]) -> None:
     for key, value in more.items():
-        sums[key] = sums.get(key, 0.0) + value
+        sums[key] = max(sums.get(key, value), value) if key.endswith("/max") else sums.get(key, 0.0) + value

@@ -62,6 +62,18 @@ def test_a_response_ends_with_its_first_eos_or_at_its_length(served: Served) -> 
     assert {c.response_ids[-1] for c in completions if c.ended} == set(STOP_IDS)
 
 
+def test_an_eos_as_the_first_or_the_last_token_that_is_allowed_ends_a_response(served: Served) -> None:
+    """A response that ends by itself after n tokens does so with room for n too, and is cut off with room for n - 1."""
+    queries = [QUERIES[number % 32] for number in range(400)]
+    completions = sample(served, queries, 8, temperature=2.0)  # hot, so that an EOS comes early
+    lengths = {len(c.response_ids): number for number, c in enumerate(completions) if c.ended}
+    assert 1 in lengths, "none of the responses is an EOS alone"
+    for length, number in lengths.items():
+        again, short = (sample(served, [queries[number]], n, 2.0, seed=number)[0] for n in (length, max(length - 1, 1)))
+        assert (again.ended, again.response_ids) == (True, completions[number].response_ids)
+        assert short.ended == (length == 1)
+
+
 def test_the_text_is_the_response_without_its_eos(served: Served) -> None:
     completion = next(c for c in sample(served, QUERIES, 120) if c.response_ids[-1] == STOP_IDS[0])
     assert completion.text == tiny_tokenizer().decode(list(completion.response_ids[:-1]), skip_special_tokens=True)

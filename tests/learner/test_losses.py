@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from learner.kl import k3
 from learner.losses import importance_weights, kwise_loss, lm_loss_sum, policy_loss_sum, value_loss_sum
 
 NAN = float("nan")
@@ -35,6 +36,8 @@ def test_clipped_policy_loss_and_its_statistics() -> None:
     close(stats["policy/clip_fraction"] / TOKENS, 0.4)
     close(stats["policy/approx_kl"] / TOKENS, 0.05925)
     close(stats["ratio/mean"], 1.349859 + 0.67032 + 1.051271 + 1.349859 + 0.606531)
+    close(stats["ratio/max"], 1.349859)
+    close(k3(OLD, NEW)[MASK].mean(), 0.055568)  # of KL(old || new): u - 1 - log u
 
 
 def test_policy_gradient_stops_where_the_ratio_has_gone_far_enough() -> None:
@@ -85,6 +88,7 @@ def losses_of(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tup
     new = new.clone().requires_grad_()
     policy, policy_stats = policy_loss_sum(new, old, advantages, mask, 0.2)
     value, value_stats = value_loss_sum(new, old, advantages, mask, 0.2)
+    del policy_stats["ratio/max"]  # which is no sum
     losses = [policy, value, lm_loss_sum(new, mask)]
     gradients = [torch.autograd.grad(loss, new, retain_graph=True)[0] for loss in losses]
     return [loss.detach() for loss in losses] + [*policy_stats.values(), *value_stats.values()], gradients
@@ -128,6 +132,17 @@ def test_value_loss_takes_the_worse_of_clipped_and_unclipped() -> None:
     close(loss, 0.5 * (0.09 + 0.09 + 0.36 + 0.16 + 0.1225))
     close(loss / TOKENS, 0.08225)
     close(stats["value/clip_fraction"] / TOKENS, 0.2)
+
+
+def test_the_value_loss_without_a_clip_is_half_the_squared_error() -> None:
+    """Errors .1, .3, .6, .4 and .35 of a padded batch; gradients are the errors themselves."""
+    old = f64([[0.5, 0.0, -0.3], [0.2, 0.9, NAN]])
+    new = f64([[0.9, 0.1, -0.8], [0.1, 0.6, NAN]]).requires_grad_()
+    returns = f64([[1.0, 0.4, -0.2], [0.5, 0.95, NAN]])
+    loss, stats = value_loss_sum(new, old, returns, MASK, None)
+    close(loss.detach(), 0.5 * (0.01 + 0.09 + 0.36 + 0.16 + 0.1225))
+    assert stats["value/clip_fraction"] == 0
+    close(torch.autograd.grad(loss, new)[0], [[-0.1, -0.3, -0.6], [-0.4, -0.35, 0.0]])
 
 
 def test_value_gradient_is_zero_only_where_the_clipped_error_rules() -> None:

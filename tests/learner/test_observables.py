@@ -47,14 +47,13 @@ def metrics(sums=SUMS, version=7):
     evaluation = Evaluation(logprobs=LOGPROBS, ref_logprobs=REFERENCE, values=values, entropies=entropies)
     returns = torch.tensor([[0.0, 1.0, 0.0], [3.0, 9.0, 9.0]])
     targets = Targets(evaluation=evaluation, advantages=torch.zeros(2, 3), returns=returns, weights=None)
-    rewards = torch.tensor([[-0.05, 0.05, 0.95], [-2.95, 0.0, 0.0]])
-    return iteration_metrics(batch, version, targets, rewards, 0.1, sums)
+    return iteration_metrics(batch, version, targets, 0.1, sums)
 
 
 def test_scores_rewards_and_lengths_are_per_response():
     found = metrics()
     assert (found["score/mean"], found["score/std"]) == (-1.0, 2.0)
-    assert found["reward/mean"] == pytest.approx((0.95 - 2.95) / 2)
+    assert found["reward/mean"] == pytest.approx((0.95 - 2.95) / 2)  # the KL of each is .5 and -.5
     assert found["reward/std"] == pytest.approx(1.95)
     assert (found["response/length"], found["response/eos_rate"]) == (2.0, 1.0)
 
@@ -66,6 +65,7 @@ def test_kl_is_summed_over_a_response_and_averaged_over_responses():
     assert found["kl/std"] == pytest.approx(0.5)
     low, high = math.exp(-0.5) - 1 + 0.5, math.exp(0.5) - 1 - 0.5
     assert found["kl/k3"] == pytest.approx((2 * low + high + high) / 2, rel=1e-5)
+    assert found["kl/k2"] == pytest.approx((3 * 0.125 + 0.125) / 2)
     assert found["kl/coef"] == 0.1
 
 

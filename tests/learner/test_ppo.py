@@ -211,6 +211,17 @@ def test_an_adaptive_beta_changes_after_the_iteration_that_measured_the_kl():
         assert targets.returns[0, 4].item() == pytest.approx(0.85 - beta * 0.2, abs=1e-6)
 
 
+def test_without_a_penalty_the_kl_is_still_measured():
+    learner, ((_, _, metrics),) = by_hand(kl=KLConfig(coef=0.0))
+    assert metrics["kl/coef"] == 0.0
+    assert metrics["kl/std"] == pytest.approx(0.1)
+    # k2 of the golden numbers is .125, and (.005 + .08 + .02) for the other response
+    assert metrics["kl/k2"] == pytest.approx((0.125 + 0.105) / 2)
+    assert metrics["kl/k3"] > 0.1
+    assert metrics["reward/mean"] == metrics["score/mean"] == pytest.approx((0.85 - 1.0) / 2)
+    assert learner.updates[0][0].returns[0, 4].item() == pytest.approx(0.85)  # the score alone
+
+
 def test_a_fixed_beta_stays():
     _, logged = by_hand(iterations=3, kl=KLConfig(coef=0.5))
     assert [metrics["kl/coef"] for *_, metrics in logged] == [0.5] * 3
@@ -298,8 +309,8 @@ def train(worker, learner, folders, **settings):
 
 NAMES = set(
     """
-    score/mean score/std kl/mean kl/std kl/k3 kl/coef reward/mean reward/std response/length response/eos_rate
-    loss/policy loss/value loss/pretraining ratio/mean ratio/first_minibatch policy/clip_fraction policy/approx_kl
+    score/mean score/std kl/mean kl/std kl/k2 kl/k3 kl/coef reward/mean reward/std response/length response/eos_rate
+    loss/policy loss/value loss/pretraining ratio/mean ratio/max ratio/first_minibatch policy/clip_fraction policy/approx_kl
     policy/entropy value/mean value/explained_variance value/clip_fraction grad_norm/policy grad_norm/pretraining
     grad_norm/value staleness/mean staleness/max time/rollout time/evaluate time/update time/publish time/iteration
     buffer/issued buffer/trained progress/version importance/log_ratio_mean importance/effective_share

@@ -94,6 +94,17 @@ def test_a_ranking_step_has_the_gradient_of_the_kwise_loss(worker, folders):
     assert sums["pairs"] == 6 + 5
 
 
+def test_k_completions_are_k_forwards_however_many_pairs(worker, folders, monkeypatch):
+    worker.load("reward", "value", folders / "reward", FULL, ADAM)
+    groups = [[example(6 + k, 1, 10 * g + k).ids for k in range(2 + g)] for g in range(4)]  # K = 2, 3, 4, 5
+    ranks = [list(range(len(group))) for group in groups]
+    call, rows = worker._call, []
+    monkeypatch.setattr(worker, "_call", lambda name, ids, *places: rows.append(len(ids)) or call(name, ids, *places))
+    sums = worker.ranking_step("reward", groups, ranks, "pairs", 60, lr=1e-3)
+    assert sums["pairs"] == 1 + 3 + 6 + 10
+    assert sum(rows) == 2 + 3 + 4 + 5
+
+
 def load_ppo(worker, folders, network):
     worker.load("policy", "policy", folders / "policy", network, ADAM, ema_decay=0.9)
     worker.load("reference", "policy", folders / "policy", network)
