@@ -226,7 +226,7 @@ async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
 
 
 def _write_calibration(path: Path, found: Agreement) -> None:
-    path.write_text(json.dumps(asdict(found), indent=2) + "\n")
+    path.write_text(json.dumps({**asdict(found), "calibration_error": found.calibration_error}, indent=2) + "\n")
 
 
 def heldout_prompts(job: Job, encoding: ChatEncoding) -> list[Prompt]:

@@ -337,6 +337,11 @@ def test_reward_modelling_writes_the_model_its_calibration_and_figures(job, tmp_
     calibration = json.loads((one.run_dir / "reward" / "calibration.json").read_text())
     assert calibration["accuracy"] == 1.0
     assert sum(one["count"] for one in calibration["bins"]) == 2
+    assert calibration["by_rank_gap"] == [{"gap": 1, "accuracy": 1.0, "count": 2}]
+    assert calibration["prompt_accuracy_ci"] == [1.0, 1.0]
+    assert calibration["calibration_error"] > 0
+    assert figures["prompt_accuracy"] == 1.0
+    assert figures["score_std"] == pytest.approx(calibration["score_std"])
     assert made_of(one) == {"reward": [str(base), *map(str, data.values())]}
 
 

@@ -310,10 +310,11 @@ def train(worker, learner, folders, **settings):
 NAMES = set(
     """
     score/mean score/std kl/mean kl/std kl/k2 kl/k3 kl/coef reward/mean reward/std response/length response/eos_rate
-    loss/policy loss/value loss/pretraining ratio/mean ratio/max ratio/first_minibatch policy/clip_fraction policy/approx_kl
-    policy/entropy value/mean value/explained_variance value/clip_fraction grad_norm/policy grad_norm/pretraining
-    grad_norm/value staleness/mean staleness/max time/rollout time/evaluate time/update time/publish time/iteration
-    buffer/issued buffer/trained progress/version importance/log_ratio_mean importance/effective_share
+    loss/policy loss/value loss/pretraining ratio/mean ratio/max ratio/first_minibatch policy/clip_fraction
+    policy/approx_kl policy/entropy value/mean value/explained_variance value/clip_fraction grad_norm/policy
+    grad_norm/pretraining grad_norm/value staleness/mean staleness/max time/rollout time/evaluate time/update
+    time/publish time/iteration buffer/issued buffer/trained progress/version importance/log_ratio_mean
+    importance/effective_share
     """.split()  # noqa: SIM905
 )
 
