@@ -175,7 +175,7 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
         raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
     with Console(logs) as console, _sigterm_exits():
         for warning in warnings:
-            console.line(f"warning: {warning}")
+            console.warning(warning)
         try:
             _work(name, command, call, config, words, console)
         except KeyboardInterrupt:

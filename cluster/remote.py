@@ -30,6 +30,7 @@ _THREAD_VARIABLES = (
 )
 _PROBE_S = 1.0
 _TAIL_LINES = 5
+_KILLED = "it was killed by its handle"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,7 @@ class RemoteHandle(Handle):
         self._actor = actor
         self._started = actor.started.remote()
         self._next = 0
+        self._killed = False
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"the handle of actor {self._name!r} cannot be pickled: pass data, not handles")
@@ -81,12 +83,18 @@ class RemoteHandle(Handle):
         return await self._answer(self._started, "__init__", deadline_s)
 
     def kill(self) -> None:
-        """End the actor's process at once, without a word to the object. Its children follow in a second."""
+        """End the actor's process at once, without a word to the object. Its children follow in a second.
+
+        Every later call raises ActorDied; left to Ray, one may still be answered while the news is under way.
+        """
+        self._killed = True
         LIVE.discard(self)
         if ray.is_initialized():
             ray.kill(self._actor)
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
+        if self._killed:
+            raise ActorDied(self._name, _KILLED)
         if self._methods[method]:
             reference = self._actor.call_async.remote(method, args, kwargs)
             return await self._answer(reference, method, deadline_s, cancel=True)
@@ -112,7 +120,8 @@ class RemoteHandle(Handle):
             self._abandon(reference, cancel)
             raise
         except RayActorError as error:
-            raise ActorDied(self._name, _reason(error), _tail(self._options.log_file)) from None
+            reason = _KILLED if self._killed else _reason(error)
+            raise ActorDied(self._name, reason, _tail(self._options.log_file)) from None
         except RayError as error:
             raise RemoteError(f"actor {self._name!r}: {method}() got no further than Ray: {error}") from None
         if isinstance(outcome, Failure):

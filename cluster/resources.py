@@ -69,6 +69,11 @@ class Plan:
         """GPUs of all processes together."""
         return sum(process.gpus for process in self.processes)
 
+    def first(self, generators: int) -> list[Process]:
+        """The processes with which a run starts, of generators only so many; more may join later."""
+        names = {f"generator-{index}" for index in range(generators)}
+        return [process for process in self.processes if process.name in names or "generator-" not in process.name]
+
     def process(self, name: str) -> Process:
         """The process called `name`. Raises: KeyError."""
         for process in self.processes:
@@ -272,6 +277,21 @@ def place(
             "machines"
         )
     return Placement(group, [process.name for process in processes])
+
+
+def check_cluster(processes: Sequence[Process]) -> None:
+    """Refuse processes that the connected cluster cannot hold, rather than wait for machines that will not come.
+
+    Raises: ResourceError naming the process that no machine has room for, or the sum and what there is.
+    """
+    _check_bundles(processes)
+    nodes = _nodes()
+    needs = sum(process.cpus for process in processes), sum(process.gpus for process in processes)
+    if needs[0] > sum(cpus for _, cpus, _ in nodes) or needs[1] > sum(gpus for _, _, gpus in nodes):
+        raise ResourceError(
+            f"the processes need {needs[0]:g} CPUs and {needs[1]:g} GPUs, and the cluster has {_nodes_text()}. Use "
+            "fewer generators or learner ranks, or add machines"
+        )
 
 
 def _check_bundles(processes: Sequence[Process]) -> None:

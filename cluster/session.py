@@ -152,13 +152,18 @@ def _sweep(mark: str) -> None:
         raise TimeoutError(f"processes {left} of the Ray session did not end within {_SHUTDOWN_S:.0f} s of SIGKILL")
 
 
+class _ToRoot(logging.Handler):
+    """Hands records on to the root logger, where the console of a run shows errors; Ray's logger does not."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logging.getLogger().handle(record)
+
+
 @contextlib.contextmanager
 def _messages_to(path: Path) -> Iterator[None]:
-    """Write what Ray logs, and what its daemons have it print, to a file; its errors go to stderr as well."""
+    """Write what Ray logs, and what its daemons have it print, to a file; its errors go on to the root logger too."""
     logger = logging.getLogger("ray")
-    file = logging.FileHandler(path)
-    console = logging.StreamHandler()
-    console.setLevel(logging.ERROR)
+    file, console = logging.FileHandler(path), _ToRoot(logging.ERROR)
     worker: Any = ray._private.worker
     before = logger.handlers, logger.level, worker.print_to_stdstream
     logger.handlers = [file, console]

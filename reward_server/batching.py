@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from reward_server.schema import Message, ScoreReply, ScoreRequest
 from reward_server.sources import Source
 
-_PROBE = ScoreRequest(id="health", prompt=(Message(role="user", content="Hello"),), response="Hi", ended=True)
+PROBE = ScoreRequest(id="health", prompt=(Message(role="user", content="Hello"),), response="Hi", ended=True)
 
 
 class Contradiction(Exception):
@@ -88,7 +88,7 @@ class Batching:
 
     async def probe(self) -> None:
         """Score a fixed response; raises what the source raises."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._scored, [_PROBE])
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._scored, [PROBE])
 
     def _enqueue(self, requests: list[ScoreRequest]) -> _Post:
         post = _Post(requests)

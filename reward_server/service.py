@@ -7,6 +7,7 @@ import torch
 
 from reward_server.address import own_address
 from reward_server.app import ScoreServer, serve
+from reward_server.batching import PROBE
 from reward_server.config import SourceConfig
 from reward_server.sources import build_source
 
@@ -24,13 +25,15 @@ class RewardService:
         self._server: ScoreServer | None = None
 
     def start(self, loopback: bool) -> str:
-        """Load and listen on a free port; returns the URL. Off the loopback a token is needed.
+        """Load, score a probe, and listen on a free port; returns the URL. Off the loopback a token is needed.
 
-        Raises ValueError for a source that cannot load, or a missing token.
+        Raises ValueError for a source that cannot load, or a missing token, and what the source raises: a function that
+        fails is told at once, not by a client that tries again for minutes.
         """
         torch.set_num_threads(self.threads)
         token = os.environ.get(TOKEN_VARIABLE)
         source = build_source(self.config, self.model_path, token)
+        source.score([PROBE])
         self._server = serve(source, host=own_address(loopback), token=token)
         return self._server.url
 

@@ -16,7 +16,7 @@ import ray
 
 from cluster.handle import ActorDied
 from cluster.remote import ActorOptions, RemoteError, RemoteHandle, remote
-from cluster.resources import Process, ResourceError, place
+from cluster.resources import Process, ResourceError, check_cluster, place
 from cluster.session import start_ray
 
 
@@ -329,9 +329,12 @@ def test_kill_through_the_handle_and_a_pin_to_a_core_that_is_not_there(session: 
 
     async def scenario() -> list[int]:
         pids = [await handle.ready(deadline_s=60), *await handle.start_children()]
+        waiting = asyncio.ensure_future(handle.wait(60))
+        await asyncio.sleep(0.1)
         handle.kill()
-        with pytest.raises(ActorDied, match="killed"):
-            await handle.add(1)
+        for call in (handle.add(1), handle.wait(0), waiting):
+            with pytest.raises(ActorDied, match="'short' died: it was killed by its handle"):
+                await asyncio.wait_for(call, 10)
         with pytest.raises(ActorDied, match=r"cannot pin to cores \[4096\]"):
             await wrong.ready(deadline_s=60)
         return pids
@@ -380,6 +383,12 @@ def test_bundles_are_placed_or_refused_by_name(session: Path) -> None:
         place([small, Process(name="learner-0", threads=64, cpus=64)], deadline_s=30)
     with pytest.raises(ResourceError, match=r"generator-0: 3 CPUs.*learner-0: 3 CPUs.*within 0.5 s.*4 CPUs, 0 GPUs"):
         place([Process(name=name, threads=3, cpus=3) for name in ("generator-0", "learner-0")], deadline_s=0.5)
+    with pytest.raises(ResourceError, match=r"'learner-0' needs 64 CPUs"):
+        check_cluster([small, Process(name="learner-0", threads=64, cpus=64)])
+    three = [Process(name=name, threads=3, cpus=3) for name in ("generator-0", "learner-0")]
+    with pytest.raises(ResourceError, match=r"the processes need 6 CPUs and 0 GPUs, and the cluster has .*: 4 CPUs, 0"):
+        check_cluster(three)
+    check_cluster([small, three[0]])
     placement = place([small], deadline_s=30)
     options = ActorOptions(name="generator-0", cpus=0.5, placement=placement.bundle("generator-0"))
     handle = remote(Worker, options=options)

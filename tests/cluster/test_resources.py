@@ -116,6 +116,10 @@ def test_gpus_are_one_each_or_evenly_shared() -> None:
     check(one, cores=16, gpus=1)
 
 
+def test_generators_that_may_join_later_are_not_asked_for_at_the_start() -> None:
+    assert [process.name for process in plan(generators=3).first(1)] == ["generator-0", "learner-0", "reward"]
+
+
 def test_counts_below_one_and_unknown_processes_are_refused() -> None:
     for key in ("generators", "cores", "learner_ranks"):
         with pytest.raises(ValueError, match=f"{key} is 0"):

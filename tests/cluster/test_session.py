@@ -1,7 +1,9 @@
 """Ray sessions seen from outside: programs that start or join one, and the signals that end them."""
 
 import contextlib
+import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from cluster.console import Console
 from cluster.reaping import SESSION_MARK, marked
-from cluster.session import start_ray
+from cluster.session import _messages_to, start_ray
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,6 +129,17 @@ def test_each_signal_ends_program_ray_actors_and_their_children(
         assert program.returncode == status
         assert (out, err) == ("", ""), "Ray wrote to the console"
         assert gone(mark, reports[number]["pids"], within_s=10), number.name
+
+
+def test_errors_of_rays_own_reach_the_console_and_the_rest_its_file_only(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    with Console(tmp_path, stream=shown), _messages_to(tmp_path / "ray.log"):
+        logging.getLogger("ray.data").warning("a worker was restarted")
+        logging.getLogger("ray.core").error("the object store is full")
+    assert shown.getvalue() == "error: ray.core: the object store is full\n"
+    kept = (tmp_path / "ray.log").read_text()
+    assert "a worker was restarted" in kept
+    assert "the object store is full" in kept
 
 
 def test_no_cluster_at_the_address_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 from reward_server import service
 from reward_server.client import RewardClient, RewardUnavailable
 from reward_server.config import PartConfig, SourceConfig
+from reward_server.functions import UserFunctionError
 from reward_server.schema import Message, ScoreReply, ScoreRequest
 from reward_server.service import TOKEN_VARIABLE, RewardService
 from tests.tiny_models import tiny_reward_model
@@ -54,6 +55,26 @@ def test_it_serves_its_source_on_the_loopback_until_it_is_closed(lengths):
     with pytest.raises(RewardUnavailable):
         score(url)
     held.close()  # once more does nothing
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise KeyError('x')", "failed on 1 responses: KeyError: 'x'"),
+        ("return [float('nan')]", "returned nan for response 0, not a finite number"),
+        ("return [1.0, 2.0]", "returned 2 numbers for 1 responses"),
+        ("return ['good']", "returned 'good' for response 0, not a number"),
+        ("return None", "failed on 1 responses: TypeError"),
+    ],
+)
+def test_a_bad_function_is_told_when_the_service_starts(tmp_path, monkeypatch, body, said):
+    """Its client would have tried for minutes, as a server that fails may recover."""
+    name = f"bad_rewards_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(f"def score(prompts, responses):\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = SourceConfig(parts=(PartConfig(kind="function", target=f"{name}:score"),))
+    with pytest.raises(UserFunctionError, match=f"{name}:score {said}"):
+        RewardService(config, None, threads=1).start(loopback=True)
 
 
 def test_it_can_be_started_again(lengths):
