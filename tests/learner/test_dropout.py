@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+GROUPED: dict[str, Any] = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
 FAMILIES = {
     "llama": (LlamaConfig(**GROUPED), "self_attn", "mlp"),
     "qwen2": (Qwen2Config(**GROUPED), "self_attn", "mlp"),
@@ -56,7 +56,7 @@ def first_layer(model: PreTrainedModel) -> nn.Module:
 
 def branch_outputs(model: PreTrainedModel, names: tuple[str, str]) -> list[torch.Tensor]:
     """What the two branches of the first layer add to the residual stream."""
-    seen: list[torch.Tensor] = []
+    seen: list[Any] = []
     hooks = [
         first_layer(model).get_submodule(name).register_forward_hook(lambda _m, _i, out: seen.append(out))
         for name in names

@@ -42,7 +42,7 @@ def plain_nll(model, examples):
 
 def test_the_language_model_loss_is_that_of_unpadded_sequences(worker, folders):
     worker.load("policy", "policy", folders / "policy", FULL)
-    examples = [example(9, 4, 1), example(17, 1, 2), example(5, 3, 3)]
+    examples = [example(9, 4, 1), example(17, 1, 2), example(5, 3, 3), example(8, 7, 4)]  # the last: an EOS alone
     total, _ = plain_nll(AutoModelForCausalLM.from_pretrained(folders / "policy"), examples)
     assert worker.language_model_loss("policy", examples, 24)["nll"] == pytest.approx(total.item(), rel=1e-5)
 
@@ -138,6 +138,22 @@ def test_ppo_starts_at_the_reference_with_ratio_one(worker, folders, network):
     assert first["ratio/mean"] / first["tokens"] == pytest.approx(1.0, abs=1e-6)
     assert first["policy/clip_fraction"] == 0
     assert first["policy/approx_kl"] == pytest.approx(0, abs=1e-10)
+
+
+def test_the_temperature_divides_the_logits_of_policy_and_reference_before_and_in_the_update(worker, folders):
+    load_ppo(worker, folders, FULL)
+    batch = collate([trajectory(4, 5, 1, score=0.0), trajectory(6, 3, 2, score=1.0)], pad_id=0)
+    old = worker.evaluate(batch, [[0, 1]], STEP.max_tokens, 0.7)
+    model = AutoModelForCausalLM.from_pretrained(folders / "policy")
+    for row, (query, length) in enumerate(((4, 5), (6, 3))):
+        ids = batch.ids[row : row + 1, : query + length]
+        logprobs = (model(ids).logits[0, query - 1 : -1] / 0.7).log_softmax(-1)
+        want = logprobs.gather(1, ids[0, query:, None])[:, 0].detach()
+        for found in (old.logprobs, old.ref_logprobs):
+            torch.testing.assert_close(found[row, :length], want, rtol=1e-4, atol=1e-5)
+    targets = Targets(evaluation=old, advantages=batch.mask.float(), returns=old.values, weights=None)
+    (first,) = worker.update(batch, targets, [[0, 1]], [[]], replace(STEP, temperature=0.7, pretraining_coef=0.0))
+    assert first["ratio/max"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_two_terms_of_ppo_ptx_share_one_step_and_gamma_scales_one(worker, folders):

@@ -149,6 +149,14 @@ def test_ranked_siblings_of_a_tree_at_any_depth_are_comparisons(tmp_path: Path, 
     assert "3 comparisons; left out 3 replies without a rank" in caplog.text
 
 
+def test_what_the_assistant_adds_to_its_own_reply_is_no_comparison(tmp_path: Path) -> None:
+    """Its prompt would end with the assistant."""
+    more = [said("b", "assistant", 0), said("c", "assistant", 1)]
+    tree = said("q", replies=[said("a", "assistant", 0, more), said("d", "assistant", 1)])
+    (one,) = read_comparisons(lines(tmp_path / "trees.jsonl", {"prompt": tree}))
+    assert one.responses == ("a", "d")
+
+
 def test_trees_without_ranked_siblings_are_no_comparisons(tmp_path: Path) -> None:
     path = lines(tmp_path / "trees.jsonl", {"prompt": said("q", replies=[said("a", "assistant", 0)])})
     with pytest.raises(RecordError, match="no message in it has two ranked replies"):
