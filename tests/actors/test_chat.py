@@ -1,6 +1,8 @@
 """Supervised examples: which tokens are learnt."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.chat import chat_example
 from reward_server.encoding import ChatEncoding
@@ -42,3 +44,27 @@ def test_a_real_chat_template_is_masked_up_to_the_opening_of_the_reply() -> None
     assert learnt[-1] == encoding.eos_id
     assert encoding.tokenizer.decode(learnt) == "good<|im_end|>"
     assert encoding.tokenizer.decode(example.ids).endswith("<|im_start|>assistant\ngood<|im_end|>")
+
+
+LETTERS = st.text("abcdef", max_size=12)
+
+
+@given(st.lists(LETTERS, min_size=1, max_size=4), LETTERS, st.integers(1, 40), st.booleans())
+def test_targets_are_the_tail_of_the_tokens_whatever_the_lengths(
+    turns: list[str], response: str, max_tokens: int, mask_prompt: bool
+) -> None:
+    messages = [Message(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(turns)]
+    messages = messages if len(turns) % 2 else messages[:-1] or messages
+    encoding = FakeEncoding()
+    query, reply = encoding.prompt(messages), encoding.response(response, ended=True)
+    if len(query) >= max_tokens:
+        with pytest.raises(ValueError, match="leaves no room"):
+            chat_example(encoding, messages, response, max_tokens, mask_prompt)
+        return
+    example = chat_example(encoding, messages, response, max_tokens, mask_prompt)
+    assert example.ids == tuple([*query, *reply][:max_tokens])
+    assert len(example.loss_mask) == len(example.ids) <= max_tokens
+    first = len(query) if mask_prompt else 1
+    assert list(example.loss_mask) == [False] * first + [True] * (len(example.ids) - first)
+    whole = len(query) + len(reply) <= max_tokens
+    assert (example.ids[-1] == EOS and example.loss_mask[-1]) == whole  # a reply cut off has no EOS to learn

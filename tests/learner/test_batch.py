@@ -176,3 +176,24 @@ def test_equal_work_is_shared_equally() -> None:
 
 def test_the_rank_with_the_least_work_so_far_gets_the_larger_microbatch() -> None:
     assert microbatches([8, 7, 6, 5], max_tokens=8, ranks=2) == [[[0], [3]], [[1], [2]]]
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
+def test_minibatches_are_a_partition_into_equal_parts_and_a_function_of_the_seed(
+    count: int, size: int, seed: int
+) -> None:
+    parts = minibatches(count * size, size, seed)
+    assert [len(part) for part in parts] == [size] * count
+    assert sorted(i for part in parts for i in part) == list(range(count * size))
+    assert parts == minibatches(count * size, size, seed)
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_a_batch_that_cannot_be_cut_evenly_is_refused(size: int, minibatch_size: int) -> None:
+    if size % minibatch_size:
+        with pytest.raises(
+            ValueError, match=f"{size} trajectories cannot be split into minibatches of {minibatch_size}"
+        ):
+            minibatches(size, minibatch_size, seed=0)
+    else:
+        assert len(minibatches(size, minibatch_size, seed=0)) == size // minibatch_size

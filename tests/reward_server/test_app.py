@@ -1,4 +1,5 @@
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -6,9 +7,12 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from reward_server.app import Limits, ScoreServer, create_app, serve
-from reward_server.schema import ScoreReply, ScoreRequest
+from reward_server.schema import ScoreBatch, ScoreReply, ScoreRequest
 from reward_server.scorer import InputTooLong
 
 
@@ -330,3 +334,43 @@ def test_a_cancelled_post_does_not_undo_its_work(source: CountingSource) -> None
     answer = asyncio.run(cancel_then_ask_again())
     assert answer.json()["replies"][0]["score"] == 3.0
     assert source.seen == [["a"]]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = {
+    "id": st.just("a") | JSON,
+    "prompt": st.just([{"role": "user", "content": "x"}]) | st.lists(st.fixed_dictionaries({"role": JSON}), max_size=2),
+    "response": st.text(max_size=5) | JSON,
+    "ended": st.booleans() | JSON,
+}
+# A batch with a field or two spoilt, left out or made up gets further than any JSON does.
+BATCHES = st.fixed_dictionaries(
+    {"requests": st.lists(st.fixed_dictionaries({}, optional=FIELDS | {"extra": JSON}), max_size=3)}
+)
+BODIES = (JSON | BATCHES).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60)
+
+
+@settings(max_examples=300, deadline=None)
+@given(BODIES)
+def test_any_body_is_a_right_batch_or_refused_with_a_reason(body: bytes) -> None:
+    source = CountingSource()
+
+    async def post() -> httpx.Response:
+        app = httpx.ASGITransport(create_app(source))
+        async with httpx.AsyncClient(transport=app, base_url="http://test") as client:
+            return await client.post("/score", content=body, headers={"content-type": "application/json"})
+
+    reply = asyncio.run(post())
+    try:
+        batch = ScoreBatch.model_validate_json(body)
+    except ValidationError:
+        assert reply.status_code == 422
+        assert len(reply.json()["detail"]) > 5
+        assert source.seen == [], "what is malformed is never scored"
+    else:
+        assert reply.status_code in (200, 422), reply.text  # the source may refuse: "long"
+        assert reply.status_code == 422 or len(reply.json()["replies"]) == len(batch.requests)

@@ -1,12 +1,23 @@
 """Reading JSONL: every fault names file, line, reason and remedy."""
 
+import contextlib
 import gzip
+import json
 import logging
+import re
+import tempfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from actors.prompts import read_demonstrations, read_prompts
+from learner.corpora import read_texts
 from reward_server import records
+from reward_server.labeling import Comparison, read_comparisons, write_comparisons
 from reward_server.records import (
     RecordError,
     read_jsonl,
@@ -168,3 +179,96 @@ def test_a_string_is_one_user_message() -> None:
 def test_a_bad_conversation_is_refused(prompt: object, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         row_conversation({"prompt": prompt})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+# Rows that are almost right: the keys that loaders know, with any value, so that more than the first check is met.
+ROWS = st.dictionaries(
+    st.sampled_from(["id", "prompt", "response", "text", "completions", "ranks", "chosen", "rejected", "labeler"]),
+    JSON | st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text()})),
+    max_size=5,
+)
+LINES = st.one_of(ROWS.map(json.dumps), JSON.map(json.dumps), st.text(alphabet=st.characters(exclude_characters="\n")))
+LOADERS = {
+    "prompts": read_prompts,
+    "demonstrations": read_demonstrations,
+    "comparisons": read_comparisons,
+    "texts": read_texts,
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@settings(max_examples=120, deadline=None)
+@given(lines=st.lists(LINES | st.binary(max_size=40).map(lambda b: b.decode("latin-1")), min_size=1, max_size=4))
+def test_any_file_is_read_or_refused_with_file_and_line(name: str, lines: list[str]) -> None:
+    load: Callable[..., list[object]] = LOADERS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = _file(Path(folder), "\n".join(lines).encode("utf-8", "surrogatepass"))
+        refused: str | None = None
+        try:
+            assert load(path)
+        except RecordError as error:
+            refused = str(error)
+        assert refused is None or re.fullmatch(re.escape(str(path)) + r"(:\d+)?: [\s\S]*\S[\s\S]*", refused)
+        with contextlib.suppress(RecordError):  # within the budget, the rows that are right are kept
+            assert load(path, max_bad_rows=len(lines) + 10)
+
+
+TEXT = st.text(min_size=1).filter(lambda text: text.strip() and "\x00" not in text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5))
+def test_what_is_written_as_json_is_read_back_to_the_letter(pairs: list[tuple[str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [json.dumps({"id": f"r{i}", "prompt": p, "response": r}) for i, (p, r) in enumerate(pairs)]
+        path = _file(Path(folder), "\n".join(rows).encode())
+        found = read_demonstrations(path)
+        assert [(d.prompt[0].content, d.response) for d in found] == pairs
+        comparisons = [
+            Comparison(
+                id=f"r{i}", prompt=found[i].prompt, responses=pair, ended=(True, False), ranks=(1, 0), labeler="me"
+            )
+            for i, pair in enumerate(pairs)
+        ]
+        write_comparisons(path, comparisons)
+        assert read_comparisons(path) == comparisons
+
+
+def test_a_line_of_100_mb_is_refused_by_its_number_without_being_held(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"a": 1}\n{"a": "')
+        file.truncate(100 * 2**20)  # a hole: NULs that take no room on the disk
+        file.seek(0, 2)
+        file.write(b'"}\n{"a": 3}\n')
+    tracemalloc.start()
+    assert read_records(path, lambda row, line: (line, row["a"]), max_bad_rows=1) == [(1, 1), (3, 3)]
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    tracemalloc.stop()
+    with pytest.raises(
+        RecordError, match=r"data\.jsonl:2: the line is longer than 16 MiB; split it, one object a line"
+    ):
+        list(read_jsonl(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"prompt": "a"},
+            r""""response" is missing; the row has ['prompt'], as in a file of prompts: is it""",
+        ),
+        ({"text": "a"}, r""""response" is missing; the row has ['text'], as in a file of pretraining text"""),
+        ({"chosen": 1, "rejected": 2}, "as in a file of comparisons"),
+        ({"b": 1}, r""""response" is missing; the row has ['b']; add it"""),
+        ({"response": 3}, r""""response" must be a string, not 3; write it in quotes"""),
+    ],
+)
+def test_a_row_of_another_kind_of_file_is_told(row: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        row_text(row, "response")
