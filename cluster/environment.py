@@ -57,7 +57,7 @@ def _machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": machine_cores(),
         "memory_gib": round(memory / 2**30, 1),
-        "gpus": _gpus(),
+        "gpus": gpu_lines(),
     }
 
 
@@ -68,7 +68,8 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-def _gpus() -> list[str]:
+def gpu_lines() -> list[str]:
+    """Name, memory and driver of every NVIDIA GPU, as nvidia-smi tells them."""
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
