@@ -189,6 +189,55 @@ class QuickstartConfig(BaseModel):
     """Language-model pretraining of the tiny model."""
 
 
+class NodeConfig(BaseModel):
+    """Machines of one kind that a plan is made for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    count: int = Field(default=1, ge=1)
+    """How many there are."""
+    cpus: int = Field(ge=1)
+    """Cores of one."""
+    memory_gib: float = Field(gt=0)
+    """Main memory of one, in GiB."""
+    gpus: int = Field(default=0, ge=0)
+    """GPUs of one."""
+    gpu: str | None = None
+    """Their kind, such as "H100"; what is known of it can be overruled below."""
+    device_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of one GPU."""
+    device_tflops: float | None = Field(default=None, gt=0)
+    """Dense bf16 Tflop/s of one GPU, or of all cores of a machine without."""
+    device_gb_s: float | None = Field(default=None, gt=0)
+    """GB/s that one GPU reads from its memory, or all cores of a machine without from theirs."""
+
+
+class PlanConfig(BaseModel):
+    """What `rayward plan` and --dry-run reckon with. No run reads this."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    nodes: tuple[NodeConfig, ...] = ()
+    """Machines to plan for: [{count = 2, cpus = 128, memory_gib = 1024, gpus = 8, gpu = "H100"}]. Without any, the
+    cluster at cluster.address, or this machine."""
+    model: str | dict[str, str | bool | int | float] | None = None
+    """Size of the model: a name such as "llama-3.1-8b", or fields of a config.json. Unset: the model's own files."""
+    reward_model: str | dict[str, str | bool | int | float] | None = None
+    """Size of reward model and critic, likewise. Unset: models.reward's, else the model's."""
+    prompt_tokens: int | None = Field(default=None, ge=1)
+    """Length of a prompt to count with; rollout.max_prompt_tokens when not set. Memory is for the longest anyway."""
+    response_tokens: int | None = Field(default=None, ge=1)
+    """Length of a response, likewise; rollout.max_new_tokens when not set."""
+    demonstrations: int | None = Field(default=None, ge=1)
+    """Demonstrations to count with, where data.demonstrations is not there to be counted."""
+    ranked_prompts: int | None = Field(default=None, ge=2)
+    """Prompts with ranked completions, where data.comparisons and data.preference_prompts are not there."""
+    network_gb_s: float = Field(default=12.5, gt=0)
+    """GB/s between two machines, one way; 12.5 is a network of 100 Gb/s."""
+    efficiency: float = Field(default=0.4, gt=0, le=1)
+    """Share of a device's peak that a run is expected to reach; 0.3 to 0.5 is usual for training."""
+
+
 class Config(BaseModel):
     """Everything that a run can be told."""
 
@@ -228,3 +277,5 @@ class Config(BaseModel):
     """Weights & Biases."""
     quickstart: QuickstartConfig = QuickstartConfig()
     """What only the quickstart reads."""
+    plan: PlanConfig = PlanConfig()
+    """What a plan reckons with."""

@@ -163,7 +163,15 @@ def plan_sft(
 
 
 def plan_reward(
-    *, rows: int, valid_share: float, epochs: int, batch: int, completions: int, tokens: int, max_tokens: int, ranks: int
+    *,
+    rows: int,
+    valid_share: float,
+    epochs: int,
+    batch: int,
+    completions: int,
+    tokens: int,
+    max_tokens: int,
+    ranks: int,
 ) -> StepsPlan:
     """The arithmetic of `learner.reward_modeling`: all `completions` of a prompt stay in one micro-batch."""
     train = rows - max(1, round(valid_share * rows))
@@ -206,4 +214,6 @@ def either(numbers: Iterable[int]) -> str:
 
 def indivisible(key: str, value: int, size: int, what: str) -> str:
     """What is wrong where `value` does not divide `size`, and the nearest that does."""
-    return f"{key} = {value} does not divide the {size:,} {what}. Nearest: {key} = {either(nearest_divisors(size, value))}"
+    return (
+        f"{key} = {value} does not divide the {size:,} {what}. Nearest: {key} = {either(nearest_divisors(size, value))}"
+    )

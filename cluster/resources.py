@@ -133,14 +133,21 @@ def default_plan(
     max_staleness: int,
     learner_ranks: int,
     waves_in_flight: int = 1,
+    tensor_parallel_size: int = 1,
+    largest: int | None = None,
 ) -> Plan:
-    """The plan for one machine: processes "generator-0", ..., "learner-0", ..., "reward".
+    """The plan for one machine, or for several: processes "generator-0", ..., "learner-0", ..., "reward".
+
+    `cores` and `gpus` are those of all machines, `largest` the cores of the largest one where there are several: no
+    process has more threads than that. A generator has `tensor_parallel_size` GPUs, in one bundle, since vLLM's
+    workers for them are children of one process.
 
     Synchronous (`max_staleness` 0): the generators share the cores, then the learner has all of them.
     Asynchronous: learner and generators compute at the same time and get half of the cores each. With one
     wave in flight the reward service scores while the generator that sent the wave waits, so it borrows that
     one's threads; with more, it counts as one more generator. On CPU each generator is pinned to cores of its
-    own. With GPUs each process has one of its own where there are enough; else some share one.
+    own. With GPUs each process has its own where there are enough; else, unless a generator needs more than one,
+    some share one.
 
     The plan may not fit: see check. Raises: ValueError for a count below 1.
     """
@@ -154,7 +161,11 @@ def default_plan(
     learner_threads = max(1, learner_cores // learner_ranks)
     threads = max(1, rollout_cores // (generators if borrowing else generators + 1))
     count = generators + learner_ranks + 1
-    share = 1.0 if gpus >= count else math.floor(1e4 / math.ceil(count / gpus)) / 1e4 if gpus else 0.0
+    whole = gpus >= count or tensor_parallel_size > 1
+    share = 0.0 if not gpus else 1.0 if whole else math.floor(1e4 / math.ceil(count / gpus)) / 1e4
+    own = share * tensor_parallel_size
+    if largest is not None:
+        threads, learner_threads = min(threads, largest), min(learner_threads, largest)
     if gpus:
         threads, learner_threads = (min(_GPU_PROCESS_THREADS, n) for n in (threads, learner_threads))
 
@@ -164,7 +175,7 @@ def default_plan(
         return tuple(range(first, first + threads)) if fits else None
 
     rollout = [
-        Process(name=f"generator-{i}", threads=threads, cpus=threads, gpus=share, pin=pin(i)) for i in range(generators)
+        Process(name=f"generator-{i}", threads=threads, cpus=threads, gpus=own, pin=pin(i)) for i in range(generators)
     ]
     learner = [
         Process(name=f"learner-{i}", threads=learner_threads, cpus=learner_threads, gpus=share)
@@ -304,12 +315,44 @@ def _check_bundles(processes: Sequence[Process]) -> None:
             )
 
 
-def _nodes() -> list[tuple[str, float, float]]:
-    """(address, CPUs, GPUs) of every live machine of the cluster."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A live machine of the connected cluster."""
+
+    address: str
+    """where it is"""
+    cpus: float
+    """logical CPUs that Ray was told of"""
+    gpus: float
+    """GPUs"""
+    memory: float
+    """bytes of main memory, object store included"""
+    accelerator: str | None
+    """kind of its GPUs as Ray names it, such as H100"""
+
+
+def cluster_nodes() -> list[Node]:
+    """Every live machine of the connected cluster."""
     import ray
 
-    nodes = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return [(address, has.get("CPU", 0.0), has.get("GPU", 0.0)) for address, has in nodes]
+    kind = "accelerator_type:"
+    return [
+        Node(
+            address=node["NodeManagerAddress"],
+            cpus=has.get("CPU", 0.0),
+            gpus=has.get("GPU", 0.0),
+            memory=has.get("memory", 0.0) + has.get("object_store_memory", 0.0),
+            accelerator=next((name.removeprefix(kind) for name in has if name.startswith(kind)), None),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+        for has in (node["Resources"],)
+    ]
+
+
+def _nodes() -> list[tuple[str, float, float]]:
+    """(address, CPUs, GPUs) of every live machine of the cluster."""
+    return [(node.address, node.cpus, node.gpus) for node in cluster_nodes()]
 
 
 def _nodes_text() -> str:

@@ -1,0 +1,124 @@
+"""Which process goes on which machine, and whether the memory there is enough."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.hardware import GIB, Machine
+from cluster.memory import OBJECT_STORE, Held
+from cluster.resources import Process
+
+_CONTROLLER = int(1.2 * GIB)  # the command itself, with torch imported and the buffer's tokens
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Where processes go."""
+
+    at: Mapping[str, tuple[Process, Machine]]
+    """process and machine by the process' name"""
+    devices: Mapping[str, tuple[str, ...]]
+    """names of the GPUs that it uses, by its name; none without GPUs"""
+    unplaced: tuple[str, ...]
+    """why a bundle has no place, one text a bundle"""
+
+
+def place_processes(processes: Sequence[Process], machines: Sequence[Machine], by_cpus: bool) -> Placed:
+    """Put each process on the first machine with room, the largest bundles first, as Ray's PACK does.
+
+    A bundle is never split over machines, so the GPUs of one tensor-parallel generator are neighbours. `by_cpus`:
+    cores are reserved too; on one machine of its own a run's processes take turns on them.
+    """
+    free = {machine.name: dict.fromkeys(range(machine.gpus), 1.0) for machine in machines}
+    cores = {machine.name: float(machine.cpus) for machine in machines}
+    at: dict[str, tuple[Process, Machine]] = {}
+    devices: dict[str, tuple[str, ...]] = {}
+    unplaced = []
+    for process in sorted(processes, key=lambda one: -one.gpus):
+        for machine in machines:
+            chosen = _devices(free[machine.name], process.gpus)
+            if chosen is None or (by_cpus and process.cpus > cores[machine.name] + _EPSILON):
+                continue
+            for gpu in chosen:
+                free[machine.name][gpu] -= min(process.gpus, 1.0)
+            cores[machine.name] -= process.cpus
+            at[process.name] = (process, machine)
+            devices[process.name] = tuple(f"{machine.name}/gpu-{gpu}" for gpu in chosen)
+            break
+        else:
+            unplaced.append(_no_room(process, machines, free, cores if by_cpus else None))
+    order = {process.name: index for index, process in enumerate(processes)}
+    return Placed(at=dict(sorted(at.items(), key=lambda one: order[one[0]])), devices=devices, unplaced=tuple(unplaced))
+
+
+def _devices(free: Mapping[int, float], gpus: float) -> list[int] | None:
+    """GPUs for a bundle: whole ones, or the fullest that still has room for a part of one; None without."""
+    if not gpus:
+        return []
+    if gpus < 1:
+        room = [gpu for gpu, part in free.items() if part >= gpus - _EPSILON]
+        return [min(room, key=lambda gpu: (free[gpu], gpu))] if room else None
+    whole = [gpu for gpu, part in free.items() if part > 1 - _EPSILON]
+    return whole[: round(gpus)] if len(whole) >= gpus else None
+
+
+def _no_room(
+    process: Process,
+    machines: Sequence[Machine],
+    free: Mapping[str, Mapping[int, float]],
+    cores: Mapping[str, float] | None,
+) -> str:
+    left = "; ".join(
+        f"{machine.name}: {sum(free[machine.name].values()):g} of {machine.gpus} GPUs"
+        + (f", {cores[machine.name]:g} of {machine.cpus} CPUs" if cores else "")
+        for machine in machines[:8]
+    )
+    more = f"; and {len(machines) - 8} more machines" if len(machines) > 8 else ""
+    most = max((int(sum(part > 1 - _EPSILON for part in parts.values())) for parts in free.values()), default=0)
+    nearest = f"Nearest: a process of {most} GPUs, " if process.gpus > 1 and most else "Nearest: "
+    return (
+        f"the bundle of {process.name!r} needs {process.gpus:g} GPUs and {process.cpus:g} CPUs on one machine, and "
+        f"after the bundles before it there are free {left}{more}. {nearest}fewer generators or learner ranks, a "
+        "smaller generator.tensor_parallel_size, or one more machine"
+    )
+
+
+def misfits(held: Sequence[Held], placed: Placed) -> Iterator[str]:
+    """Every device and machine whose processes need more memory than it has, in words."""
+    by_device: dict[str, list[Held]] = {}
+    by_machine: dict[str, list[Held]] = {}
+    machines: dict[str, Machine] = {}
+    for one in held:
+        machine = placed.at[one.process.name][1]
+        machines[machine.name] = machine
+        by_machine.setdefault(machine.name, []).append(one)
+        for device in placed.devices[one.process.name]:
+            by_device.setdefault(device, []).append(one)
+    for device, users in by_device.items():
+        machine = machines[device.partition("/")[0]]
+        needed = sum(one.device for one in users)
+        if needed > machine.device.memory:
+            yield _too_much(f"{device} ({machine.device.name})", users, needed, machine.device.memory, gpu=True)
+        for one in users:
+            cached = one.items.get("keys and values")
+            if cached is not None and cached.device <= 0:
+                yield (
+                    f"{one.process.name}'s weights do not fit into its share of {device}: "
+                    f"{-cached.device / GIB:.1f} GiB are missing before any key or value is cached"
+                )
+    for index, (name, users) in enumerate(by_machine.items()):
+        needed = sum(one.host for one in users) + OBJECT_STORE + (_CONTROLLER if index == 0 else 0)
+        if needed > machines[name].memory:
+            yield _too_much(f"the main memory of {name}", users, needed, machines[name].memory, gpu=False)
+
+
+def _too_much(where: str, users: Sequence[Held], needed: float, limit: float, gpu: bool) -> str:
+    sizes = {one.process.name: (one.device if gpu else one.host) for one in users}
+    each = ", ".join(f"{name}: {size / GIB:.1f}" for name, size in list(sizes.items())[:6])
+    largest = max(users, key=lambda one: sizes[one.process.name])
+    item, size = max(largest.items.items(), key=lambda pair: pair[1].device if gpu else pair[1].host)
+    most = (size.device if gpu else size.host) / GIB
+    return (
+        f"{where} has {limit / GIB:.1f} GiB and needs {needed / GIB:.1f} ({each}; the most is {largest.process.name}'s "
+        f"{item}, {most:.1f})"
+    )

@@ -1,0 +1,210 @@
+"""What each process of a run holds in memory, item by item, in each step of the run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config
+from cluster.estimates import (
+    ENGINE_OVERHEAD,
+    GPU_CONTEXT,
+    HOST_PROCESS,
+    Bytes,
+    Training,
+    activation_bytes,
+    kv_bytes,
+    logits_bytes,
+    network_memory,
+    trained_parameters,
+)
+from cluster.hardware import GIB, Machine
+from cluster.resources import Process
+from cluster.shapes import Shape, shape_of
+from learner.config import NetworkConfig, OptimizerConfig
+
+OBJECT_STORE = 256 * 2**20
+"""Bytes of Ray's object store and of its daemons beside the processes; a local Ray has exactly this store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The shapes of a run's models."""
+
+    policy: Shape
+    """base, SFT model, policy and reference"""
+    reward: Shape
+    """reward model and critic"""
+
+    @classmethod
+    def of(cls, config: Config, run_dir: Path) -> "Models":
+        """The planned sizes, else those of the configured folders, else of the run's own. Raises UnknownShape."""
+        models, plan = config.models, config.plan
+        own = {name: run_dir / name for name in ("sft", "reward") if (run_dir / name / "config.json").is_file()}
+        source: Any = plan.model or models.sft or models.base or own.get("sft")
+        if source is None:
+            raise ValueError(
+                "the size of the model is not known: set models.base (or models.sft) to a folder, or plan.model to a "
+                "size such as llama-3.1-8b"
+            )
+        policy = shape_of(source)
+        reward: Any = plan.reward_model or models.reward or (None if plan.model else own.get("reward"))
+        return cls(policy=policy, reward=shape_of(reward) if reward is not None else policy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What one process holds at its fullest."""
+
+    process: Process
+    """who"""
+    items: Mapping[str, Bytes]
+    """what, by name"""
+
+    @property
+    def device(self) -> float:
+        """Bytes on its device."""
+        return sum(item.device for item in self.items.values())
+
+    @property
+    def host(self) -> float:
+        """Bytes of main memory beside that."""
+        return sum(item.host for item in self.items.values())
+
+
+def learner_memory(config: Config, models: Models, stage: str, gpu: bool) -> dict[str, Bytes]:
+    """What a learner rank holds in the step "sft", "reward" or "ppo"."""
+    found: dict[str, Bytes] = {"process": Bytes(device=GPU_CONTEXT, host=HOST_PROCESS) if gpu else _host(HOST_PROCESS)}
+    for network in networks(config, models, stage):
+        for item, size in network_memory(network).items():
+            found[f"{network.name}: {item}"] = size
+    settings = _network_config(config, stage)
+    shape = models.reward if stage == "reward" else models.policy
+    tokens = microbatch_tokens(config, stage)
+    wide = 4 if settings.dtype == "float32" else 2
+    layers = settings.last_layers or shape.layers
+    shapes = (shape, models.reward) if stage == "ppo" else (shape,)
+    checkpointing = settings.gradient_checkpointing
+    found["activations"] = Bytes(
+        device=max(activation_bytes(one, tokens, wide, checkpointing, min(layers, one.layers)) for one in shapes)
+    )
+    if stage != "reward":
+        head_trained = not settings.lora_rank and not settings.last_layers
+        chunk = min(settings.logprob_chunk, tokens)
+        found["logits"] = Bytes(device=logits_bytes(shape, chunk, wide, head_trained))
+    if not gpu:
+        return {name: _host(size.device + size.host) for name, size in found.items()}
+    return found
+
+
+def networks(config: Config, models: Models, stage: str) -> list[Training]:
+    """The networks on the learner's ranks in a step, as `cluster.steps` and `cluster.alignment` load them."""
+    ranks, ppo = config.cluster.learner_ranks, config.ppo
+
+    def one(
+        name: str, value: bool, network: NetworkConfig, optimizer: OptimizerConfig | None, ema: bool = False
+    ) -> Training:
+        shape = models.reward if value and name != "reward" else models.policy
+        total, trained = trained_parameters(shape, value, network.lora_rank, network.last_layers)
+        return Training(
+            name=name,
+            parameters=total,
+            trained=trained if optimizer else 0,
+            weight_bytes=4 if network.dtype == "float32" else 2,
+            stage=optimizer.zero_stage if optimizer else 0,
+            ranks=ranks,
+            ema=ema,
+            offload_optimizer=False,
+            offload_weights=False,
+        )
+
+    if stage == "sft":
+        return [one("policy", False, config.sft.network, config.sft.optimizer)]
+    if stage == "reward":
+        return [one("reward", True, config.reward.network, config.reward.optimizer)]
+    return [
+        one("policy", False, ppo.network, ppo.policy_optimizer, ema=True),
+        one("reference", False, ppo.network, None),
+        one("critic", True, ppo.network, ppo.critic_optimizer),
+    ]
+
+
+def longest_sequence(config: Config, stage: str) -> int:
+    """Tokens of the longest sequence that a step's forward pass may meet."""
+    turn = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if stage == "sft":
+        return config.sft.max_tokens
+    if stage == "reward":
+        return turn
+    text = config.ppo.pretraining
+    return max(turn, text.sequence_tokens if text.coef else 0)
+
+
+def microbatch_tokens(config: Config, stage: str) -> int:
+    """Tokens of the largest micro-batch: the budget, or what cannot be cut where that is more.
+
+    Sequences are not cut, nor are a prompt's completions parted; a rank's whole share may be less than the budget.
+    """
+    longest, ranks = longest_sequence(config, stage), config.cluster.learner_ranks
+    if stage == "sft":
+        unit, count, budget = longest, config.sft.batch_size, config.sft.max_tokens_per_microbatch
+    elif stage == "reward":
+        unit, count = longest * config.sample.completions_per_prompt, config.reward.prompts_per_batch
+        budget = config.reward.max_tokens_per_microbatch
+    else:
+        text, minibatch = config.ppo.pretraining, config.ppo.minibatch_size
+        unit, budget = longest, config.ppo.max_tokens_per_microbatch
+        count = max(minibatch, round(text.sequences_per_episode * minibatch) if text.coef else 0)
+    return min(max(1, budget // unit), -(-count // ranks)) * unit
+
+
+def generator_memory(config: Config, shape: Shape, machine: Machine) -> dict[str, Bytes]:
+    """What a vLLM engine takes: on a GPU its share of the memory whatever it needs, on a CPU what it is told."""
+    width = 4 if config.generator.dtype == "float32" else 2
+    weights = width * shape.parameters / config.generator.tensor_parallel_size
+    if not machine.gpus:
+        values = {"weights": weights, "keys and values": config.generator.kv_cache_gib * GIB}
+        # The front and the engine are two processes, and each imports torch and vLLM.
+        return {"process": _host(2 * HOST_PROCESS)} | {name: _host(size) for name, size in values.items()}
+    cached = machine.device.memory * config.generator.gpu_memory_utilization - weights - ENGINE_OVERHEAD
+    return {
+        "process": Bytes(device=ENGINE_OVERHEAD, host=3 * HOST_PROCESS),
+        "weights": Bytes(device=weights),
+        "keys and values": Bytes(device=cached),
+    }
+
+
+def cached_tokens(config: Config, shape: Shape, held: Mapping[str, Bytes]) -> int:
+    """Tokens whose keys and values an engine can hold; with tensor parallelism each device has a part of the heads."""
+    size = held["keys and values"]
+    each = kv_bytes(shape, 4 if config.generator.dtype == "float32" else 2)
+    parts = min(config.generator.tensor_parallel_size, shape.kv_heads)  # beyond, heads are repeated
+    return int(max(size.device + size.host, 0) * parts / each)
+
+
+def reward_memory(config: Config, shape: Shape, gpu: bool) -> dict[str, Bytes]:
+    """What the reward service holds: a reward model for each part that is one, and a batch's hidden states."""
+    width = 4 if config.scoring.dtype == "float32" else 2
+    models = sum(part.kind == "model" for part in config.scoring.parts)
+    tokens = config.scoring.max_batch_tokens
+    # Without gradients a layer's states live only while it computes: residual, norms and the feed-forward block.
+    states = tokens * (width * (6 * shape.hidden + 3 * shape.inner) + 8 * shape.hidden) if models else 0
+    items = {"weights": width * shape.value_parameters * models, "activations": states}
+    if gpu:
+        base = {"process": Bytes(device=GPU_CONTEXT if models else 0, host=HOST_PROCESS)}
+        return base | {name: Bytes(device=size) for name, size in items.items()}
+    return {"process": _host(HOST_PROCESS)} | {name: _host(size) for name, size in items.items()}
+
+
+def totals(held: Sequence[Held]) -> Bytes:
+    """All processes together."""
+    return Bytes(device=sum(one.device for one in held), host=sum(one.host for one in held))
+
+
+def _network_config(config: Config, stage: str) -> NetworkConfig:
+    return {"sft": config.sft.network, "reward": config.reward.network, "ppo": config.ppo.network}[stage]
+
+
+def _host(size: float) -> Bytes:
+    """On a CPU the device is the machine itself: everything is main memory."""
+    return Bytes(host=size)

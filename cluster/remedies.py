@@ -1,0 +1,66 @@
+"""The nearest configuration that fits: settings that trade time for memory, tried one after the other."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from cluster.config import Config
+from cluster.settings import as_toml
+
+
+def nearest_that_fits(config: Config, step: str, fits: Callable[[Config], bool]) -> str | None:
+    """The fewest of `changes`, in their order, that make `fits` true, as `key = value` in words; None for none."""
+    taken: dict[str, Any] = {}
+    for key, value in changes(config, step):
+        if fits(changed(config, {key: value})):
+            return f"{key} = {as_toml(value)}"
+        taken[key] = value
+        if fits(changed(config, taken)):
+            break
+    else:
+        return None
+    for key in list(taken):  # what was tried on the way and is not needed
+        rest = {name: value for name, value in taken.items() if name != key}
+        if rest and fits(changed(config, rest)):
+            taken = rest
+    return ", ".join(f"{name} = {as_toml(value)}" for name, value in taken.items())
+
+
+def changes(config: Config, step: str) -> Iterator[tuple[str, Any]]:
+    """Settings that save memory in a step, the cheapest first."""
+    if step in ("sample", "ppo"):
+        for part in (0.7, 0.5, 0.35, 0.25):
+            if part < config.generator.gpu_memory_utilization:
+                yield "generator.gpu_memory_utilization", part
+        for size in (0.5, 0.25):
+            if size < config.generator.kv_cache_gib:
+                yield "generator.kv_cache_gib", size
+    if step != "sample":
+        section = getattr(config, step)
+        budget = section.max_tokens_per_microbatch
+        while (budget := budget // 2) >= 256:
+            yield f"{step}.max_tokens_per_microbatch", budget
+        if not section.network.gradient_checkpointing:
+            yield f"{step}.network.gradient_checkpointing", True
+        if not section.network.lora_rank:
+            yield f"{step}.network.lora_rank", 16
+    if step in ("sample", "ppo"):
+        for size in (2, 4, 8, 16):
+            if size > config.generator.tensor_parallel_size:
+                yield "generator.tensor_parallel_size", size
+
+
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values at dotted keys."""
+    found: BaseModel = config
+    for key, value in values.items():
+        found = _put(found, key.split("."), value)
+    assert isinstance(found, Config)
+    return found
+
+
+def _put(section: BaseModel, path: list[str], value: Any) -> BaseModel:
+    first, *rest = path
+    inner = _put(getattr(section, first), rest, value) if rest else value
+    return section.model_copy(update={first: inner})
