@@ -4,7 +4,6 @@ Nothing heavy is imported here. What needs a tokenizer or a whole file (prompts 
 right after it, by the steps themselves, and still before Ray starts.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from cluster.commands import COMMANDS
 from cluster.config import Config
 from cluster.inputs import KINDS, Model, check_base, check_data, data_file, model_folder
+from cluster.plan import indivisible_batch
 from cluster.resources import ResourceError, machine_gpus, machine_memory, plan_run
 from learner.config import NetworkConfig, OptimizerConfig
 from reward_server.functions import load_function
@@ -125,23 +125,11 @@ def _bad_functions(config: Config, sections: Iterable[str]) -> Iterator[str]:
 
 
 def _indivisible(config: Config) -> Iterator[str]:
-    prompts, samples, size = config.ppo.prompts_per_batch, config.rollout.samples_per_prompt, config.ppo.minibatch_size
-    batch = prompts * samples
-    if batch % size == 0:
-        return
-    divisors = [number for number in range(1, batch + 1) if batch % number == 0]
-    sizes = [*[d for d in divisors if d < size][-1:], *[d for d in divisors if d > size][:1]]
-    step = size // math.gcd(size, samples)
-    below = prompts // step * step
-    yield (
-        f"ppo.minibatch_size = {size} does not divide the batch of ppo.prompts_per_batch = {prompts} times "
-        f"rollout.samples_per_prompt = {samples}, which is {batch} responses. Nearest that work: ppo.minibatch_size = "
-        f"{_either(sizes)}, or ppo.prompts_per_batch = {_either([below, below + step] if below else [step])}"
+    problem = indivisible_batch(
+        config.ppo.prompts_per_batch, config.rollout.samples_per_prompt, config.ppo.minibatch_size
     )
-
-
-def _either(numbers: Iterable[int]) -> str:
-    return " or ".join(map(str, numbers))
+    if problem:
+        yield problem
 
 
 def _networks(config: Config, command: str) -> dict[str, tuple[NetworkConfig, OptimizerConfig]]:
@@ -226,7 +214,12 @@ def _too_long_to_score(config: Config, longest: int, sum_: str, models: dict[str
 def _too_large(config: Config, command: str, run_dir: Path, models: dict[str, Model]) -> Iterator[str]:
     """What the machine has certainly no room for."""
     try:
-        plan_run(config.cluster, config.ppo.max_staleness, config.rollout.waves_in_flight)
+        plan_run(
+            config.cluster,
+            config.ppo.max_staleness,
+            config.rollout.waves_in_flight,
+            config.generator.tensor_parallel_size,
+        )
     except ResourceError as error:
         yield str(error)
     start = models.get("base", models.get("sft"))

@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from cluster.commands import COMMANDS, PRESETS, Command, help_text, overview, presets
+from cluster.commands import COMMANDS, DRY_RUN, PRESETS, Command, help_text, overview, presets
 from cluster.console import Console
 from cluster.settings import ConfigError, compose, nearest, read_overrides, read_toml, save_toml
 
 Config = TypeVar("Config", bound=BaseModel)
 OPTIONS = ("run", "config", "preset")
+PLAN = "cluster.planning:plan"
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 # Their text alone says what happened; of any other error the type belongs to it.
 _TOLD = (ValueError, OSError, RuntimeError)
@@ -67,6 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return DONE
         call = parse(command, words[1:])
         config = load(_config_class(), call) if command.sections else None
+        if command.inspects or "dry-run" in call.flags:
+            return _inspect(name, command, call, config)
+        if "json" in call.flags and "json" not in command.flags:
+            raise ConfigError("--json goes with --dry-run: a run itself writes RUN/metrics.jsonl and RUN/summary.json")
         return _run(name, command, call, config, words, _checked(config, name, call.run_dir) if config else ())
     except ConfigError as error:
         sys.stderr.write("".join(f"rayward {name}: {line}\n" for line in str(error).splitlines()))
@@ -81,6 +86,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
     variant: str | None = None
     flags: set[str] = set()
     overrides: list[tuple[str, str | None]] = []
+    known = {**command.flags, **(DRY_RUN if command.sections and not command.inspects else {})}
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -93,12 +99,12 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         if name in command.variants and not given:
             variant = name
             continue
-        if name in command.flags and not given:
+        if name in known and not given:
             flags.add(name)
             continue
         value = text if given else rest.pop(0) if rest and not rest[0].startswith("--") else None
         if name not in OPTIONS:
-            if near := nearest(name, (*OPTIONS, *command.variants, *command.flags), likeness=0.75):
+            if near := nearest(name, (*OPTIONS, *command.variants, *known), likeness=0.75):
                 raise ConfigError(f"there is no option --{name}. Did you mean --{near}?")
             overrides.append((name, value))
         elif not value:
@@ -162,6 +168,17 @@ def _checked(config: Any, name: str, run_dir: Path) -> Sequence[str]:
     if found.problems:
         raise ConfigError("\n".join(found.problems))
     return found.warnings
+
+
+def _inspect(name: str, command: Command, call: Call, config: Any) -> int:
+    """Print what would be done, or how things stand: nothing is started, and nothing written."""
+    module, _, function = (command.entry if command.inspects else PLAN).partition(":")
+    try:
+        good = getattr(importlib.import_module(module), function)(config, call.run_dir, name, "json" in call.flags)
+    except _TOLD as error:
+        sys.stderr.write("".join(f"error: {reason}\n" for reason in _reasons(error)))
+        return FAILED
+    return DONE if good else FAILED
 
 
 def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[str], warnings: Sequence[str]) -> int:

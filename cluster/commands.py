@@ -38,12 +38,29 @@ class Command:
     """It reads its command line itself, `function(words) -> exit code`, and has its own --help."""
     variants: dict[str, str] = field(default_factory=dict)
     """Flags that each stand for another preset, and a run directory of that name: flag -> meaning."""
+    inspects: bool = False
+    """Whether it looks and prints only, and writes no run directory."""
 
 
+DRY_RUN = {
+    "dry-run": "print the plan of this command as `rayward plan` does, and start nothing",
+    "json": "with --dry-run, the plan as JSON",
+}
+"""Flags of every command that takes settings."""
 _TRAINING = ("models", "data", "cluster")
 _SAMPLING = ("rollout", "generator")
 
 COMMANDS = {
+    "plan": Command(
+        purpose="Say what a run would do: batches, processes, memory, time, and what cannot work.",
+        files="Reads the settings and the models' config.json. Writes nothing, and starts nothing. Exit code 1 when "
+        "the plan cannot work; the reason names the nearest that does. COMMAND --dry-run plans one command.",
+        example="rayward plan --preset one-8gpu-node --ppo.minibatch_size 32",
+        entry="cluster.planning:plan",
+        sections=(*_TRAINING, "plan", "sft", "sample", "reward", "ppo", *_SAMPLING, "scoring"),
+        flags={"json": "print the plan as JSON: bytes, seconds and counts"},
+        inspects=True,
+    ),
     "quickstart": Command(
         purpose="Run all of it on a small model, and write a report.",
         files="Needs nothing but this installation. Writes models, metrics and report.html into RUN.",
@@ -238,6 +255,7 @@ def _options(command: Command) -> list[str]:
         "--config FILE": "settings from a TOML file",
         "--preset NAME": f"settings that come with rayward ({', '.join(presets())}), under those of a file",
         **{f"--{flag}": what for flag, what in command.variants.items()},
+        **{f"--{flag}": what for flag, what in {**({} if command.inspects else DRY_RUN), **command.flags}.items()},
         "--KEY VALUE": "one of the settings below, e.g. --tracking.mode disabled; in TOML: [tracking] mode = "
         '"disabled". A list: --tracking.tags \'["a", "b"]\'. Nothing at all: none',
     }

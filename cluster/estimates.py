@@ -81,15 +81,15 @@ def activation_bytes(shape: Shape, tokens: int, weight_bytes: int, checkpointing
     """What the forward pass of `tokens` keeps for the backward pass of the last `layers` layers.
 
     Counted as Korthikanti et al. 2022 (section 4) do, for the layers that transformers builds: attention that keeps
-    no T x T matrix, no dropout, norms in float32. Checkpointing keeps a layer's input alone, and one whole layer.
+    no T x T matrix, no dropout. Llama's kind (a gated block) has norms in float32; GPT-2's has its GELU in five parts.
+    Checkpointing keeps a layer's input alone, and the whole of one layer.
     """
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    inner = (4 if shape.gated else 3) * shape.inner
-    attention = 4 * queries + 4 * keys  # before and after rotation, repeated to all heads, and what attention gives
-    layer = weight_bytes * (4 * shape.hidden + attention + inner) + 4 * 4 * shape.hidden
-    if checkpointing:
-        return tokens * (layers * weight_bytes * shape.hidden + layer)
-    return float(tokens * layers * layer)
+    b, queries = weight_bytes, shape.heads * shape.head_dim
+    norm = ((4 if shape.gated else 0) + b) * shape.hidden  # what a norm keeps; its result feeds a map that keeps it
+    attention = 4 * b * queries  # queries, keys and values of all heads, and what attention gives
+    layer = 2 * (norm + b * shape.hidden) + attention + (4 if shape.gated else 5) * b * shape.inner
+    kept = layers * b * shape.hidden + layer if checkpointing else layers * layer
+    return float(tokens * (kept + norm))
 
 
 def logits_bytes(shape: Shape, chunk: int, weight_bytes: int, head_trained: bool) -> float:

@@ -121,20 +121,18 @@ def _memory(found: Forecast, step: Step) -> RenderableType:
     for one in step.held:
         kinds.setdefault(one.process.name.partition("-")[0], one)
     gpu = any(found.placed.at[one.process.name][1].gpus for one in kinds.values())
-    heads = [f"{kind} {place}" for kind in kinds for place in (("GPU", "main") if gpu else ("",))]
+    heads = [f"{kind}\n{place}" for kind in kinds for place in (("GPU", "main") if gpu else ("main",))]
     table = _table(f"{TITLES[step.name]}: memory of each process, GiB (an estimate)", "", *heads)
+    for column in table.columns:
+        column.no_wrap = True
     items = dict.fromkeys(name for one in kinds.values() for name in one.items)
     for item in items:
         sizes = [one.items.get(item) for one in kinds.values()]
         table.add_row(item, *_cells([(size.device, size.host) if size else (0.0, 0.0) for size in sizes], gpu))
     table.add_row("together", *_cells([(one.device, one.host) for one in kinds.values()], gpu), style="bold")
     machines = [found.placed.at[one.process.name][1] for one in kinds.values()]
-    share = [one.process.gpus if 0 < one.process.gpus < 1 else 1.0 for one in kinds.values()]
-    limits = [
-        (machine.device.memory if part == 1 else 0, machine.memory)
-        for machine, part in zip(machines, share, strict=True)
-    ]
-    table.add_row("there is", *_cells([(float(a), float(b)) for a, b in limits], gpu), style="dim")
+    limits = [(float(machine.device.memory), float(machine.memory)) for machine in machines]
+    table.add_row("there is", *_cells(limits, gpu), style="dim")
     return table
 
 

@@ -1,14 +1,12 @@
 """Machines to plan for: described ones, this one, and how fast their devices are by data sheet or by measurement."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from cluster.config import NodeConfig
 from cluster.environment import gpu_lines
-from cluster.resources import machine_cores, machine_gpus
+from cluster.resources import machine_cores, machine_gpus, machine_memory
 
 GIB = 2**30
 
@@ -145,15 +143,6 @@ def this_machine() -> Machine:
         gpus=gpus,
         device=device or measured_cores(),
     )
-
-
-def machine_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its control group's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-    return total
 
 
 def measured_cores(seconds: float = 0.5) -> Device:

@@ -14,9 +14,10 @@ from cluster.build import Processes
 from cluster.console import Console
 from cluster.heldout import HeldOut
 from cluster.lineage import lineage_json, lineage_tree
+from cluster.placement import check_cluster
 from cluster.quickstart import quickstart as every_step
 from cluster.report import summary, write_report
-from cluster.resources import check_cluster, plan_run
+from cluster.resources import plan_run
 from cluster.selection import read_contest, run_select
 from cluster.session import start_ray
 from cluster.steps import Job, run_rank, run_reward, run_sample, run_sft, sft_data
@@ -150,7 +151,12 @@ def _own_reward_model(job: Job) -> Path | None:
 
 def _on_ray(job: Job, work: Callable[[Processes], Awaitable[None]]) -> None:
     config, logs = job.config, job.run_dir / "logs"
-    plan = plan_run(config.cluster, config.ppo.max_staleness, config.rollout.waves_in_flight)
+    plan = plan_run(
+        config.cluster,
+        config.ppo.max_staleness,
+        config.rollout.waves_in_flight,
+        config.generator.tensor_parallel_size,
+    )
     with start_ray(config.cluster.address, cpus=plan.cpus, log_dir=logs) as session:
         if not session.local:
             check_cluster(plan.first(config.cluster.generators))

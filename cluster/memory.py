@@ -1,6 +1,6 @@
 """What each process of a run holds in memory, item by item, in each step of the run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from cluster.estimates import (
 )
 from cluster.hardware import GIB, Machine
 from cluster.resources import Process
-from cluster.shapes import Shape, shape_of
+from cluster.shapes import SIZES, Shape, UnknownShape, shape_of
 from learner.config import NetworkConfig, OptimizerConfig
 
 OBJECT_STORE = 256 * 2**20
@@ -38,18 +38,38 @@ class Models:
 
     @classmethod
     def of(cls, config: Config, run_dir: Path) -> "Models":
-        """The planned sizes, else those of the configured folders, else of the run's own. Raises UnknownShape."""
+        """Of the configured or the run's own folders; where those are not here, of the sizes in plan.
+
+        Raises UnknownShape.
+        """
         models, plan = config.models, config.plan
-        own = {name: run_dir / name for name in ("sft", "reward") if (run_dir / name / "config.json").is_file()}
-        source: Any = plan.model or models.sft or models.base or own.get("sft")
-        if source is None:
-            raise ValueError(
-                "the size of the model is not known: set models.base (or models.sft) to a folder, or plan.model to a "
-                "size such as llama-3.1-8b"
+        policy = _first_known((models.sft, _own(run_dir, "sft"), models.base, plan.model))
+        if policy is None:
+            raise UnknownShape(
+                "the size of the model is not known: set models.base or models.sft to a folder, or plan.model to a "
+                f"size ({', '.join(SIZES)})"
             )
-        policy = shape_of(source)
-        reward: Any = plan.reward_model or models.reward or (None if plan.model else own.get("reward"))
-        return cls(policy=policy, reward=shape_of(reward) if reward is not None else policy)
+        return cls(
+            policy=policy, reward=_first_known((models.reward, _own(run_dir, "reward"), plan.reward_model)) or policy
+        )
+
+
+def _own(run_dir: Path, name: str) -> Path | None:
+    return run_dir / name if (run_dir / name / "config.json").is_file() else None
+
+
+def _first_known(sources: Iterable[Any]) -> Shape | None:
+    """The shape of the first source that has one; None without any source. Raises UnknownShape for none of several."""
+    unknown: UnknownShape | None = None
+    for source in sources:
+        if source is not None:
+            try:
+                return shape_of(source)
+            except UnknownShape as error:
+                unknown = unknown or error
+    if unknown is not None:
+        raise unknown
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,11 +214,6 @@ def reward_memory(config: Config, shape: Shape, gpu: bool) -> dict[str, Bytes]:
         base = {"process": Bytes(device=GPU_CONTEXT if models else 0, host=HOST_PROCESS)}
         return base | {name: Bytes(device=size) for name, size in items.items()}
     return {"process": _host(HOST_PROCESS)} | {name: _host(size) for name, size in items.items()}
-
-
-def totals(held: Sequence[Held]) -> Bytes:
-    """All processes together."""
-    return Bytes(device=sum(one.device for one in held), host=sum(one.host for one in held))
 
 
 def _network_config(config: Config, stage: str) -> NetworkConfig:

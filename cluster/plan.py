@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from learner.batch import microbatches
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
@@ -99,8 +97,8 @@ def plan_ppo(
     Raises ValueError where `minibatch` does not divide the episodes: see nearest_divisors.
     """
     episodes = prompts * samples
-    if episodes % minibatch:
-        raise ValueError(indivisible("ppo.minibatch_size", minibatch, episodes, "episodes of a batch"))
+    if problem := indivisible_batch(prompts, samples, minibatch):
+        raise ValueError(problem)
     sequences = max(1, round(pretraining_per_episode * minibatch)) if pretraining_per_episode else 0
     minibatches = episodes // minibatch
     return PPOPlan(
@@ -190,6 +188,8 @@ def plan_reward(
 
 def rank_microbatches(lengths: list[int], max_tokens: int, ranks: int) -> int:
     """Micro-batches of each rank for sequences of these lengths; 0 for none."""
+    from learner.batch import microbatches  # imports torch, which the checks of every command need not
+
     return len(microbatches(lengths, max_tokens, ranks)[0]) if lengths else 0
 
 
@@ -208,12 +208,26 @@ def nearest_multiples(factor: int, wanted: int) -> list[int]:
 
 
 def either(numbers: Iterable[int]) -> str:
-    """`3 or 4`."""
-    return " or ".join(f"{number:,}" for number in numbers)
+    """`3 or 4`, as it could be typed."""
+    return " or ".join(map(str, numbers))
 
 
 def indivisible(key: str, value: int, size: int, what: str) -> str:
     """What is wrong where `value` does not divide `size`, and the nearest that does."""
     return (
         f"{key} = {value} does not divide the {size:,} {what}. Nearest: {key} = {either(nearest_divisors(size, value))}"
+    )
+
+
+def indivisible_batch(prompts: int, samples: int, minibatch: int) -> str | None:
+    """What is wrong where a minibatch does not divide a batch of `prompts` times `samples`; None where it does."""
+    batch = prompts * samples
+    if batch % minibatch == 0:
+        return None
+    step = minibatch // math.gcd(minibatch, samples)  # prompts must be a multiple of it
+    return (
+        f"ppo.minibatch_size = {minibatch} does not divide the batch of ppo.prompts_per_batch = {prompts} times "
+        f"rollout.samples_per_prompt = {samples}, which is {batch} responses. Nearest that work: ppo.minibatch_size = "
+        f"{either(nearest_divisors(batch, minibatch))}, or ppo.prompts_per_batch = "
+        f"{either(nearest_multiples(step, prompts))}"
     )

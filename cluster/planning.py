@@ -3,15 +3,17 @@
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from cluster.checks import check_config
 from cluster.config import Config
 from cluster.forecast import STEPS, Forecast, Site, forecast
 from cluster.forecast_tables import as_json, tables
 from cluster.hardware import Machine, described, gpu_named, measured_cores, this_machine
-from cluster.resources import cluster_nodes
+from cluster.placement import cluster_nodes
 from cluster.session import start_ray
 
 STEPS_OF = {
@@ -26,8 +28,8 @@ STEPS_OF = {
 """Steps whose processes a command starts. One that is not here computes in its own process, on little memory."""
 
 
-def plan(config: Config, run_dir: Path, command: str, as_text: bool) -> bool:
-    """Print the plan of a command, as tables or (not `as_text`) as JSON; returns whether it can work.
+def plan(config: Config, run_dir: Path, command: str, as_data: bool) -> bool:
+    """Print the plan of a command, as tables or (`as_data`) as JSON; returns whether it can work.
 
     Raises ValueError when the size of a model or the site is not known.
     """
@@ -35,10 +37,13 @@ def plan(config: Config, run_dir: Path, command: str, as_text: bool) -> bool:
         sys.stdout.write(f"rayward {command} starts no other process: there is nothing to plan\n")
         return True
     found = foresee(config, run_dir, command)
-    if as_text:
-        Console(highlight=False, soft_wrap=True, markup=False).print(tables(found))
-    else:
+    if command != "plan" and not config.plan.nodes:  # what would stop the command at its start
+        problems = (*found.problems, *check_config(config, command, run_dir).problems)
+        found = replace(found, problems=tuple(dict.fromkeys(problems)))
+    if as_data:
         sys.stdout.write(json.dumps(as_json(found), indent=2) + "\n")
+    else:
+        Console(highlight=False, soft_wrap=True, markup=False).print(tables(found))
     return not found.problems
 
 

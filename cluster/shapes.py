@@ -153,8 +153,9 @@ def _config(path: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UnknownShape(
-            f"{path} is neither a folder with a config.json, nor in the local Hugging Face cache, nor a size known by "
-            f"name ({', '.join(SIZES)})"
+            f"the size of {path} is not known: it is no folder with a config.json, not in the local Hugging Face "
+            "cache, and no size known by name. Set plan.model to the fields of a config.json, or to one of "
+            f"{', '.join(SIZES)}"
         ) from error
 
 

@@ -15,8 +15,9 @@ import pytest
 import ray
 
 from cluster.handle import ActorDied
+from cluster.placement import check_cluster, place
 from cluster.remote import ActorOptions, RemoteError, RemoteHandle, remote
-from cluster.resources import Process, ResourceError, check_cluster, place
+from cluster.resources import Process, ResourceError
 from cluster.session import start_ray
 
 

@@ -1,0 +1,151 @@
+"""Forecasts of small configurations on described machines; the presets that come with the package."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.commands import PRESETS, presets
+from cluster.config import Config
+from cluster.forecast import STEPS, Forecast, Site, forecast, rows_of
+from cluster.hardware import GIB, GPUS, Device, Machine
+from cluster.plan import PPOPlan
+from cluster.planning import foresee
+from cluster.settings import compose, read_overrides, read_toml
+
+CORES = Device(name="2 cores", flops=4e11, bandwidth=3e10, memory=24 * GIB, link=15e9, source="given")
+LAPTOP = Site(
+    title="a laptop",
+    machines=(Machine(name="here", cpus=2, memory=24 * GIB, gpus=0, device=CORES),),
+    local=True,
+)
+
+
+def gpus(count: int, kind: str = "A100", machines: int = 1) -> Site:
+    found = [
+        Machine(name=f"node-{i}", cpus=64, memory=512 * GIB, gpus=count, device=GPUS[kind]) for i in range(machines)
+    ]
+    return Site(title="described", machines=tuple(found), local=False)
+
+
+def config(preset: str | None = None, **values: Any) -> Config:
+    given = read_toml(Config, PRESETS / f"{preset}.toml") if preset else []
+    pairs = [(key.replace("__", "."), str(value)) for key, value in values.items()]
+    return compose(Config, [*given, *read_overrides(Config, pairs)])
+
+
+def found(site: Site = LAPTOP, preset: str | None = "quickstart", steps=STEPS, **values: Any) -> Forecast:
+    return forecast(config(preset, **values), site, steps, Path("no/such/run"))
+
+
+def test_the_quickstart_fits_a_laptop():
+    plan = found()
+    assert plan.problems == ()
+    assert [step.name for step in plan.steps] == list(STEPS)
+    ppo = plan.steps[-1].batches
+    assert isinstance(ppo, PPOPlan)
+    assert (ppo.episodes, ppo.minibatches, ppo.pretraining_sequences) == (64, 2, 8)
+    assert {one.process.name for one in plan.steps[-1].held} == {"generator-0", "generator-1", "learner-0", "reward"}
+    assert [phase.name for phase in plan.phases] == [
+        *("generate", "score", "evaluate", "update policy", "update critic", "publish")
+    ]
+    least, expected = plan.seconds
+    assert least == pytest.approx(sum(phase.least for phase in plan.phases))
+    assert least < expected
+
+
+def test_overlapping_phases_count_once():
+    plan = found(ppo__max_staleness=1, cluster__generators=1)
+    rollout = sum(phase.least for phase in plan.phases if phase.name in ("generate", "score"))
+    learner = sum(phase.least for phase in plan.phases) - rollout
+    assert plan.seconds[0] == pytest.approx(max(rollout, learner))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"ppo__minibatch_size": 30},
+            "ppo.minibatch_size = 30 does not divide .* 64 responses. Nearest that work: .* = 16 or 32",
+        ),
+        ({"generator__tensor_parallel_size": 2}, "does not divide the 9 attention heads .*Nearest: .* = 1 or 3"),
+        ({"generator__max_model_len": 120}, r"= 124 is more than generator.max_model_len = 120. Nearest: .* = 124"),
+        ({"generator__max_model_len": 9000}, r"max_model_len = 9,000 is more than the 8,192 positions .*= 8192"),
+        ({"ppo__pretraining__sequence_tokens": 9000}, "sequence_tokens = 9,000 is more than the 8,192"),
+        ({"sft__max_tokens": 9000}, "sft.max_tokens = 9,000 is more than"),
+        ({"ppo__network__last_layers": 31, "ppo__network__lora_rank": 0}, "last_layers = 31, .* has 30 layers"),
+        ({"cluster__generators": 3}, "3 threads would compute at the same time on 2 cores in the phase 'generate'"),
+    ],
+)
+def test_the_impossible_is_refused_with_the_nearest_that_works(values: dict[str, Any], said: str):
+    problems = found(**values).problems
+    assert any(__import__("re").search(said, problem) for problem in problems), problems
+
+
+def test_nearest_settings_work_when_they_are_taken():
+    tight = Site(
+        title="tight",
+        machines=(Machine(name="here", cpus=2, memory=int(12.5 * GIB), gpus=0, device=CORES),),
+        local=True,
+    )
+    (problem,) = found(tight, steps=("ppo",), ppo__network__lora_rank=0, ppo__network__last_layers=0).problems
+    assert "the main memory of here has 12.5 GiB" in problem
+    remedy = problem.split("Nearest that fits: ")[1]
+    values = dict(pair.split(" = ") for pair in remedy.split(", "))
+    taken = {key.replace(".", "__"): value for key, value in values.items()}
+    fixed = {"ppo__network__lora_rank": 0, "ppo__network__last_layers": 0} | taken
+    assert found(tight, steps=("ppo",), **fixed).problems == ()
+    # and nothing of it is more than is needed
+    for key in taken:
+        assert found(tight, steps=("ppo",), **{k: v for k, v in fixed.items() if k != key}).problems
+
+
+def test_what_nothing_can_make_fit_is_said():
+    small = Site(title="small", machines=(Machine(name="x", cpus=2, memory=GIB, gpus=0, device=CORES),), local=True)
+    assert "use more or larger machines" in found(small, steps=("ppo",)).problems[0]
+
+
+def test_more_processes_than_gpus_name_the_bundle():
+    plan = found(
+        gpus(4), cluster__generators=2, generator__tensor_parallel_size=3, rollout__prompts_per_wave=8, steps=("ppo",)
+    )
+    assert any("the bundle of 'generator-1' needs 3 GPUs" in problem for problem in plan.problems)
+    assert plan.phases == ()
+
+
+def test_ranks_shard_and_machines_slow_the_gradients_down():
+    values = {"plan__model": "llama-3.1-8b", "cluster__learner_ranks": 6, "steps": ("ppo",)}
+    together = found(gpus(8), preset=None, **values)
+    apart = found(gpus(4, machines=2), preset=None, **values)
+    one = {phase.name: phase.least for phase in together.phases}
+    two = {phase.name: phase.least for phase in apart.phases}
+    assert two["update policy"] > one["update policy"]
+    assert two["generate"] == one["generate"]
+
+
+def test_unknown_rows_leave_their_arithmetic_out(tmp_path: Path):
+    plan = found(preset=None, plan__model="smollm2-135m", steps=("sft", "reward"))
+    assert [step.batches for step in plan.steps] == [None, None]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert rows_of(rows, tmp_path / "none") == 2
+    assert rows_of(None, tmp_path / "none") is None
+
+
+def test_notes_tell_of_idlers_and_rounding():
+    plan = found(
+        cluster__learner_ranks=2,
+        ppo__minibatch_size=1,
+        rollout__prompts_per_wave=64,
+        ppo__pretraining__sequences_per_episode=1.4,
+        steps=("ppo",),
+    )
+    assert [note.split(" ")[0] for note in plan.notes] == ["a", "2", "ppo.pretraining.sequences_per_episode"]
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_preset_fits_the_machine_it_is_for(preset: str):
+    settings = config(preset)
+    plan = foresee(settings, Path("no/such/run")) if settings.plan.nodes else found(preset=preset)
+    assert plan.problems == ()
+    assert all(step.batches is not None for step in plan.steps if step.name != "sample")
