@@ -55,7 +55,7 @@ COMMANDS = {
         purpose="Say what a run would do: batches, processes, memory, time, and what cannot work.",
         files="Reads the settings and the models' config.json. Writes nothing, and starts nothing. Exit code 1 when "
         "the plan cannot work; the reason names the nearest that does. COMMAND --dry-run plans one command.",
-        example="rayward plan --preset one-8gpu-node --ppo.minibatch_size 32",
+        example="rayward plan --preset one-24gb-gpu --ppo.minibatch_size 16",
         entry="cluster.planning:plan",
         sections=(*_TRAINING, "plan", "sft", "sample", "reward", "ppo", *_SAMPLING, "scoring"),
         flags={"json": "print the plan as JSON: bytes, seconds and counts"},

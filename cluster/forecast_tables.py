@@ -81,8 +81,8 @@ def _ppo_rows(plan: PPOPlan) -> Iterator[tuple[str, int, str]]:
 def _step_rows(plan: StepsPlan | None) -> Iterator[tuple[str, int, str]]:
     assert plan is not None
     yield "rows", plan.rows, f"x {plan.epochs} epochs"
-    mixed = f", and {plan.pretraining_sequences} pretraining sequences" if plan.pretraining_sequences else ""
-    yield "optimizer steps", plan.steps, f"of {plan.batch} rows{mixed}"
+    mixed = f", {plan.pretraining:.0%} of them pretraining text" if plan.pretraining else ""
+    yield "optimizer steps", plan.steps, f"of {plan.batch} each{mixed}"
     yield "micro-batches", plan.microbatches, "of a rank in a step"
     yield "tokens in all", plan.total_tokens, f"{plan.step_tokens:,} a step"
 
@@ -198,7 +198,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
     }
 
 
-def _counts(plan: PPOPlan | StepsPlan | None) -> dict[str, int] | None:
+def _counts(plan: PPOPlan | StepsPlan | None) -> dict[str, float] | None:
     if plan is None:
         return None
     derived = {"total_tokens": plan.total_tokens}

@@ -128,9 +128,9 @@ class StepsPlan:
     epochs: int
     """passes over them"""
     batch: int
-    """rows of one optimizer step, at most"""
-    pretraining_sequences: int
-    """mixed into each step"""
+    """examples of one optimizer step, at most; of reward modelling, prompts with all their completions"""
+    pretraining: float
+    """share of them that is pretraining text"""
     steps: int
     """optimizer steps of the whole run; the last of an epoch may be smaller"""
     microbatches: int
@@ -148,16 +148,28 @@ def plan_sft(
     *, rows: int, epochs: int, batch: int, pretraining_share: float, tokens: int, max_tokens: int, ranks: int
 ) -> StepsPlan:
     """The arithmetic of `learner.sft.sft_batches`; `tokens` of every example, pretraining text included."""
-    text = min(round(batch * pretraining_share), batch - 1)
     return StepsPlan(
         rows=rows,
         epochs=epochs,
-        batch=batch - text,
-        pretraining_sequences=text,
-        steps=epochs * math.ceil(rows / (batch - text)),
+        batch=batch,
+        pretraining=pretraining_share,
+        steps=sft_steps(rows, epochs, batch, pretraining_share),
         microbatches=rank_microbatches([tokens] * batch, max_tokens, ranks),
         step_tokens=batch * tokens,
     )
+
+
+def sft_steps(rows: int, epochs: int, batch: int, share: float) -> int:
+    """Batches of all epochs, text counted in; what a batch has too little or too much of it is carried over."""
+    owed, steps = 0.0, 0
+    for _ in range(epochs):
+        left = rows
+        while left:
+            wanted = min(owed + share * batch, (owed + share * left) / (1.0 - share))
+            text = min(int(wanted + 0.5), batch - 1)
+            own = min(left, batch - text)
+            left, steps, owed = left - own, steps + 1, owed + share * (own + text) - text
+    return steps
 
 
 def plan_reward(
@@ -179,7 +191,7 @@ def plan_reward(
         rows=train,
         epochs=epochs,
         batch=batch,
-        pretraining_sequences=0,
+        pretraining=0.0,
         steps=epochs * math.ceil(train / batch),
         microbatches=rank_microbatches([completions * tokens] * batch, max_tokens, ranks),
         step_tokens=batch * completions * tokens,

@@ -10,20 +10,30 @@ from cluster.settings import as_toml
 
 
 def nearest_that_fits(config: Config, step: str, fits: Callable[[Config], bool]) -> str | None:
-    """The fewest of `changes`, in their order, that make `fits` true, as `key = value` in words; None for none."""
-    taken: dict[str, Any] = {}
+    """The fewest and mildest of `changes` that make `fits` true, as `key = value` in words; None for none."""
+    options: dict[str, list[Any]] = {}
     for key, value in changes(config, step):
-        if fits(changed(config, {key: value})):
-            return f"{key} = {as_toml(value)}"
-        taken[key] = value
+        options.setdefault(key, []).append(value)
+    for key, values in options.items():
+        for value in values:
+            if fits(changed(config, {key: value})):
+                return f"{key} = {as_toml(value)}"
+    taken: dict[str, Any] = {}
+    for key, values in options.items():
+        taken[key] = values[-1]
         if fits(changed(config, taken)):
             break
     else:
         return None
-    for key in list(taken):  # what was tried on the way and is not needed
+    for key in list(taken):
         rest = {name: value for name, value in taken.items() if name != key}
-        if rest and fits(changed(config, rest)):
+        if fits(changed(config, rest)):  # it was tried on the way and is not needed
             taken = rest
+            continue
+        for value in options[key]:
+            if fits(changed(config, taken | {key: value})):
+                taken[key] = value
+                break
     return ", ".join(f"{name} = {as_toml(value)}" for name, value in taken.items())
 
 

@@ -1,5 +1,6 @@
 """Forecasts of small configurations on described machines; the presets that come with the package."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_overlapping_phases_count_once():
 )
 def test_the_impossible_is_refused_with_the_nearest_that_works(values: dict[str, Any], said: str):
     problems = found(**values).problems
-    assert any(__import__("re").search(said, problem) for problem in problems), problems
+    assert any(re.search(said, problem) for problem in problems), problems
 
 
 def test_nearest_settings_work_when_they_are_taken():
@@ -88,16 +89,16 @@ def test_nearest_settings_work_when_they_are_taken():
         machines=(Machine(name="here", cpus=2, memory=int(12.5 * GIB), gpus=0, device=CORES),),
         local=True,
     )
-    (problem,) = found(tight, steps=("ppo",), ppo__network__lora_rank=0, ppo__network__last_layers=0).problems
+    full = {"ppo__network__lora_rank": 0, "ppo__network__last_layers": 0}
+    (problem,) = found(tight, steps=("ppo",), **full).problems
     assert "the main memory of here has 12.5 GiB" in problem
     remedy = problem.split("Nearest that fits: ")[1]
     values = dict(pair.split(" = ") for pair in remedy.split(", "))
     taken = {key.replace(".", "__"): value for key, value in values.items()}
-    fixed = {"ppo__network__lora_rank": 0, "ppo__network__last_layers": 0} | taken
-    assert found(tight, steps=("ppo",), **fixed).problems == ()
+    assert found(tight, steps=("ppo",), **full | taken).problems == ()
     # and nothing of it is more than is needed
     for key in taken:
-        assert found(tight, steps=("ppo",), **{k: v for k, v in fixed.items() if k != key}).problems
+        assert found(tight, steps=("ppo",), **full | {k: v for k, v in taken.items() if k != key}).problems
 
 
 def test_what_nothing_can_make_fit_is_said():
@@ -146,6 +147,14 @@ def test_notes_tell_of_idlers_and_rounding():
 @pytest.mark.parametrize("preset", presets())
 def test_a_preset_fits_the_machine_it_is_for(preset: str):
     settings = config(preset)
-    plan = foresee(settings, Path("no/such/run")) if settings.plan.nodes else found(preset=preset)
+    if settings.plan.nodes:
+        plan = foresee(settings, Path("no/such/run"))
+    elif preset == "instructgpt":  # of no size and for no machine in particular
+        sizes = {"plan__model": "gpt3-1.3b", "plan__demonstrations": 13_000, "plan__ranked_prompts": 33_000}
+        plan = found(
+            gpus(8, "H100"), preset, cluster__learner_ranks=6, ppo__network__gradient_checkpointing=True, **sizes
+        )
+    else:
+        plan = found(preset=preset)
     assert plan.problems == ()
     assert all(step.batches is not None for step in plan.steps if step.name != "sample")
