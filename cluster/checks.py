@@ -15,6 +15,7 @@ from cluster.config import Config
 from cluster.inputs import KINDS, Model, check_base, check_data, data_file, model_folder
 from cluster.plan import indivisible_batch
 from cluster.resources import ResourceError, machine_gpus, machine_memory, plan_run
+from cluster.settings import settings
 from learner.config import NetworkConfig, OptimizerConfig
 from reward_server.functions import load_function
 
@@ -51,6 +52,7 @@ def check_config(config: Config, command: str, run_dir: Path) -> Findings:
     problems, models = [], {}
     if command != "quickstart":  # makes its own models and files
         problems += _bad_inputs(config, command, run_dir, models)
+    problems += _not_finite(config, sections)
     problems += _bad_functions(config, sections)
     if "ppo" in sections and command != "evaluate":
         problems += _indivisible(config)
@@ -108,6 +110,14 @@ def _model(config: Config, name: str, path: Path, models: dict[str, Model]) -> I
 
 def _scores_with_own_model(config: Config) -> bool:
     return any(part.kind == "model" and part.target is None for part in config.scoring.parts)
+
+
+def _not_finite(config: Config, sections: Iterable[str]) -> Iterator[str]:
+    """NaN passes where no bound is set, and an infinite learning rate or deadline passes every lower bound."""
+    for setting in settings(Config, config):
+        value = setting.default  # of this very config
+        if setting.key.split(".")[0] in sections and isinstance(value, float) and not math.isfinite(value):
+            yield f"{setting.key} = {value} is not a finite number. It takes {setting.type}: {setting.doc}"
 
 
 def _bad_functions(config: Config, sections: Iterable[str]) -> Iterator[str]:

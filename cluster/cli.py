@@ -4,7 +4,9 @@
 """
 
 import contextlib
+import errno
 import importlib
+import os
 import shlex
 import signal
 import sys
@@ -188,6 +190,8 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
         raise ConfigError(f"there is no run directory {call.run_dir}. Remedy: name one that a command has written")
     try:
         logs.mkdir(parents=True, exist_ok=True)
+        if not all(os.access(folder, os.W_OK) for folder in (call.run_dir, logs)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
     with Console(logs) as console, _sigterm_exits():

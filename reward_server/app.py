@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import os
 import socket
 import threading
 import time
@@ -223,7 +224,13 @@ def serve(
             "or listen on 127.0.0.1"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family)
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise OSError(
+            error.errno, f"the reward server cannot listen on {host}:{port} ({reason}); take another port, or 0"
+        ) from error
     config = uvicorn.Config(
         create_app(source, token, limits),
         log_level="warning",

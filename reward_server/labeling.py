@@ -273,10 +273,13 @@ class FunctionLabeler:
 
 
 def load_labeler(config: LabelerConfig) -> Labeler:
-    """Make the configured labeler; raises ValueError when its function cannot be found."""
+    """Make the configured labeler. Raises ValueError when its function cannot be found, and UserFunctionError when it
+    fails on a text or breaks its contract: better now than after hours of training."""
     if config.name == VaderLabeler.name:
         return VaderLabeler(config.tie_margin)
-    return FunctionLabeler(config.name, load_function(config.name), config.tie_margin)
+    labeler = FunctionLabeler(config.name, load_function(config.name), config.tie_margin)
+    labeler.verdicts(["A short text."])
+    return labeler
 
 
 def rank_verdicts(verdicts: Sequence[float], tie_margin: float) -> tuple[int, ...]:

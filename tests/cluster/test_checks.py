@@ -147,6 +147,22 @@ def test_a_reward_model_of_another_tokenizer_cannot_be_the_critic(run: Path, tmp
     assert text.startswith(f"the tokenizers of models.reward = {other} and models.sft = {run / 'sft'} differ, and the ")
 
 
+# --- numbers
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ppo__policy_optimizer__lr", "inf"),
+        ("rollout__missing_eos__value", "nan"),
+        ("rollout__wave_deadline_s", "1e400"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(run: Path, key: str, value: str) -> None:
+    text = problem(run, **{"command": "ppo", key: value})
+    assert text.startswith(f"{key.replace('__', '.')} = {float(value)} is not a finite number. It takes float")
+
+
 # --- contradictions
 
 

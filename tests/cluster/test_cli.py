@@ -197,6 +197,15 @@ def test_a_run_directory_that_cannot_be_written_is_wrong_usage(
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
 
 
+def test_a_run_directory_of_somebody_else_is_wrong_usage(
+    tmp_path: Path, entry: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    entry("sft", lambda job: None)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # whoever runs as root may write everywhere
+    assert rayward("sft", "--run", tmp_path) == 2
+    assert "cannot be written (Permission denied). Remedy: name another --run DIR" in capsys.readouterr().err
+
+
 def test_report_takes_the_run_directory_alone(tmp_path: Path, entry: Any):
     seen: list[Path] = []
     entry("report", lambda run_dir, console: seen.append(run_dir))

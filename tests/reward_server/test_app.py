@@ -309,7 +309,8 @@ def test_an_empty_token_is_refused(source: CountingSource) -> None:
 def test_a_taken_port_is_an_error_and_a_closed_server_is_gone(source: CountingSource) -> None:
     first = serve(source)
     port = int(first.url.rpartition(":")[2])
-    with pytest.raises(OSError, match="in use"):
+    said = rf"cannot listen on 127\.0\.0\.1:{port} \(Address already in use\); take another port, or 0"
+    with pytest.raises(OSError, match=said):
         serve(source, port=port)
     first.close()
     with pytest.raises(httpx.ConnectError):

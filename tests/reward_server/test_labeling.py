@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from reward_server.config import LabelerConfig
+from reward_server.functions import UserFunctionError
 from reward_server.labeling import Comparison, label, load_labeler, rank_verdicts, read_comparisons, write_comparisons
 from reward_server.records import RecordError
 from reward_server.schema import Message
@@ -252,3 +253,22 @@ def test_an_id_used_twice_names_the_first_line(tmp_path: Path) -> None:
     path = lines(tmp_path / "c.jsonl", GOOD | {"id": "x"}, GOOD | {"id": "x"})
     with pytest.raises(RecordError, match=r":2: id 'x' was used in line 1"):
         read_comparisons(path)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise RuntimeError('no key')", "failed on 1 responses: RuntimeError: no key"),
+        ("return [1.0] * 2", "returned 2 numbers for 1 responses"),
+        ("return [float('inf')]", "returned inf for response 0, not a finite number"),
+        ("return 'good'", "returned 4 numbers for 1 responses"),
+    ],
+)
+def test_a_bad_labeler_is_told_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, said: str
+) -> None:
+    name = f"bad_labeler_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(f"def verdicts(responses):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserFunctionError, match=f"^{name}:verdicts {said}"):
+        load_labeler(LabelerConfig(name=f"{name}:verdicts"))
