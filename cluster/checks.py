@@ -4,6 +4,7 @@ Nothing heavy is imported here. What needs a tokenizer or a whole file (prompts 
 right after it, by the steps themselves, and still before Ray starts.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
