@@ -100,10 +100,10 @@ class Alignment:
             job.made("evaluation", run_dir / "evaluations" / f"{label}.jsonl", model, heldout)
 
     async def _load(self, config: PPOConfig) -> None:
-        init = self.job.model("init")
+        init, sft, reward = (self.job.model(name) for name in ("init", "sft", "reward"))
         await self.learner.load("policy", "policy", init, config.network, config.policy_optimizer, config.ema_decay)
-        await self.learner.load("reference", "policy", self.job.model("sft"), config.network)
-        await self.learner.load("critic", "value", self.job.model("reward"), config.network, config.critic_optimizer)
+        await self.learner.load("reference", "policy", sft, config.network, config.policy_optimizer, frozen=True)
+        await self.learner.load("critic", "value", reward, config.critic, config.critic_optimizer)
 
     async def _train(self, config: PPOConfig, stage: str) -> None:
         job = self.job

@@ -151,7 +151,7 @@ def _networks(config: Config, command: str) -> dict[str, tuple[NetworkConfig, Op
         "baseline.optimizer": (config.baseline.network, config.baseline.optimizer),
         "reward.optimizer": (config.reward.network, config.reward.optimizer),
         "ppo.policy_optimizer": (ppo.network, ppo.policy_optimizer),
-        "ppo.critic_optimizer": (ppo.network, ppo.critic_optimizer),
+        "ppo.critic_optimizer": (ppo.critic, ppo.critic_optimizer),
     }
     return {key: value for key, value in trained.items() if command in ("quickstart", key.split(".")[0])}
 

@@ -106,12 +106,12 @@ def ppo(job: Job) -> None:
 
 def evaluate(job: Job) -> None:
     """Held-out responses of a model, their scores and KL to the SFT model; the loss of held-out text."""
-    policy, network = job.model("policy"), job.config.ppo.network
+    policy, config = job.model("policy"), job.config.ppo
 
     async def work(heldout: HeldOut) -> None:
-        await heldout.learner.load("policy", "policy", policy, network)
-        await heldout.learner.load("reference", "policy", job.model("sft"), network)
-        await heldout.measure(policy.name, job.config.ppo)
+        for name, path in (("policy", policy), ("reference", job.model("sft"))):
+            await heldout.learner.load(name, "policy", path, config.network, config.policy_optimizer, frozen=True)
+        await heldout.measure(policy.name, config)
 
     _connected(job, HeldOut(job), policy, work)
 

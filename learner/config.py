@@ -39,8 +39,20 @@ class OptimizerConfig(BaseModel):
     """Added to the denominator (lm-human-preferences: 1e-5; the paper is silent)."""
     clip_grad_norm: float = Field(default=0.0, ge=0)
     """Scale gradients down to this global norm; 0 leaves them alone (the paper is silent)."""
-    zero_stage: Literal[0, 1] = 1
-    """DeepSpeed ZeRO stage: 1 shards the optimizer states over ranks; 0 does not and is for float32 only."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too, 3 weights too; 0 nothing, float32 only."""
+    offload_optimizer: Literal["cpu"] | None = None
+    """Keep optimizer states and master weights in main memory and step there; needs ZeRO (DeepSpeed's key)."""
+    offload_param: Literal["cpu"] | None = None
+    """Keep the sharded weights in main memory between their uses; needs zero_stage = 3 (DeepSpeed's key)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs ZeRO: set zero_stage to 1, 2 or 3, or offload_optimizer to none")
+        if self.offload_param and self.zero_stage < 3:
+            raise ValueError(f"offload_param needs zero_stage = 3 (it is {self.zero_stage}), or set it to none")
+        return self
 
 
 class SFTConfig(BaseModel):
@@ -148,6 +160,10 @@ class PretrainingConfig(BaseModel):
     """Pretraining sequences for each episode of a minibatch (paper: 8)."""
     sequence_tokens: int = Field(default=2048, ge=2)
     """Tokens of a packed pretraining sequence (paper: 2048)."""
+    max_tokens_per_microbatch: int | None = Field(default=None, ge=1)
+    """Padded tokens of text in one forward pass at most; that of the PPO loss when not set."""
+    normaliser: Literal["tokens", "sequences"] = "tokens"
+    """The loss is a mean over tokens, or over sequences of the sum of their tokens (the paper gives neither)."""
 
 
 class PPOConfig(BaseModel):
@@ -194,11 +210,18 @@ class PPOConfig(BaseModel):
     pretraining: PretrainingConfig = PretrainingConfig()
     """The pretraining mix."""
     network: NetworkConfig = NetworkConfig()
-    """What of the policy and the critic is trained."""
+    """What of the policy is trained; the reference computes in the same precision."""
+    critic_network: NetworkConfig | None = None
+    """What of the critic is trained; as the policy when not set."""
     policy_optimizer: OptimizerConfig = OptimizerConfig(lr=8.05e-6)
     """Adam for the policy (the paper swept 2.55e-6 to 2.55e-5; above 8.05e-6 it diverged without the mix)."""
     critic_optimizer: OptimizerConfig = OptimizerConfig(lr=9e-6)
     """Adam for the critic, without warm-up (paper: 9e-6, and 5e-6 for the 175B model)."""
+
+    @property
+    def critic(self) -> NetworkConfig:
+        """What of the critic is trained."""
+        return self.critic_network or self.network
 
 
 class ParityConfig(BaseModel):

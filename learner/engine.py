@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from learner.config import OptimizerConfig
-from learner.networks import Network
+from learner.networks import Network, PolicyNetwork
 from learner.schedules import ema_update
+from learner.shards import clear_leftovers, gradients, master_weights
+
+_WHOLE_BELOW = 10_000  # numbers; ZeRO 3 leaves smaller parameters, such as norms, whole on every rank
 
 
 def init_distributed(rank: int, world_size: int, address: str, port: int, deadline_s: float) -> None:
@@ -43,57 +47,125 @@ def init_distributed(rank: int, world_size: int, address: str, port: int, deadli
     )
 
 
+def deepspeed_config(config: OptimizerConfig, half: bool, cuda: bool) -> dict[str, Any]:
+    """What DeepSpeed is told. `half`: bfloat16 weights beside float32 master weights; `cuda`: on GPUs."""
+    offloaded = config.offload_optimizer is not None
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # `step` alone ends an accumulation
+        "zero_optimization": _zero(config) | {"offload_optimizer": {"device": config.offload_optimizer or "none"}},
+        "bf16": {"enabled": half},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # else a sum over ranks would depend on how many there are
+        "gradient_clipping": config.clip_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {
+            "type": "Adam",
+            "params": {
+                "lr": config.lr,
+                "betas": [config.beta1, config.beta2],
+                "eps": config.eps,
+                "weight_decay": 0.0,
+                # DeepSpeed's own CPU Adam is much faster on offloaded states, but compiles C++ for minutes.
+                "torch_adam": not (offloaded and cuda),
+            },
+        },
+        "steps_per_print": 10**9,
+    }
+
+
+def _zero(config: OptimizerConfig) -> dict[str, Any]:
+    return {
+        "stage": config.zero_stage,
+        "overlap_comm": False,
+        "stage3_param_persistence_threshold": _WHOLE_BELOW,
+        "offload_param": {"device": config.offload_param or "none"},
+    }
+
+
+def whole(parameter: nn.Parameter) -> Tensor:
+    """All of a parameter, detached. Where ZeRO 3 shards it this is a collective, and the result a copy."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter):
+        return parameter.detach().clone()
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of all of a parameter, wherever it is."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+class Frozen:
+    """A network that is only read: whole on every rank, or sharded over them as ZeRO 3 does."""
+
+    def __init__(self, network: Network, sharding: OptimizerConfig | None) -> None:
+        """`sharding`: how the network is laid out that this one stands beside (the policy); None for no sharding."""
+        self.module = network.requires_grad_(False)
+        self.network: Callable[..., Any] = network
+        if sharding is None or sharding.zero_stage < 3:
+            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            network.to(self.device)
+            return
+        half = next(network.parameters()).dtype == torch.bfloat16
+        engine = _initialize(
+            network,
+            {"train_micro_batch_size_per_gpu": 1, "zero_optimization": _zero(sharding), "bf16": {"enabled": half}},
+        )
+        self.network, self.device = engine, engine.device
+
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds."""
+        if self.network is not self.module:
+            self.network.destroy()  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _initialize(network: Network, config: dict[str, Any], trained: list[nn.Parameter] | None = None) -> Any:
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        model_parameters=trained,  # pyright: ignore[reportArgumentType]  # DeepSpeed's annotation is too narrow
+        config=config,
+    )
+    if config["zero_optimization"]["stage"] == 3 and isinstance(network, PolicyNetwork):
+        for parameter in network.head.borrowed():
+            deepspeed.zero.register_external_parameter(network.head, parameter)
+    return engine
+
+
 class Engine:
     """A trainable network, its optimizer and its moving average, on one rank.
 
     Losses are sums divided by a count over *all* ranks, so gradients are summed over ranks, not averaged. `backward`
-    may be called any number of times before `step`: micro-batches and the two terms of PPO-ptx add up.
+    is called one or more times before `step`, and equally often on every rank: micro-batches and the two terms of
+    PPO-ptx add up.
     """
 
     def __init__(self, network: Network, config: OptimizerConfig, ema_decay: float | None = None) -> None:
-        import deepspeed
-
-        trained = [p for p in network.parameters() if p.requires_grad]
-        half = next(network.parameters()).dtype == torch.bfloat16
-        if half and config.zero_stage == 0:
-            raise ValueError(
-                "zero_stage = 0 with dtype = bfloat16 keeps a second, slow set of gradients: use zero_stage = 1"
-            )
-        self._engine: Any
-        self._engine, *_ = deepspeed.initialize(
-            model=network,
-            model_parameters=trained,  # pyright: ignore[reportArgumentType]  # DeepSpeed's annotation is too narrow
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "managed_gradient_accumulation": False,  # `step` alone ends an accumulation
-                "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
-                "bf16": {"enabled": half},
-                "data_types": {"grad_accum_dtype": "fp32"},
-                "gradient_clipping": config.clip_grad_norm,
-                "zero_allow_untested_optimizer": True,
-                "optimizer": {
-                    "type": "Adam",
-                    "params": {
-                        "lr": config.lr,
-                        "betas": [config.beta1, config.beta2],
-                        "eps": config.eps,
-                        "weight_decay": 0.0,
-                        "torch_adam": True,  # DeepSpeed's own CPU Adam compiles C++ for minutes at first use
-                    },
-                },
-                "steps_per_print": 10**9,
-            },
-        )
         self.trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-        self.ema_decay = ema_decay
-        self.ema = {name: self._master(p).clone() for name, p in self.trained} if ema_decay is not None else {}
         self._layout = {
             "ranks": dist.get_world_size(),
             "zero_stage": config.zero_stage,
             "trained_parameters": sum(p.numel() for _, p in self.trained),
             "moving_average": ema_decay is not None,
         }
+        half = next(network.parameters()).dtype == torch.bfloat16
+        if half and config.zero_stage == 0:
+            raise ValueError(
+                "zero_stage = 0 with dtype = bfloat16 would add gradients up in bfloat16, without float32 master "
+                "weights: use zero_stage = 1, which on one rank is the same otherwise"
+            )
+        self._parameters = [p for _, p in self.trained]
+        self._engine = _initialize(
+            network, deepspeed_config(config, half, torch.cuda.is_available()), list(self._parameters)
+        )
+        self._reduced = config.zero_stage >= 2  # gradients are summed over ranks in `backward` already
+        self.ema_decay = ema_decay
+        self._ema = [shard.clone() for shard in self._masters] if ema_decay is not None else []
         self._finite_losses = True
 
     @property
@@ -117,17 +189,22 @@ class Engine:
         self._engine.backward(loss * self._engine.dp_world_size)  # DeepSpeed averages over ranks; we sum
 
     def gradients(self) -> list[Tensor]:
-        """Copies of this rank's accumulated gradients, in float32, as they stand before `step`."""
-        return [buffer.detach().float().clone() for buffer in self._buffers]
+        """Copies of this rank's share of the gradients in float32, as they stand before `step` (for `norm`)."""
+        return [buffer.detach().float().clone() for buffer in self._gradients]
 
     def norm(self, gradients: list[Tensor]) -> float:
-        """Global norm of the gradients summed over ranks. A collective: every rank calls it."""
-        total = 0.0
+        """Global norm of the gradients that the ranks' shares make up. A collective: every rank calls it."""
+        if self._reduced:
+            zero = torch.zeros((), dtype=torch.float64, device=self.device)
+            total = sum((g.double().square().sum().to(self.device) for g in gradients), zero)
+            dist.all_reduce(total)
+            return math.sqrt(float(total))
+        squares = 0.0
         for gradient in gradients:
             summed = gradient.clone()  # the caller still needs this rank's part
             dist.all_reduce(summed)
-            total += float(summed.double().square().sum())
-        return math.sqrt(total) / dist.get_world_size()  # `backward` multiplied by the number of ranks
+            squares += float(summed.double().square().sum())
+        return math.sqrt(squares) / dist.get_world_size()  # `backward` multiplied by the number of ranks
 
     def step(self, lr: float) -> float | None:
         """One Adam step with learning rate `lr`, then the moving average's; returns the gradient norm before clipping.
@@ -135,23 +212,40 @@ class Engine:
         None if a loss or a gradient of any rank was not finite: every rank then leaves the step out, and weights,
         optimizer and average stay bitwise as they were.
         """
-        good = self._finite_losses and all(b.isfinite().all() for b in self._buffers)
+        good = self._finite_losses and all(bool(b.isfinite().all()) for b in self._gradients)
         finite = torch.tensor(float(good), device=self.device)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         self._finite_losses = True
         if not finite.item():
-            for buffer in self._buffers:
+            for buffer in self._gradients:
                 buffer.zero_()
             return None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        norm = (
-            None if self._engine.zero_optimization() else self.norm(self.gradients())
-        )  # DeepSpeed keeps none without ZeRO
+        # DeepSpeed keeps no norm without ZeRO.
+        norm = None if self._engine.zero_optimization() else self.norm(self.gradients())
         self._engine.step()
+        clear_leftovers(self._engine.optimizer)
         if self.ema_decay is not None:
-            ema_update(self.ema.values(), (self._master(p) for _, p in self.trained), self.ema_decay)
+            ema_update(self._ema, self._masters, self.ema_decay)
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """All of a trained parameter in float32, as Adam updates it. A collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param(parameter)
+        return (full if full is not None else parameter).detach().float()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it `master` gives the moving average; the weights that the network computes with do not matter."""
+        assert self.ema_decay is not None, "this network has no moving average"
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
 
     def save_state(self, folder: Path) -> None:
         """Write everything that the next step depends on: weights, optimizer, moving average, random numbers.
@@ -159,7 +253,7 @@ class Engine:
         DeepSpeed's own checkpoint without the frozen weights, and beside it a file a rank. A collective.
         """
         self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
-        own: dict[str, Any] = {"ema": self.ema, "rng": torch.get_rng_state()}
+        own: dict[str, Any] = {"ema": self._ema, "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             own["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         torch.save(own, folder / f"rank-{dist.get_rank()}.pt")
@@ -184,30 +278,26 @@ class Engine:
                 )
         self._engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
         own = torch.load(folder / f"rank-{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-        for name, average in self.ema.items():
-            average.copy_(own["ema"][name])
+        for average, kept in zip(self._ema, own["ema"], strict=True):
+            average.copy_(kept)
         torch.set_rng_state(own["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"], self.device)
 
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds."""
+        self._engine.destroy()
+
     @property
-    def _buffers(self) -> list[Tensor]:
-        """Where this rank's gradients add up: DeepSpeed's float32 copies beside bfloat16 weights, else `.grad`.
+    def _gradients(self) -> list[Tensor]:
+        return gradients(self._engine.optimizer, self._parameters)
 
-        What no loss has reached counts as zeros: a rank without a micro-batch still takes part in every sum over ranks.
-        """
-        float32 = getattr(self._engine.optimizer, "fp32_groups_gradients_flat", None)
-        if float32:
-            for reached in self._engine.optimizer.fp32_groups_has_gradients:
-                reached[:] = [True] * len(reached)
-            return float32
-        unreached = [p for _, p in self.trained if p.grad is None]
-        if unreached:
-            self.backward(torch.stack([p.flatten()[0] for p in unreached]).sum() * 0.0)
-        return [p.grad for _, p in self.trained if p.grad is not None]
+    @property
+    def _masters(self) -> list[Tensor]:
+        return master_weights(self._engine.optimizer, self._parameters)
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        full = safe_get_full_fp32_param(parameter)
-        return (full if full is not None else parameter).detach().float()
+    def _exchange(self) -> None:
+        for master, average in zip(self._masters, self._ema, strict=True):
+            kept = master.clone()
+            master.copy_(average)
+            average.copy_(kept)

@@ -13,7 +13,8 @@ from actors.chat import ChatExample
 from actors.transfer import Manifest, Rendezvous
 from learner.batch import Batch
 from learner.config import NetworkConfig, OptimizerConfig, PublishConfig
-from learner.worker import Evaluation, PPOStep, Targets, targets_of
+from learner.supervised import targets_of
+from learner.worker import Evaluation, PPOStep, Targets
 
 
 class LearnerGroup:
@@ -37,9 +38,10 @@ class LearnerGroup:
         ema_decay: float | None = None,
         chat_template: str | None = None,
         residual_dropout: float = 0.0,
+        frozen: bool = False,
     ) -> int:
-        """Load a network on every rank; returns how many of its parameters are trained."""
-        settings = (network, optimizer, ema_decay, chat_template, residual_dropout)
+        """Load a network on every rank (see Rank.load); returns how many of its parameters are trained."""
+        settings = (network, optimizer, ema_decay, chat_template, residual_dropout, frozen)
         return (await self._every("load", name, kind, path, *settings))[0]
 
     async def unload(self) -> None:
@@ -125,7 +127,7 @@ class LearnerGroup:
 
     async def send_weights(self) -> dict[str, int]:
         """Send the policy's weights to every generator; returns each tensor's checksum."""
-        return await self.ranks[0].send_weights()
+        return (await self._every("send_weights"))[0]  # the other ranks hold shards of them
 
     async def save(self, name: str, path: Path, ema: bool = False) -> None:
         """Write a network, or its moving average, as a Hugging Face folder."""

@@ -5,7 +5,7 @@ left padding ever exists: causal attention never sees the padding on the right, 
 sampler.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -30,14 +30,38 @@ from reward_server.model import (
 )
 
 
+class LogprobHead(nn.Module):
+    """A language model's output layer, read as log-probs without its logits.
+
+    It has no weights but borrows the model's. As a module of its own it is a place where ZeRO 3 gathers them.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk: int) -> None:
+        super().__init__()
+        self.chunk = chunk
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        head = model.get_output_embeddings()
+        assert head is not None, "a causal language model has output embeddings"
+        self._lender: tuple[nn.Module] = (head,)  # in a tuple: not a module of this one, so that names stay the model's
+
+    def borrowed(self) -> list[nn.Parameter]:
+        """The model's parameters that are read here."""
+        return list(self._lender[0].parameters(recurse=False))
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies, float32 [N], of hidden states [N, d] and targets [N]."""
+        (head,) = self._lender
+        weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
+        return token_logprobs(hidden, weight, bias, targets, temperature, self.chunk, self.softcap)
+
+
 class PolicyNetwork(nn.Module):
     """A causal language model read as log-probs of given tokens."""
 
     def __init__(self, model: PreTrainedModel, chunk: int) -> None:
         super().__init__()
         self.model = model
-        self.chunk = chunk
-        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.head = LogprobHead(model, chunk)
 
     def forward(
         self, ids: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, temperature: float = 1.0
@@ -47,11 +71,7 @@ class PolicyNetwork(nn.Module):
         ids: [B, S] right padded; rows, positions, targets: [N].
         """
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, positions]
-        head = self.model.get_output_embeddings()
-        assert head is not None, "check_head ran"
-        return token_logprobs(
-            hidden, head.weight, getattr(head, "bias", None), targets, temperature, self.chunk, self.softcap
-        )
+        return self.head(hidden, targets, temperature)
 
 
 class ValueNetwork(nn.Module):
@@ -148,46 +168,54 @@ def make_trainable(model: PreTrainedModel, network: NetworkConfig) -> None:
         parameter.requires_grad_(trained or name.startswith("score."))
 
 
-def merged_weights(model: PreTrainedModel, replace: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+Read = Callable[[nn.Parameter], Tensor]
+"""Gives all of a parameter's values; a collective where they are sharded."""
+
+
+def merged_weights(model: PreTrainedModel, read: Read = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its Hugging Face name with LoRA merged in, one at a time; tied weights once.
 
-    The model is not changed: merging in place and back would round the base weights a little each time.
-    `replace` gives other values for trained parameters by their own names (the EMA).
+    The model is not changed: merging in place and back would round the base weights a little each time. Every rank
+    iterates to the end where `read` is a collective.
     """
-    replace = replace or {}
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        owner, _, leaf = name.rpartition(".base_layer.")
-        weight = replace.get(name, parameter).detach()
-        if owner:
-            name = f"{owner}.{leaf}"
-            if leaf == "weight":
-                weight = (weight.float() + _lora_product(owner, adapters[owner], replace)).to(parameter.dtype)
+    for name, parameter, owner in _plain_parameters(model):
+        weight = read(parameter)
+        if owner and name.endswith(".weight"):
+            weight = weight.float() + _lora_product(adapters[owner], read)
         yield name, weight.to(parameter.dtype)
 
 
-def _lora_product(owner: str, layer: LoraLayer, replace: dict[str, Tensor]) -> Tensor:
+def weight_shapes(model: PreTrainedModel, shape: Callable[[nn.Parameter], torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """What `merged_weights` gives, as tensors without storage."""
+    for name, parameter, _ in _plain_parameters(model):
+        yield name, torch.empty(shape(parameter), dtype=parameter.dtype, device="meta")
+
+
+def _plain_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Parameters without LoRA's own: (Hugging Face name, parameter, name of the adapted module or "")."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            owner, _, leaf = name.rpartition(".base_layer.")
+            yield (f"{owner}.{leaf}" if owner else name), parameter, owner
+
+
+def _lora_product(layer: LoraLayer, read: Read) -> Tensor:
     """scale * B A in float32, transposed for GPT-2's Conv1D."""
-
-    def factor(side: str) -> Tensor:
-        weight: Tensor = getattr(layer, side)["default"].weight
-        return replace.get(f"{owner}.{side}.default.weight", weight).detach().float()
-
-    product = (factor("lora_B") @ factor("lora_A")) * layer.scaling["default"]
+    low, high = (read(getattr(layer, side)["default"].weight).float() for side in ("lora_A", "lora_B"))
+    product = (high @ low) * layer.scaling["default"]
     return product.T if isinstance(layer.get_base_layer(), Conv1D) else product
 
 
 def save_network(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, replace: dict[str, Tensor] | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write a plain Hugging Face folder (safetensors, config, tokenizer, chat template) with LoRA merged."""
+    """Write a plain Hugging Face folder (safetensors, config, tokenizer, chat template) of merged weights."""
     path.mkdir(parents=True, exist_ok=True)
     # Copies: DeepSpeed keeps all weights in one flat buffer, and views of one storage cannot be saved apart.
     # Transformers renames some weights when it loads (GPT-NeoX's head), and a folder has the names of the family.
-    weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in merged_weights(model, replace)}
-    save_torch_state_dict(revert_weight_conversion(model, weights), path)
+    copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
+    save_torch_state_dict(revert_weight_conversion(model, copies), path)
     model.config.architectures = [type(model).__name__]  # else that of the folder it was loaded from
     model.config.save_pretrained(path)
     if model.can_generate() and model.generation_config is not None:

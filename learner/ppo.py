@@ -102,6 +102,8 @@ def _step(config: PPOConfig, iteration: int, temperature: float) -> PPOStep:
         pretraining_coef=config.pretraining.coef,
         temperature=temperature,
         max_tokens=config.max_tokens_per_microbatch,
+        pretraining_max_tokens=config.pretraining.max_tokens_per_microbatch or config.max_tokens_per_microbatch,
+        pretraining_normaliser=config.pretraining.normaliser,
         policy_lr=warmup(config.policy_optimizer.lr, iteration, config.warmup_iterations),
         critic_lr=config.critic_optimizer.lr,
     )

@@ -1,19 +1,19 @@
 """What every rank of the learner has: networks by name, its share of a batch, and the way of weights out of it."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.transfer import Manifest, Rendezvous
 from learner.batch import microbatches
 from learner.config import NetworkConfig, OptimizerConfig, PublishConfig
 from learner.dropout import add_residual_dropout
-from learner.engine import Engine, init_distributed
-from learner.networks import Network, load_network, merged_weights, save_network
+from learner.engine import Engine, Frozen, init_distributed, whole, whole_shape
+from learner.networks import PolicyNetwork, load_network, merged_weights, save_network, weight_shapes
 from learner.sender import NcclWeightSender, WeightSender
 from reward_server.address import free_port, own_address
 from reward_server.encoding import ChatEncoding
@@ -27,7 +27,7 @@ class Rank:
         self.world_size = world_size
         self.threads = threads
         self._engines: dict[str, Engine] = {}
-        self._frozen: dict[str, Network] = {}
+        self._frozen: dict[str, Frozen] = {}
         self._tokenizers: dict[str, ChatEncoding] = {}
         self._host = "127.0.0.1"
         self._sender: WeightSender
@@ -53,9 +53,11 @@ class Rank:
         ema_decay: float | None = None,
         chat_template: str | None = None,
         residual_dropout: float = 0.0,
+        frozen: bool = False,
     ) -> int:
-        """Load a network under `name`, to train with `optimizer` or frozen without; returns its trained parameters.
+        """Load a network under `name` to train with `optimizer`; returns how many parameters are trained.
 
+        A `frozen` one, or one without `optimizer`, is only read; at ZeRO 3 `optimizer` says that it is sharded too.
         `chat_template` is saved with it in place of its own; `residual_dropout` acts in supervised training only.
         """
         torch.manual_seed(0)  # LoRA adapters start alike on every rank and in every run
@@ -63,26 +65,36 @@ class Rank:
         torch.manual_seed(self.rank)  # what is random from here on (dropout) differs between ranks
         if residual_dropout:
             add_residual_dropout(module.model, residual_dropout)
-        if optimizer is None:
-            module.requires_grad_(False)
-            self._frozen[name] = module.to("cuda" if torch.cuda.is_available() else "cpu")
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)  # before they are sharded
+        if optimizer is None or frozen:
+            self._frozen[name], trained = Frozen(module, optimizer), 0
         else:
             self._engines[name] = Engine(module, optimizer, ema_decay)
         self._tokenizers[name] = ChatEncoding.load(path, chat_template)
-        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+        return trained
 
     def unload(self) -> None:
         """Forget every network."""
+        for held in (*self._engines.values(), *self._frozen.values()):
+            held.close()
         for store in (self._engines, self._frozen, self._tokenizers):
             store.clear()
 
     def save(self, name: str, path: Path, ema: bool = False) -> None:
-        """Write the network (or its moving average) as a plain Hugging Face folder, from rank 0."""
-        network = self._network(name)
-        averages = self._engines[name].ema if ema else {}
+        """Write the network (or its moving average) as a plain Hugging Face folder, from rank 0. A collective."""
+        if ema:
+            engine = self._engines[name]
+            with engine.averaged():
+                self._write(name, path, lambda p: engine.master(p) if p.requires_grad else whole(p))
+        else:
+            self._write(name, path, whole)
+
+    def _write(self, name: str, path: Path, read: Callable[[nn.Parameter], Tensor]) -> None:
+        model = self._held(name).module.model
+        weights = merged_weights(model, read)
         if self.rank == 0:
-            replace = {key.removeprefix("model."): value for key, value in averages.items()}
-            save_network(network.model, self._tokenizers[name].tokenizer, path, replace)
+            save_network(model, self._tokenizers[name].tokenizer, path, weights)
+        _drain(weights)
 
     def save_state(self, folder: Path) -> None:
         """Write the training state of every network under `folder`/<name>; frozen ones have none."""
@@ -96,7 +108,7 @@ class Rank:
             engine.load_state(folder / name)
 
     def open_sender(self, config: PublishConfig) -> None:
-        """Prepare rank 0 to send weights."""
+        """Prepare to send weights from this rank."""
         sender = NcclWeightSender if torch.cuda.is_available() else WeightSender
         self._sender = sender(config.bucket_mb, config.deadline_s, self._host)
 
@@ -110,28 +122,53 @@ class Rank:
 
     def transfer_manifest(self) -> Manifest:
         """What will be sent."""
-        return self._sender.manifest(self.weights())
+        return self._sender.manifest(weight_shapes(self._held("policy").module.model, whole_shape))
 
     def send_weights(self) -> dict[str, int]:
-        """Send the policy's merged weights to every generator; returns each tensor's checksum."""
-        return self._sender.send(self.weights())
+        """Send the policy's merged weights to every generator; returns each tensor's checksum, on rank 0.
 
-    def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """The policy's merged weights under their Hugging Face names."""
-        return merged_weights(self._network("policy").model)
+        A collective: where weights are sharded, the other ranks take part in gathering them, to the end even if
+        sending fails.
+        """
+        weights = self.weights()
+        try:
+            return self._sender.send(self.transfer_manifest(), weights) if self.rank == 0 else {}
+        finally:
+            _drain(weights)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's merged weights under their Hugging Face names. A collective."""
+        return merged_weights(self._held("policy").module.model, whole)
 
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
-        return next(iter(self._engines.values())).device
+        return next(held.device for held in (*self._engines.values(), *self._frozen.values()))
 
-    def _network(self, name: str) -> Network:
-        return self._engines[name].module if name in self._engines else self._frozen[name]
+    def _held(self, name: str) -> Engine | Frozen:
+        return self._engines[name] if name in self._engines else self._frozen[name]
 
-    def _call(self, name: str, ids: Tensor, *places: Tensor | float) -> Tensor:
-        network = self._engines[name].network if name in self._engines else self._frozen[name]
-        device = next(self._network(name).parameters()).device
-        return network(ids.to(device), *(p.to(device) if isinstance(p, Tensor) else p for p in places))
+    def _call(self, name: str, ids: Tensor, *places: Tensor | float) -> Any:
+        held = self._held(name)
+        return held.network(*(p.to(held.device) if isinstance(p, Tensor) else p for p in (ids, *places)))
+
+    def _idle(self, name: str) -> None:
+        """Read one token for nothing, and learn nothing from it where gradients are on.
+
+        Every rank runs as many forward and backward passes as the others: from ZeRO 2 on they meet in each.
+        """
+        nowhere = torch.zeros(1, dtype=torch.long)
+        if isinstance(self._held(name).module, PolicyNetwork):
+            answer, _ = self._call(name, nowhere[None], nowhere, nowhere, nowhere)
+        else:
+            answer = self._call(name, nowhere[None], nowhere, nowhere)
+        if answer.requires_grad:
+            self._engines[name].backward(answer.sum() * 0.0)
 
     def _share(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         return microbatches(lengths, max_tokens, self.world_size)[self.rank]
+
+
+def _drain(weights: Iterator[tuple[str, Tensor]]) -> None:
+    for _ in weights:
+        pass

@@ -1,7 +1,7 @@
 """The sending side of a weight transfer, in the learner's rank 0; actors/weights.py is the other one."""
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -50,15 +50,14 @@ class WeightSender:
         """What `send` would send."""
         return Manifest.of(named, self.bucket_mb << 20, self.dtype)
 
-    def send(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-        """Send named tensors to all receivers, and return the checksum of each.
+    def send(self, manifest: Manifest, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+        """Send the manifest's tensors, in its order, to all receivers, and return the checksum of each.
 
-        Raises TransferError when a receiver is gone or does not read, and closes the group: nobody waits on.
+        They are taken one by one: no more than two buckets exist at a time. Raises TransferError when a receiver is
+        gone or does not read, and closes the group: nobody waits on.
         """
         assert self._group is not None, "connect before send"
-        group = self._group
-        tensors = dict(named)
-        manifest = self.manifest(tensors.items())
+        group, tensors = self._group, iter(named)
         buckets = list(manifest.buckets())
         checksums: dict[str, int] = {}
         under_way = []
@@ -86,12 +85,14 @@ class WeightSender:
         return Rendezvous(host=self.host, port=port, world_size=world_size, epoch=epoch, deadline_s=self.deadline_s)
 
     def _pack(
-        self, manifest: Manifest, bucket: Bucket, tensors: dict[str, Tensor], checksums: dict[str, int]
+        self, manifest: Manifest, bucket: Bucket, tensors: Iterator[tuple[str, Tensor]], checksums: dict[str, int]
     ) -> Tensor:
         """Copy a bucket's tensors side by side, and add up the checksum of each source."""
         buffer = torch.empty(bucket.size, dtype=torch.uint8)
         for slot, (name, target) in zip(bucket.slots, manifest.unpack(bucket, buffer), strict=True):
-            source = tensors[name].detach().to(manifest.dtype(slot.index))
+            given, tensor = next(tensors)
+            assert given == name, f"{given} instead of {name}: not in the order of the manifest"
+            source = tensor.detach().to(manifest.dtype(slot.index))
             checksums[name] = checksum(source)
             target.copy_(source)
         return buffer
@@ -124,8 +125,8 @@ class NcclWeightSender(WeightSender):
             }
         )
 
-    def send(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-        """Send named tensors to all receivers, and return the checksum of each."""
+    def send(self, manifest: Manifest, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+        """Send the manifest's tensors to all receivers, and return the checksum of each."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         assert self._nccl is not None, "connect before send"
@@ -138,7 +139,7 @@ class NcclWeightSender(WeightSender):
             return tensor
 
         packed_nccl_broadcast_producer(
-            iterator=iter(list(named)),
+            iterator=iter(named),
             group=self._nccl,
             src=0,
             post_iter_func=on_the_wire,

@@ -4,7 +4,6 @@ Every rank is given the whole batch and takes its own share of it, so counts ove
 communication, and all results are sums or zero-filled arrays that add up over ranks (`learner.group` adds them).
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +14,8 @@ from torch import Tensor
 
 from actors.chat import ChatExample
 from learner.batch import Batch
-from learner.dropout import training_mode
-from learner.losses import kwise_loss, lm_loss_sum, policy_loss_sum, value_loss_sum
-from learner.networks import ValueNetwork
-from learner.rank import Rank
-from reward_server.model import Normalisation, set_normalisation
+from learner.losses import policy_loss_sum, value_loss_sum
+from learner.supervised import SupervisedRank, add_sums, floats, targets_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,97 +65,18 @@ class PPOStep:
     """sampling temperature, applied to the logits here too"""
     max_tokens: int
     """padded tokens of a micro-batch at most"""
+    pretraining_max_tokens: int
+    """the same for the pretraining text"""
+    pretraining_normaliser: Literal["tokens", "sequences"]
+    """what the pretraining loss, summed over tokens, is divided by the number of"""
     policy_lr: float
     """learning rate of the policy in this iteration"""
     critic_lr: float
     """learning rate of the critic in this iteration"""
 
 
-class LearnerWorker(Rank):
+class LearnerWorker(SupervisedRank):
     """One rank's part of every step. Its methods are called in the same order on every rank."""
-
-    # --- supervised fine-tuning and language-model loss
-
-    def language_model_loss(self, name: str, examples: Sequence[ChatExample], max_tokens: int) -> dict[str, float]:
-        """Sums of negative log-likelihood (nats) and of targets over this rank's share of `examples`."""
-        total = 0.0
-        with torch.no_grad():
-            for micro in self._share([len(e.ids) for e in examples], max_tokens):
-                total += self._nll(name, [examples[i] for i in micro]).item() if micro else 0.0
-        return {"nll": total}
-
-    def language_model_step(
-        self, name: str, examples: Sequence[ChatExample], max_tokens: int, lr: float
-    ) -> dict[str, float]:
-        """One optimizer step on the mean negative log-likelihood over all targets of `examples`, dropout on."""
-        with training_mode(self._network(name)):
-            total = self._backward_language_model(name, examples, max_tokens, 1.0 / targets_of(examples))
-        return self._stepped(name, lr, {"nll": total}, "")
-
-    def _backward_language_model(
-        self, name: str, examples: Sequence[ChatExample], max_tokens: int, scale: float
-    ) -> float:
-        total = 0.0
-        for micro in self._share([len(e.ids) for e in examples], max_tokens):
-            if micro:
-                loss = self._nll(name, [examples[i] for i in micro])
-                self._engines[name].backward(loss * scale)
-                total += loss.item()
-        return total
-
-    def _nll(self, name: str, examples: Sequence[ChatExample]) -> Tensor:
-        ids = _right_padded([e.ids for e in examples])
-        mask = _right_padded([e.loss_mask for e in examples]).bool()
-        rows, ends = mask.nonzero(as_tuple=True)
-        logprobs, _ = self._call(name, ids, rows, ends - 1, ids[rows, ends])
-        return lm_loss_sum(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
-
-    # --- reward modelling
-
-    def ranking_step(
-        self,
-        name: str,
-        groups: Sequence[Sequence[tuple[int, ...]]],
-        ranks: Sequence[Sequence[int]],
-        normaliser: Literal["pairs", "all"],
-        max_tokens: int,
-        lr: float,
-    ) -> dict[str, float]:
-        """One optimizer step of the K-wise loss: all completions of a prompt in one batch element, one forward each."""
-        prompts = sum(len(set(r)) > 1 for r in ranks)
-        sums: dict[str, float] = {"loss": 0.0}
-        for micro in self._share([len(g) * max(map(len, g)) for g in groups], max_tokens):
-            if not micro:
-                continue
-            group = torch.tensor([i for i in micro for _ in groups[i]])
-            order = torch.tensor([rank for i in micro for rank in ranks[i]])
-            scores = self._last_values(name, [ids for i in micro for ids in groups[i]])
-            loss, _, stats = kwise_loss(scores, group.to(scores.device), order.to(scores.device), normaliser)
-            self._engines[name].backward(loss / max(prompts, 1))
-            _add(sums, {"loss": loss.item(), **_floats(stats)})
-        return self._stepped(name, lr, sums, "")
-
-    def last_values(self, name: str, sequences: Sequence[tuple[int, ...]], max_tokens: int) -> Tensor:
-        """Value at the last token of each sequence, f32 [N], 0 for those that are another rank's."""
-        values = torch.zeros(len(sequences))
-        with torch.no_grad():
-            for micro in self._share([len(s) for s in sequences], max_tokens):
-                if micro:
-                    values[micro] = self._last_values(name, [sequences[i] for i in micro]).cpu()
-        return values
-
-    def normalise(self, name: str, gain: float, bias: float) -> None:
-        """Store the reward model's normalisation with it."""
-        network = self._network(name)
-        assert isinstance(network, ValueNetwork), name
-        network.gain, network.bias = gain, bias
-        set_normalisation(network.model, Normalisation(gain=gain, bias=bias))
-
-    def _last_values(self, name: str, sequences: Sequence[tuple[int, ...]]) -> Tensor:
-        ends = torch.tensor([len(s) - 1 for s in sequences])
-        return self._call(name, _right_padded(sequences), torch.arange(len(sequences)), ends)
-
-    # --- PPO
 
     def evaluate(
         self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int, temperature: float
@@ -171,6 +88,10 @@ class LearnerWorker(Rank):
         found = {name: torch.zeros(batch.mask.shape) for name in Evaluation.__dataclass_fields__}
         with torch.no_grad():
             for rows in self._micro_rows(batch, minibatches, max_tokens):
+                if not rows:
+                    for name in ("policy", "reference", "critic"):
+                        self._idle(name)
+                    continue
                 part = batch.rows(rows)
                 width = part.mask.shape[1]
                 logprobs, entropies = self._response_logprobs("policy", part, temperature)
@@ -185,6 +106,9 @@ class LearnerWorker(Rank):
         found = torch.zeros(batch.mask.shape)
         with torch.no_grad():
             for rows in self._micro_rows(batch, [list(range(len(batch)))], max_tokens):
+                if not rows:
+                    self._idle(name)
+                    continue
                 part = batch.rows(rows)
                 found[rows, : part.mask.shape[1]] = self._response_logprobs(name, part, temperature)[0].cpu()
         return found
@@ -200,12 +124,13 @@ class LearnerWorker(Rank):
         """The optimizer steps of one PPO iteration, a policy and a critic step a minibatch; sums of each minibatch.
 
         The policy's gradient is that of the clipped surrogate plus `pretraining_coef` times that of the language-model
-        loss, in one step (InstructGPT eq. 2). Both are means over all tokens of the minibatch, whatever the ranks.
+        loss, in one step (InstructGPT eq. 2). Both are means over all tokens of the minibatch, whatever the ranks; the
+        second may be a mean over sequences.
         """
         results = []
         for rows, text in zip(minibatches, pretraining, strict=True):
             sums = self._policy_step(batch, targets, rows, text, step)
-            _add(sums, self._critic_step(batch, targets, rows, step))
+            add_sums(sums, self._critic_step(batch, targets, rows, step))
             results.append(sums)
         return results
 
@@ -215,6 +140,9 @@ class LearnerWorker(Rank):
         policy, tokens, sums = self._engines["policy"], int(batch.mask[rows].sum()), {"loss/policy": 0.0}
         started = time.monotonic()
         for micro in self._micro_rows(batch, [rows], step.max_tokens):
+            if not micro:
+                self._idle("policy")
+                continue
             part = batch.rows(micro)
             old, advantages, weights = (
                 _cut(array, micro, part, self.device)
@@ -223,17 +151,19 @@ class LearnerWorker(Rank):
             new, _ = self._response_logprobs("policy", part, step.temperature)
             loss, stats = policy_loss_sum(new, old, advantages, part.mask.to(self.device), step.clip, weights)
             policy.backward(loss / tokens)
-            _add(sums, {"tokens": float(part.mask.sum()), "loss/policy": loss.item(), **_floats(stats)})
+            add_sums(sums, {"tokens": float(part.mask.sum()), "loss/policy": loss.item(), **floats(stats)})
         gradient = policy.gradients()
         sums["grad_norm/policy"] = policy.norm(gradient) / self.world_size
         sums["time/policy"] = (time.monotonic() - started) / self.world_size
         if step.pretraining_coef:
             started = time.monotonic()
-            sums["pretraining_tokens"] = targets_of(text) / self.world_size
+            targets_in_text = targets_of(text)
+            sums["pretraining_tokens"] = targets_in_text / self.world_size
+            count = targets_in_text if step.pretraining_normaliser == "tokens" else len(text)
             sums["loss/pretraining"] = self._backward_language_model(
-                "policy", text, step.max_tokens, step.pretraining_coef / targets_of(text)
+                "policy", text, step.pretraining_max_tokens, step.pretraining_coef / count
             )
-            added = [both - first for both, first in zip(policy.gradients(), gradient, strict=True)]
+            added = [both.sub_(first) for both, first in zip(policy.gradients(), gradient, strict=True)]
             sums["grad_norm/pretraining"] = policy.norm(added) / self.world_size
             sums["time/pretraining"] = (time.monotonic() - started) / self.world_size
         return self._stepped("policy", step.policy_lr, sums, "/policy")
@@ -242,6 +172,9 @@ class LearnerWorker(Rank):
         critic, tokens, sums = self._engines["critic"], int(batch.mask[rows].sum()), {"loss/value": 0.0}
         started = time.monotonic()
         for micro in self._micro_rows(batch, [rows], step.max_tokens):
+            if not micro:
+                self._idle("critic")
+                continue
             part = batch.rows(micro)
             old, returns = (
                 _cut(array, micro, part, self.device) for array in (targets.evaluation.values, targets.returns)
@@ -249,22 +182,9 @@ class LearnerWorker(Rank):
             mask = part.mask.to(self.device)
             loss, stats = value_loss_sum(self._response_values(part), old, returns, mask, step.value_clip)
             critic.backward(loss / tokens)
-            _add(sums, {"value_tokens": float(part.mask.sum()), "loss/value": loss.item(), **_floats(stats)})
+            add_sums(sums, {"value_tokens": float(part.mask.sum()), "loss/value": loss.item(), **floats(stats)})
         sums["time/value"] = (time.monotonic() - started) / self.world_size
         return self._stepped("critic", step.critic_lr, sums, "/value")
-
-    def _stepped(self, name: str, lr: float, sums: dict[str, float], suffix: str) -> dict[str, float]:
-        """Take the optimizer step: `sums` with its gradient norm, or no sums but that and why it was skipped."""
-        norm = self._engines[name].step(lr)
-        if norm is not None:
-            return {f"grad_norm{suffix}": norm / self.world_size} | sums
-        told = ("nll", "loss", "grad_norm")
-        culprits = [key for key, value in sums.items() if key.startswith(told) and not math.isfinite(value)]
-        times = {key: value for key, value in sums.items() if key.startswith("time/")}
-        return {
-            f"skipped{suffix}": 1.0 / self.world_size,
-            **{f"nonfinite{suffix}/{key}": 1.0 for key in culprits},
-        } | times
 
     def _response_logprobs(self, name: str, part: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [b, T] of a micro-batch's response tokens, 0 in the padding."""
@@ -288,13 +208,12 @@ class LearnerWorker(Rank):
         return answers
 
     def _micro_rows(self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
-        """This rank's micro-batches of every minibatch, as rows of the batch."""
+        """This rank's micro-batches of every minibatch, as rows of the batch; empty where other ranks have more."""
         lengths = batch.lengths.tolist()
         return [
             [rows[i] for i in micro]
             for rows in minibatches
             for micro in self._share([lengths[row] for row in rows], max_tokens)
-            if micro
         ]
 
 
@@ -313,23 +232,3 @@ def _spread(answers: Tensor, mask: Tensor) -> Tensor:
 def _cut(array: Tensor | None, rows: list[int], part: Batch, device: torch.device) -> Tensor:
     """The rows of a [B, T] array, as wide as the micro-batch."""
     return array[rows, : part.mask.shape[1]].to(device) if array is not None else None  # pyright: ignore
-
-
-def _right_padded(sequences: Sequence[Sequence[int] | Sequence[bool]]) -> Tensor:
-    """[B, S] with zeros to the right; the value never matters, since nothing before the padding sees it."""
-    width = max(map(len, sequences))
-    return torch.tensor([[*map(int, s), *[0] * (width - len(s))] for s in sequences])
-
-
-def targets_of(examples: Sequence[ChatExample]) -> int:
-    """How many tokens of the examples are trained."""
-    return sum(sum(example.loss_mask) for example in examples)
-
-
-def _floats(stats: dict[str, Tensor]) -> dict[str, float]:
-    return {key: float(value) for key, value in stats.items()}
-
-
-def _add(sums: dict[str, float], more: dict[str, float]) -> None:
-    for key, value in more.items():
-        sums[key] = max(sums.get(key, value), value) if key.endswith("/max") else sums.get(key, 0.0) + value

@@ -1,7 +1,7 @@
 """A learner for tests of publishing: a Hugging Face model in this process, and a sender of its weights."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class HfLearner:
         return self.sender.manifest(self.model.named_parameters())
 
     async def send_weights(self) -> dict[str, int]:
-        return await asyncio.to_thread(self.sender.send, list(self.model.named_parameters()))
+        named = list(self.model.named_parameters())
+        return await asyncio.to_thread(self.sender.send, self.sender.manifest(named), named)
 
     async def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return [token_logprobs(self.model, sequence).tolist() for sequence in sequences]
@@ -56,7 +57,7 @@ class CorruptingSender(WeightSender):
     """Flips one bit of the first byte of every bucket, after its checksums were taken."""
 
     def _pack(
-        self, manifest: Manifest, bucket: Bucket, tensors: dict[str, Tensor], checksums: dict[str, int]
+        self, manifest: Manifest, bucket: Bucket, tensors: Iterator[tuple[str, Tensor]], checksums: dict[str, int]
     ) -> Tensor:
         buffer = super()._pack(manifest, bucket, tensors, checksums)
         buffer[0] ^= 1
@@ -67,7 +68,7 @@ class DyingSender(WeightSender):
     """Leaves the group once the second bucket is due."""
 
     def _pack(
-        self, manifest: Manifest, bucket: Bucket, tensors: dict[str, Tensor], checksums: dict[str, int]
+        self, manifest: Manifest, bucket: Bucket, tensors: Iterator[tuple[str, Tensor]], checksums: dict[str, int]
     ) -> Tensor:
         if checksums:
             raise TransferError("this sender gives up")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from learner.engine import whole
 from learner.group import LearnerGroup
 from learner.worker import LearnerWorker
 
@@ -20,12 +21,12 @@ class OpenWorker(LearnerWorker):
     """A rank that shows what it holds."""
 
     def state_of(self, name: str) -> dict[str, torch.Tensor]:
-        """Copies of a network's weights, optimizer states and average here, and of the random numbers' state."""
+        """Copies of a network's weights, optimizer states and average and of the random numbers' state on this rank."""
         engine = self._engines[name]
         optimizer = engine._engine.optimizer
         state = getattr(optimizer, "optimizer", optimizer).state
-        found = {f"weight/{key}": parameter for key, parameter in engine.module.named_parameters()}
-        found |= {f"ema/{key}": average for key, average in engine.ema.items()}
+        found = {f"weight/{key}": whole(parameter) for key, parameter in engine.module.named_parameters()}
+        found |= {f"ema/{number}": average for number, average in enumerate(engine._ema)}
         for number, moments in enumerate(state.values()):
             found |= {f"optimizer/{number}/{key}": torch.as_tensor(value) for key, value in moments.items()}
         return {key: value.detach().clone() for key, value in (found | {"rng": torch.get_rng_state()}).items()}

@@ -23,6 +23,8 @@ STEP = PPOStep(
     pretraining_coef=2.0,
     temperature=1.0,
     max_tokens=24,
+    pretraining_max_tokens=24,
+    pretraining_normaliser="tokens",
     policy_lr=1e-2,
     critic_lr=1e-2,
 )
@@ -189,11 +191,12 @@ def test_a_ranking_step_is_that_of_one_rank(one_and_two, folders, tmp_path):
     assert_same(weights["one"], weights["two"], load_file(folders / "reward" / "model.safetensors"))
 
 
-def ppo_inputs(group: LearnerGroup, folders: Path, episodes: int, size: int, texts: int):
+def ppo_inputs(group: LearnerGroup, folders: Path, episodes: int, size: int, texts: int, stage: int = 1):
     """Networks loaded, and what an update needs; advantages and returns are made up."""
-    call(group.load("policy", "policy", folders / "policy", FULL, ADAM, 0.5))
-    call(group.load("reference", "policy", folders / "policy", FULL))
-    call(group.load("critic", "value", folders / "reward", FULL, ADAM))
+    optimizer = ADAM.model_copy(update={"zero_stage": stage})
+    call(group.load("policy", "policy", folders / "policy", FULL, optimizer, 0.5))
+    call(group.load("reference", "policy", folders / "policy", FULL, optimizer, frozen=True))
+    call(group.load("critic", "value", folders / "reward", FULL, optimizer))
     batch = collate([trajectory(4 + i % 3, 3 + i % 4, i, score=float(i % 2)) for i in range(episodes)], pad_id=0)
     parts = minibatches(episodes, size, seed=0)
     old = call(group.evaluate(batch, parts, STEP.max_tokens, 1.0))
@@ -248,9 +251,10 @@ def test_a_rank_without_a_sequence_takes_part_in_the_step(one_and_two, folders, 
     assert_ranks_agree(one_and_two["two"])
 
 
-def test_what_is_not_finite_on_one_rank_skips_the_step_on_both(one_and_two, folders):
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_not_finite_on_one_rank_skips_the_step_on_both(one_and_two, folders, stage):
     group = one_and_two["two"]
-    batch, parts, targets, text = ppo_inputs(group, folders, episodes=4, size=2, texts=1)
+    batch, parts, targets, text = ppo_inputs(group, folders, episodes=4, size=2, texts=1, stage=stage)
     targets.advantages[parts[0][0], 0] = float("nan")  # of the first minibatch, and one rank's
     policy, critic = (call(group._every("state_of", name)) for name in ("policy", "critic"))
     first, second = call(group.update(batch, targets, parts[:1] * 2, text, STEP))
@@ -270,13 +274,25 @@ def assert_equal(one: list[dict[str, torch.Tensor]], two: list[dict[str, torch.T
 # --- stop and go on
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_steps_then_two_from_the_saved_state_are_four(one_and_two, folders, tmp_path, dtype):
-    network = NetworkConfig(dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "stage", "lora"),
+    [
+        ("float32", 0, 0),
+        ("float32", 1, 4),
+        ("bfloat16", 1, 0),
+        ("float32", 2, 0),
+        ("bfloat16", 2, 4),
+        ("float32", 3, 0),
+        ("bfloat16", 3, 4),
+    ],
+)
+def test_two_steps_then_two_from_the_saved_state_are_four(one_and_two, folders, tmp_path, dtype, stage, lora):
+    network = NetworkConfig(dtype=dtype, lora_rank=lora)
+    optimizer = OptimizerConfig(lr=1e-2, zero_stage=stage)
     for name, group in one_and_two.items():
         ends = []
         for resumed in (False, True):
-            call(group.load("policy", "policy", folders / "policy", network, ADAM, 0.5))
+            call(group.load("policy", "policy", folders / "policy", network, optimizer, 0.5))
             if resumed:
                 call(group.load_state(tmp_path / name))
             for step in range(2 if resumed else 0, 4):

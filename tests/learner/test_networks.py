@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from learner.config import NetworkConfig
-from learner.networks import load_network, merged_weights, save_network
+from learner.networks import load_network, merged_weights, save_network, weight_shapes
 from reward_server.encoding import ChatEncoding
 from reward_server.model import (
     Normalisation,
@@ -93,7 +93,7 @@ def test_every_family_is_read_whatever_is_to_the_right_and_written_as_it_was(tmp
         with torch.no_grad():
             found, _ = network(padded, row, ends, ids[0, 1:])
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
-    save_network(network.model, tiny_tokenizer(), tmp_path / "saved")
+    save_network(network.model, tiny_tokenizer(), tmp_path / "saved", merged_weights(network.model))
     assert folder_keys(tmp_path / "saved") == folder_keys(tmp_path / "base")
     again, report = reloaded(AutoModelForCausalLM, tmp_path / "saved")
     assert not report["missing_keys"] | report["unexpected_keys"]
@@ -253,7 +253,7 @@ def test_merged_lora_is_the_network_with_adapters(models, tmp_path, name):
     network = load_network("policy", models / name, NetworkConfig(dtype="float32", lora_rank=4, lora_alpha=8))
     jitter(network, "lora_B")
     frozen = {n: p.clone() for n, p in network.named_parameters()}
-    save_network(network.model, tiny_tokenizer(), tmp_path)
+    save_network(network.model, tiny_tokenizer(), tmp_path, merged_weights(network.model))
     with torch.no_grad():
         adapted = network.model(IDS).logits
     torch.testing.assert_close(logits(tmp_path), adapted, rtol=1e-4, atol=1e-5)
@@ -293,15 +293,20 @@ def test_a_moving_average_replaces_adapters_and_weights(models):
     jitter(network, "lora_B")
     name = "model.layers.0.mlp.up_proj"
     layer = network.model.model.layers[0].mlp.up_proj
-    half = {f"{name}.lora_B.default.weight": 0.5 * layer.lora_B["default"].weight.detach()}
+    adapter = layer.lora_B["default"].weight
     base, full = layer.base_layer.weight, dict(merged_weights(network.model))[f"{name}.weight"]
-    averaged = dict(merged_weights(network.model, half))
+    averaged = dict(merged_weights(network.model, lambda p: 0.5 * p.detach() if p is adapter else p.detach()))
     torch.testing.assert_close(averaged[f"{name}.weight"], (base + 0.5 * (full - base)).detach())
     other = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(averaged[other], dict(merged_weights(network.model))[other])
     network = load_network("policy", models / "llama-tied", FP32)
-    zeros = {"model.norm.weight": torch.zeros(32)}
-    assert not dict(merged_weights(network.model, zeros))["model.norm.weight"].any()
+    assert not dict(merged_weights(network.model, torch.zeros_like))["model.norm.weight"].any()
+
+
+def test_shapes_are_those_of_the_merged_weights(models):
+    network = load_network("policy", models / "gpt2-tied", NetworkConfig(dtype="bfloat16", lora_rank=2))
+    shapes = [(name, t.shape, t.dtype) for name, t in weight_shapes(network.model, lambda p: p.shape)]
+    assert shapes == [(name, t.shape, t.dtype) for name, t in merged_weights(network.model)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -310,7 +315,7 @@ def test_tied_weights_are_given_and_written_once(models, tmp_path, family):
     names = [name for name, _ in merged_weights(network.model)]
     assert len(names) == len(set(names))
     assert not any("lm_head" in name or "base_layer" in name for name in names)
-    save_network(network.model, tiny_tokenizer(), tmp_path)
+    save_network(network.model, tiny_tokenizer(), tmp_path, merged_weights(network.model))
     assert not any("lm_head" in name for name in folder_keys(tmp_path))
     loaded, report = reloaded(AutoModelForCausalLM, tmp_path)
     assert not report["missing_keys"]
@@ -321,7 +326,7 @@ def test_tied_weights_are_given_and_written_once(models, tmp_path, family):
 def test_a_written_policy_is_a_plain_folder(models, tmp_path):
     network = load_network("policy", models / "llama-tied", NetworkConfig(dtype="bfloat16"))
     encoding = ChatEncoding.load(models / "llama-tied")
-    save_network(network.model, encoding.tokenizer, tmp_path)
+    save_network(network.model, encoding.tokenizer, tmp_path, merged_weights(network.model))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded, LlamaForCausalLM)
     assert loaded.dtype == torch.bfloat16
@@ -338,7 +343,9 @@ def test_a_written_reward_model_is_a_plain_classifier(models, tmp_path, family, 
     network = load_network("new_value", models / f"{family}-tied", NetworkConfig(dtype="float32", lora_rank=rank))
     jitter(network)
     set_normalisation(network.model, Normalisation(gain=1.0, bias=0.25))
-    save_network(network.model, ChatEncoding.load(models / f"{family}-tied").tokenizer, tmp_path)
+    save_network(
+        network.model, ChatEncoding.load(models / f"{family}-tied").tokenizer, tmp_path, merged_weights(network.model)
+    )
     loaded, report = reloaded(AutoModelForSequenceClassification, tmp_path)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

@@ -47,6 +47,10 @@ def receiving(manifest: Manifest) -> Callable[[GlooGroup], dict[str, Tensor]]:
     return receive
 
 
+def send(sender: WeightSender, named: list[tuple[str, Tensor]]) -> dict[str, int]:
+    return sender.send(sender.manifest(named), named)
+
+
 def wait_for(results: list[object], count: int) -> None:
     end = time.monotonic() + 10
     while len(results) < count:
@@ -62,7 +66,7 @@ def test_every_receiver_gets_every_tensor(dtype: torch.dtype | None) -> None:
     manifest = sender.manifest(named)
     assert len(list(manifest.buckets())) > 1
     results = connected(sender, receiving(manifest), receivers=2)
-    checksums = sender.send(named)
+    checksums = send(sender, named)
     wait_for(results, 2)
     for tensors in results:
         assert isinstance(tensors, dict)
@@ -77,8 +81,8 @@ def test_a_group_serves_many_versions() -> None:
     manifest = sender.manifest([("w", torch.zeros(4))])
     once = receiving(manifest)
     results = connected(sender, lambda group: [once(group)["w"].tolist() for _ in range(2)])
-    sender.send([("w", torch.ones(4))])
-    sender.send([("w", torch.full((4,), 2.0))])
+    send(sender, [("w", torch.ones(4))])
+    send(sender, [("w", torch.full((4,), 2.0))])
     wait_for(results, 1)
     assert results == [[[1.0] * 4, [2.0] * 4]]
 
@@ -95,7 +99,7 @@ def test_a_receiver_that_leaves_is_an_error_at_once() -> None:
     assert left.wait(10)
     started = time.monotonic()
     with pytest.raises(TransferError, match="waiting for the generators to take bucket 1 of 1"):
-        sender.send([("w", torch.zeros(64 * MB, dtype=torch.uint8))])
+        send(sender, [("w", torch.zeros(64 * MB, dtype=torch.uint8))])
     assert time.monotonic() - started < 10
 
 
@@ -105,7 +109,7 @@ def test_a_receiver_that_does_not_read_is_an_error_at_the_deadline() -> None:
     results = connected(sender, lambda group: over.wait(30))
     started = time.monotonic()
     with pytest.raises(TransferError, match=r"to take bucket 1 of 1 \(deadline 2 s\)"):
-        sender.send([("w", torch.zeros(64 * MB, dtype=torch.uint8))])
+        send(sender, [("w", torch.zeros(64 * MB, dtype=torch.uint8))])
     assert 1 < time.monotonic() - started < 10
     over.set()
     wait_for(results, 1)
@@ -136,7 +140,7 @@ def test_a_failed_sender_lets_go_of_the_other_receivers() -> None:
         threading.Thread(target=work, daemon=True).start()
     sender.connect()
     with pytest.raises(TransferError):
-        sender.send(named)
+        send(sender, named)
     wait_for(ends, 1)
     over.set()
 
@@ -171,6 +175,6 @@ def test_vllms_sender_between_gpus_is_called_as_it_wants(monkeypatch: pytest.Mon
     sender.connect()
     assert joined == {"master_address": "127.0.0.1", "master_port": meeting.port, "world_size": 2}
     tensor = torch.randn(5)
-    assert sender.send([("w", tensor)]) == {"w": checksum(tensor.to(torch.bfloat16))}
+    assert send(sender, [("w", tensor)]) == {"w": checksum(tensor.to(torch.bfloat16))}
     assert sent[0].dtype == torch.bfloat16
     sender.close()
