@@ -222,8 +222,8 @@ class Engine:
             return None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        # DeepSpeed keeps no norm without ZeRO.
-        norm = None if self._engine.zero_optimization() else self.norm(self.gradients())
+        without_zero = not self._engine.zero_optimization()  # then DeepSpeed keeps no norm
+        norm = self.norm(self.gradients()) if without_zero else None
         self._engine.step()
         clear_leftovers(self._engine.optimizer)
         if self.ema_decay is not None:
