@@ -37,6 +37,8 @@ class OptimizerConfig(BaseModel):
     """Decay of the squared gradient's running mean (paper: 0.95)."""
     eps: float = Field(default=1e-5, gt=0)
     """Added to the denominator (lm-human-preferences: 1e-5; the paper is silent)."""
+    adam_style: Literal["torch", "tf1"] = "torch"
+    """torch adds eps to the corrected second moment; tf1, OpenAI's, before the correction: early steps are smaller."""
     clip_grad_norm: float = Field(default=0.0, ge=0)
     """Scale gradients down to this global norm; 0 leaves them alone (the paper is silent)."""
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from learner.config import OptimizerConfig
 from learner.networks import Network, PolicyNetwork
-from learner.schedules import ema_update
+from learner.schedules import ema_update, tf1_eps
 from learner.shards import clear_leftovers, gradients, master_weights
 
 _WHOLE_BELOW = 10_000  # numbers; ZeRO 3 leaves smaller parameters, such as norms, whole on every rank
@@ -167,6 +167,7 @@ class Engine:
         self.ema_decay = ema_decay
         self._ema = [shard.clone() for shard in self._masters] if ema_decay is not None else []
         self._finite_losses = True
+        self._config = config
 
     @property
     def network(self) -> Callable[..., Any]:
@@ -222,6 +223,8 @@ class Engine:
             return None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+            if self._config.adam_style == "tf1":
+                group["eps"] = tf1_eps(self._config.eps, self._config.beta2, self._engine.global_steps + 1)
         without_zero = not self._engine.zero_optimization()  # then DeepSpeed keeps no norm
         norm = self.norm(self.gradients()) if without_zero else None
         self._engine.step()

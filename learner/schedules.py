@@ -24,6 +24,15 @@ def cosine_to_tenth(peak: float, step: int, steps: int) -> float:
     return peak * (0.1 + 0.45 * (1.0 + math.cos(math.pi * min(step, steps) / steps)))
 
 
+def tf1_eps(eps: float, beta2: float, step: int) -> float:
+    """The eps with which PyTorch's Adam takes step `step` (from 1) as TensorFlow 1's does.
+
+    `m / (sqrt(v) + eps)`, corrected afterwards, is `m / (sqrt(v_corrected) + eps / sqrt(1 - beta2^step))`: at first a
+    larger eps, and so smaller steps.
+    """
+    return eps / math.sqrt(1.0 - beta2**step)
+
+
 @torch.no_grad()
 def ema_update(averages: Iterable[Tensor], parameters: Iterable[Tensor], decay: float) -> None:
     """`average <- decay * average + (1 - decay) * parameter`, in place, pair by pair (InstructGPT: 0.992).

@@ -8,6 +8,7 @@ from torch import nn
 
 from learner.config import OptimizerConfig
 from learner.engine import Engine, whole
+from learner.schedules import tf1_eps
 
 pytestmark = pytest.mark.usefixtures("rank")
 
@@ -82,13 +83,17 @@ def test_a_copy_of_the_gradients_is_not_changed_by_what_follows(dtype, stage):
 
 
 @MODES
-def test_steps_are_those_of_adam_at_the_rate_of_each(dtype, stage):
+@pytest.mark.parametrize("style", ["torch", "tf1"])
+def test_steps_are_those_of_adam_at_the_rate_of_each(dtype, stage, style):
     network, plain = Plane(dtype), Plane()
-    trained = engine(network, zero_stage=stage, beta1=0.8, beta2=0.9, eps=0.01)
+    trained = engine(network, zero_stage=stage, beta1=0.8, beta2=0.9, eps=0.01, adam_style=style)
     adam = torch.optim.Adam(plain.parameters(), lr=1.0, betas=(0.8, 0.9), eps=0.01)
-    for rate, x in ((0.5, (1.0, -3.0)), (0.125, (0.5, 2.0)), (0.0, (9.0, 9.0)), (0.25, (-1.0, 0.0))):
+    steps = ((0.5, (0.01, -3.0)), (0.125, (0.5, 2.0)), (0.0, (9.0, 9.0)), (0.25, (-1.0, 0.0)))
+    for number, (rate, x) in enumerate(steps, start=1):
         push(trained, *x)
         trained.step(rate)
+        if style == "tf1":
+            adam.param_groups[0]["eps"] = tf1_eps(0.01, 0.9, number)
         adam.zero_grad()
         plain(torch.tensor(x)).backward()
         adam.param_groups[0]["lr"] = rate

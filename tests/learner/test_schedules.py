@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from learner.schedules import cosine_to_tenth, ema_update, warmup
+from learner.schedules import cosine_to_tenth, ema_update, tf1_eps, warmup
 
 
 def test_warmup_rises_from_a_tenth() -> None:
@@ -18,6 +18,23 @@ def test_cosine_falls_to_a_tenth_and_stays() -> None:
     rates = [cosine_to_tenth(9.65e-6, step, 100) for step in (0, 25, 50, 75, 100, 140)]
     expected = [9.65e-6, 8.378111e-6, 5.3075e-6, 2.236889e-6, 9.65e-7, 9.65e-7]
     assert rates == pytest.approx(expected, abs=6e-13)
+
+
+def test_pytorchs_adam_with_this_eps_takes_tensorflows_steps() -> None:
+    """TensorFlow 1: rate * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)."""
+    rate, beta1, beta2, eps = 0.1, 0.9, 0.95, 0.01
+    parameter = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    adam = torch.optim.Adam([parameter], lr=rate, betas=(beta1, beta2), eps=eps)
+    theta, m, v, steps = 1.0, 0.0, 0.0, []
+    for t, gradient in enumerate((0.02, -0.01, 0.5, 0.03), start=1):
+        m, v = beta1 * m + (1 - beta1) * gradient, beta2 * v + (1 - beta2) * gradient**2
+        steps.append(rate * (1 - beta2**t) ** 0.5 / (1 - beta1**t) * m / (v**0.5 + eps))
+        theta -= steps[-1]
+        adam.param_groups[0]["eps"] = tf1_eps(eps, beta2, t)
+        parameter.grad = torch.tensor(gradient, dtype=torch.float64)
+        adam.step()
+        assert float(parameter.detach()) == pytest.approx(theta, rel=1e-9)
+    assert steps[0] < rate * 0.02 / (0.02 + eps) / 2  # less than half of PyTorch's first step
 
 
 def test_the_average_follows_the_weights_slowly() -> None:
