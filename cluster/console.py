@@ -23,9 +23,12 @@ LOG_FILE = "driver.log"
 # The metrics of a step that are worth a line, in this order: name or end of the name, label, format.
 HEADLINES = (
     ("valid_loss", "held-out loss", "6.3f"),
+    ("pretraining_valid_loss", "of text", "6.3f"),
     ("accuracy", "pair accuracy", "5.3f"),
+    ("prompt_accuracy", "mean of prompts", "5.3f"),
     ("longer_wins", "longer wins", "5.3f"),
     ("score/mean", "score", "6.2f"),
+    ("select/score", "score", "6.2f"),
     ("gold/mean", "gold (simulated)", "6.2f"),
     ("kl/mean", "KL", "5.2f"),
     ("response/length", "length", "5.1f"),
