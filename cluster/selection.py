@@ -115,7 +115,7 @@ async def _measure(
             for prompt, completion in zip(contest.prompts, completions, strict=True)
         ]
     )
-    scores = torch.tensor([reply.score for reply in replies])
+    scores = torch.tensor([reply.score for reply in replies], dtype=torch.float64)
     return Candidate(
         epoch=epoch,
         score=fmean(scores.tolist()),

@@ -153,7 +153,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
         raise RecordError(f"{path}: the file is empty; it must hold one JSON object a line")
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+def _lines(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes | None]:
     """Yield the lines of a file; None stands for one that is too long, whose rest is read and forgotten."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         if len(line) <= MAX_LINE_BYTES:
