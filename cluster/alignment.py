@@ -73,7 +73,6 @@ class Alignment:
         await self.learner.save("policy", job.run_dir / name)
         await self.learner.save("policy", job.run_dir / f"{name}_ema", ema=True)
         await self.learner.unload()
-        self._record(name, stage, start)
         job.summarise(
             "ppo",
             stage,
@@ -85,6 +84,7 @@ class Alignment:
                 for field in ("gold", "score", "pretraining_loss")
             },
         )
+        self._record(name, stage, start)
         return before, after
 
     def _record(self, name: str, stage: str, start: str) -> None:

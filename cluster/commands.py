@@ -124,6 +124,17 @@ COMMANDS = {
         entry="cluster.launch:ppo",
         sections=(*_TRAINING, "ppo", *_SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),
     ),
+    "rounds": Command(
+        purpose="Steps 2 and 3 in rounds: the policy's completions are ranked, a reward model and a policy trained.",
+        files="Reads RUN/sft, data.preference_prompts and what reward and ppo read. Writes RUN/round-1 and on; stops "
+        "for people to rank RUN/round-<k>/sheet.csv, and goes on from RUN/round-<k>/rankings when given again.",
+        example="rayward rounds --run runs/mine --rounds.count 3 --rounds.labelers people",
+        entry="cluster.launch:rounds",
+        sections=(
+            *(*_TRAINING, "rounds", "sample", "labeler", "reward", "ppo", *_SAMPLING),
+            *("scoring", "publish", "evaluation", "tracking"),
+        ),
+    ),
     "evaluate": Command(
         purpose="Answer held-out prompts with a model, and score the answers.",
         files="Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/.",

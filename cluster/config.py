@@ -159,6 +159,29 @@ class SelectConfig(BaseModel):
     """Seed of the samples, the same for every epoch."""
 
 
+class RoundsConfig(BaseModel):
+    """Steps 2 and 3 repeated: comparisons of the current policy, a reward model and a policy (paper, section 3.1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    count: int = Field(default=2, ge=1)
+    """Rounds in all; those that are done are not repeated."""
+    prompts: int = Field(default=512, ge=2)
+    """Preference prompts of a round; rounds have none in common while there are enough."""
+    sft_completions: int = Field(default=0, ge=0)
+    """Of a prompt's completions, how many the SFT model samples from the second round on; the policy the others."""
+    labelers: Literal["people", "simulated"] = "people"
+    """people: the command stops for RUN/round-<k>/sheet.csv to be ranked; simulated: labeler.name ranks, no person."""
+    max_unranked: int = Field(default=0, ge=0)
+    """Comparisons of a sheet that may be left without a whole ranking, each with a warning; one more is refused."""
+    comparisons: Literal["all", "newest"] = "all"
+    """What a round's reward model is trained on: the comparisons of all rounds so far, or of the newest."""
+    start: Literal["sft", "policy"] = "sft"
+    """Where a round's PPO starts: the SFT model, always the KL reference, or the policy of the round before."""
+    seed: int = 0
+    """Which prompts a round has, and the order of completions in sheets."""
+
+
 class EvaluationConfig(BaseModel):
     """Held-out measurements before and after PPO."""
 
@@ -257,6 +280,8 @@ class Config(BaseModel):
     """Completions for step 2."""
     labeler: LabelerConfig = LabelerConfig()
     """Who ranks them."""
+    rounds: RoundsConfig = RoundsConfig()
+    """Steps 2 and 3 repeated."""
     reward: RewardModelingConfig = RewardModelingConfig()
     """Step 2."""
     select: SelectConfig = SelectConfig()

@@ -18,9 +18,11 @@ from cluster.placement import check_cluster
 from cluster.quickstart import quickstart as every_step
 from cluster.report import summary, write_report
 from cluster.resources import plan_run
+from cluster.rounds import Rounds
 from cluster.selection import read_contest, run_select
 from cluster.session import start_ray
 from cluster.steps import Job, run_rank, run_reward, run_sample, run_sft, sft_data
+from cluster.workplace import Workplace
 from learner.config import SFTConfig
 
 Connected = TypeVar("Connected", Alignment, HeldOut)
@@ -104,6 +106,22 @@ def ppo(job: Job) -> None:
     _connected(job, Alignment(job), job.model("sft"), lambda alignment: alignment.run(job.config.ppo))
 
 
+def rounds(job: Job) -> None:
+    """Steps 2 and 3, again and again."""
+    every = Rounds(job)
+    state = every.state()
+
+    async def work(processes: Processes) -> None:
+        nonlocal state
+        async with Workplace(job, processes) as place:
+            state = "done" if await every.run(place) else "wait"
+
+    if state == "work":
+        _on_ray(job, work)
+    if state == "done":
+        report(job.run_dir, job.tracker.console)
+
+
 def evaluate(job: Job) -> None:
     """Held-out responses of a model, their scores and KL to the SFT model; the loss of held-out text."""
     policy, config = job.model("policy"), job.config.ppo
@@ -130,7 +148,7 @@ def report(run_dir: Path, console: Console) -> None:
 
 def _connected(job: Job, what: Connected, model: Path, work: Callable[[Connected], Awaitable[object]]) -> None:
     """Run something that needs the learner, generators of `model`, and the reward service."""
-    reward_model = _own_reward_model(job)
+    reward_model = job.reward_to_serve()
 
     async def start(processes: Processes) -> None:
         async with (
@@ -141,12 +159,6 @@ def _connected(job: Job, what: Connected, model: Path, work: Callable[[Connected
             await work(what.connect(learner, generators, rewards))
 
     _on_ray(job, start)
-
-
-def _own_reward_model(job: Job) -> Path | None:
-    """The run's reward model, where scoring has a part that uses it."""
-    uses = any(part.kind == "model" and part.target is None for part in job.config.scoring.parts)
-    return job.model("reward") if uses else None
 
 
 def _on_ray(job: Job, work: Callable[[Processes], Awaitable[None]]) -> None:

@@ -203,7 +203,10 @@ def _grow(branch: Tree, run_dir: Path, source: Input, known: Mapping[str, Artefa
     if artefact is None:
         branch.add(label)
         return
-    label.append(f"  {artefact.kind}, {artefact.time[:16].replace('T', ' ')}, {artefact.command}", style="dim")
+    label.append(
+        f"  {artefact.kind}, {artefact.time[:16].replace('T', ' ')}, {' '.join(artefact.command.split()[:2])}",
+        style="dim",
+    )
     for note in _notes(run_dir, source, artefact):
         label.append(f"  {note}", style="bold red")
     if source.path in shown:

@@ -5,6 +5,7 @@ the final figures; every part of it is optional:
 
     model     name of the base model
     labeler   the caption of the labeler, e.g. "simulated labeler (VADER)"
+    rankings  who ranked the comparisons, where people did, e.g. "people (anna, ben)"
     seconds   all together
     sft       {"loss_first", "loss_last", "valid_before", "valid_after"}, nats a token
     reward    {"accuracy", "accuracy_ci": [low, high], "prompt_accuracy", "prompt_accuracy_ci", "longer_wins",

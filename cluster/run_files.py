@@ -112,6 +112,12 @@ class Run:
             return "labeler (not recorded)"
         return visible(f"simulated labeler ({'VADER' if name == _VADER else name})")
 
+    @property
+    def rankings(self) -> str:
+        """Who ranked what the reward model learnt from and is measured on: people, or the simulated labeler."""
+        found = self.summary.get("rankings")
+        return visible(str(found)) if found else self.labeler
+
     def change(self, arm: str, quantity: str) -> Change | None:
         """How PPO changed "gold", "score" or "pretraining_loss": by the samples, else by the summary."""
         pairs = self._pairs(arm, quantity)

@@ -57,7 +57,7 @@ def sections(run: Run) -> list[Section]:
         ),
         Section(
             title="The reward model",
-            lead=f"Measured on held-out comparisons ranked by the {run.labeler}. A reward model that learnt "
+            lead=f"Measured on held-out comparisons ranked by {run.rankings}. A reward model that learnt "
             "only to like long responses would do as well as the rule that the longer one wins.",
             pictures=tuple(pictures.reward_model(run)),
             small=True,

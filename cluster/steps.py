@@ -12,6 +12,7 @@ from typing import Any
 from actors.chat import ChatExample
 from actors.prompts import Demonstration, Prompt, check_prompts, read_demonstrations, read_prompts
 from actors.sampling import sample
+from actors.trajectory import Completion
 from actors.waves import Generator
 from cluster.config import Config
 from cluster.inputs import data_file, model_folder
@@ -67,6 +68,11 @@ class Job:
         shutil.copytree(model, aside)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
+
+    def reward_to_serve(self) -> Path | None:
+        """The run's reward model, where scoring has a part that uses it."""
+        uses = any(part.kind == "model" and part.target is None for part in self.config.scoring.parts)
+        return self.model("reward") if uses else None
 
     def made(self, kind: str, path: Path, *inputs: str | Path) -> None:
         """Record in the lineage that `path` was made of `inputs`."""
@@ -160,28 +166,42 @@ async def run_sft(
 
 async def run_sample(job: Job, generators: Sequence[Generator], model: Path) -> None:
     """Sample K completions a prompt from the SFT policy, to be ranked; writes RUN/data/completions.jsonl."""
-    encoding, count = ChatEncoding.load(model), job.config.sample.completions_per_prompt
+    config = job.config.sample
+    prompts, groups = await sampled(job, generators, model, config.completions_per_prompt, config.seed)
+    write_completions(job, prompts, groups, model)
+
+
+async def sampled(
+    job: Job, generators: Sequence[Generator], model: Path, count: int, seed: int
+) -> tuple[list[Prompt], list[list[Completion]]]:
+    """The preference prompts, and `count` completions of each by the generators, which have the weights of `model`."""
+    encoding = ChatEncoding.load(model)
     prompts = read_prompts(job.file("preference_prompts"), job.config.data.max_bad_rows)
     check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
     title = f"sample {count} completions of {len(prompts)} prompts"
     with job.tracker.phase(title, "sample"), job.tracker.console.progress("sample", len(prompts)) as advance:
-        groups = await sample(generators, prompts, encoding, job.config.rollout, count, job.config.sample.seed, advance)
+        groups = await sample(generators, prompts, encoding, job.config.rollout, count, seed, advance)
+    return prompts, groups
+
+
+def write_completions(
+    job: Job, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], *models: Path
+) -> None:
+    """Write RUN/data/completions.jsonl, to be ranked."""
     path = job.run_dir / "data" / "completions.jsonl"
-    write_comparisons(
-        path,
-        (
-            Comparison(
-                id=prompt.id,
-                prompt=prompt.messages,
-                responses=tuple(c.text for c in group),
-                ended=tuple(c.ended for c in group),
-                ranks=None,
-                labeler=None,
-            )
-            for prompt, group in zip(prompts, groups, strict=True)
-        ),
-    )
-    job.made("completions", path, model, job.file("preference_prompts"))
+    found = [
+        Comparison(
+            id=prompt.id,
+            prompt=prompt.messages,
+            responses=tuple(c.text.replace("\0", "\N{REPLACEMENT CHARACTER}") for c in group),  # no file takes a NUL
+            ended=tuple(c.ended for c in group),
+            ranks=None,
+            labeler=None,
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+    write_comparisons(path, found)
+    job.made("completions", path, *models, job.file("preference_prompts"))
 
 
 def run_rank(job: Job) -> None:
@@ -191,8 +211,8 @@ def run_rank(job: Job) -> None:
     path = job.run_dir / "data" / "comparisons.jsonl"
     with job.tracker.phase(f"rank {len(completions)} prompts' completions by the {labeler.caption}", "rank"):
         write_comparisons(path, label(completions, labeler))
-    job.made("comparisons", path, job.file("completions"))
     job.summarise(labeler=labeler.caption)
+    job.made("comparisons", path, job.file("completions"))
 
 
 async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
@@ -211,7 +231,6 @@ async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
     await learner.save("reward", job.run_dir / "reward")
     await learner.unload()
     _write_calibration(job.run_dir / "reward" / "calibration.json", found)
-    job.made("reward", job.run_dir / "reward", base, job.file("comparisons"), job.file("demonstrations"))
     job.summarise(
         "reward",
         accuracy=found.accuracy,
@@ -223,6 +242,7 @@ async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
         pairs=found.pairs,
         log_loss=found.log_loss,
     )
+    job.made("reward", job.run_dir / "reward", base, job.file("comparisons"), job.file("demonstrations"))
 
 
 def _write_calibration(path: Path, found: Agreement) -> None:

@@ -6,6 +6,7 @@ later. Credentials come from W&B's own environment and files, never from the con
 """
 
 import contextlib
+import copy
 import importlib
 import json
 import logging
@@ -49,6 +50,7 @@ class Tracker:
         wandb: stands in for the wandb module in tests.
         """
         self.run_dir = run_dir
+        self._prefix = ""
         self.console = console or Console()
         self._lock = threading.Lock()
         self._start: dict[str, Any] = {
@@ -68,6 +70,12 @@ class Tracker:
         self._alerts = Alerts(config.alerts, self._alert)
         self._closing = contextlib.ExitStack()
         self._sinks: list[Callable[[str, int, Mapping[str, float]], None]] = [self.console.metrics, self._alerts.step]
+
+    def part(self, name: str) -> Self:
+        """The same in the subdirectory `name`; in W&B it is the same run, with `name`/ before everything."""
+        part = copy.copy(self)
+        part.run_dir, part._prefix = self.run_dir / name, f"{self._prefix}{name}/"
+        return part
 
     @property
     def run_id(self) -> str:
@@ -105,7 +113,7 @@ class Tracker:
                 sink(stage, step, values)
             except Exception:  # nobody who watches may stop the run
                 log.exception("a step could not be shown")
-        self._feed(lambda wandb, run: _log_step(run, stage, step, values))
+        self._feed(lambda wandb, run: _log_step(run, self._prefix + stage, step, values))
 
     @contextlib.contextmanager
     def phase(self, name: str, stage: str | None = None) -> Iterator[None]:
@@ -117,17 +125,17 @@ class Tracker:
         finally:
             seconds = time.monotonic() - started
             self._append("phases.jsonl", {"phase": name, "stage": stage or name, "seconds": seconds})
-            self._feed(lambda wandb, run: run.log({f"phase/{name}": seconds}))
+            self._feed(lambda wandb, run: run.log({f"{self._prefix}phase/{name}": seconds}))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show rows of plain values, which have the same columns, as a table in W&B."""
         columns = list(rows[0]) if rows else []
         cells = [[row[column] for column in columns] for row in rows]
-        self._feed(lambda wandb, run: run.log({name: wandb.Table(columns=columns, data=cells)}))
+        self._feed(lambda wandb, run: run.log({self._prefix + name: wandb.Table(columns=columns, data=cells)}))
 
     def image(self, name: str, path: Path) -> None:
         """Show a picture file in W&B."""
-        self._feed(lambda wandb, run: run.log({name: wandb.Image(str(path))}))
+        self._feed(lambda wandb, run: run.log({self._prefix + name: wandb.Image(str(path))}))
 
     def _alert(self, alert: Alert) -> None:
         self._append("alerts.jsonl", {"time": time.time(), "kind": alert.kind, "text": alert.text})
