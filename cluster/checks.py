@@ -23,7 +23,13 @@ from reward_server.functions import load_function
 GIB = 2**30
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What each command reads; a model or file of another command is looked at only where it is configured.
-_MODELS = {"sample": ("sft",), "reward": ("sft",), "ppo": ("sft", "reward"), "evaluate": ("policy", "sft")}
+_MODELS = {
+    "sample": ("sft",),
+    "reward": ("sft",),
+    "ppo": ("sft", "reward"),
+    "rounds": ("sft",),
+    "evaluate": ("policy", "sft"),
+}
 _FILES = {
     "sft": ("demonstrations",),
     "baseline": ("demonstrations",),
@@ -32,6 +38,7 @@ _FILES = {
     "reward": ("comparisons", "demonstrations"),
     "select": ("prompts_valid",),
     "ppo": ("prompts", "prompts_heldout", "pretraining_valid"),
+    "rounds": ("preference_prompts", "demonstrations", "prompts", "prompts_heldout", "pretraining_valid"),
     "evaluate": ("prompts_heldout", "pretraining_valid"),
 }
 _WRITES = {"sft": ("sft",), "baseline": ("baseline",), "reward": ("reward",), "ppo": ("policy", "policy_ema")}
@@ -85,7 +92,8 @@ def _bad_inputs(config: Config, command: str, run_dir: Path, models: dict[str, M
                 else:
                     yield from _model(config, name, path, models)
     wanted = [*_FILES.get(command, ())]
-    if (command == "ppo" and config.ppo.pretraining.coef) or (command == "sft" and config.sft.pretraining_share):
+    mixed = {"ppo": config.ppo.pretraining.coef, "sft": config.sft.pretraining_share}
+    if mixed.get({"rounds": "ppo"}.get(command, command)):
         wanted.append("pretraining")
     for name in KINDS:
         if name in wanted or (command not in _FILES and getattr(config.data, name) is not None):

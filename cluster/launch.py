@@ -87,7 +87,7 @@ def reward(job: Job) -> None:
 
 def select(job: Job) -> None:
     """The best epoch of an SFT model, by its score."""
-    contest, reward_model = read_contest(job), _own_reward_model(job)
+    contest, reward_model = read_contest(job), job.reward_to_serve()
 
     async def work(processes: Processes) -> None:
         @contextlib.asynccontextmanager

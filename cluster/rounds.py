@@ -138,9 +138,9 @@ class Rounds:
         part.made("data", file, self.job.file("preference_prompts"))
         by_sft = config.rounds.sft_completions if number > 1 else 0
         count, seed = config.sample.completions_per_prompt - by_sft, config.sample.seed
-        prompts, groups = await sampled(part, await place.generators(policy), policy, count, seed)
+        prompts, groups = await sampled(part, await (await place.fleet(policy)).crew(), policy, count, seed)
         if by_sft:
-            _, others = await sampled(part, await place.generators(self.sft), self.sft, by_sft, seed + 1)
+            _, others = await sampled(part, await (await place.fleet(self.sft)).crew(), self.sft, by_sft, seed + 1)
             groups = [[*group, *other] for group, other in zip(groups, others, strict=True)]
         write_completions(part, prompts, groups, policy, *[self.sft] * bool(by_sft))
 
@@ -204,9 +204,9 @@ class Rounds:
 
     async def _align(self, part: Job, place: Workplace) -> None:
         alignment = Alignment(part)
-        learner, generators = await place.learner(), await place.generators(part.model("init"), exactly=False)
+        learner, fleet = await place.learner(), await place.fleet(part.model("init"), exactly=False)
         async with place.processes.reward(part.config.scoring, part.reward_to_serve()) as rewards:
-            await alignment.connect(learner, generators, rewards).run(part.config.ppo)
+            await alignment.connect(learner, fleet, rewards).run(part.config.ppo)
         place.weights = part.run_dir / "policy"
 
 

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -104,7 +104,10 @@ class FakeProcesses:
     @asynccontextmanager
     async def generators(self, config, model):
         self.models.append(f"{model.parent.name}/{model.name}")
-        yield [self.generator]
+        yield self
+
+    async def crew(self):
+        return [self.generator]
 
     @asynccontextmanager
     async def reward(self, config, model):
@@ -112,8 +115,15 @@ class FakeProcesses:
 
 
 class FakeWorkplace(Workplace):
-    async def _hand_over(self, model: Path) -> None:
+    processes: Any
+
+    async def _hand_over(self, fleet, model: Path) -> None:
         self.processes.models.append(f"{model.parent.name}/{model.name}")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "run"
 
 
 @pytest.fixture
@@ -139,7 +149,7 @@ def run(tmp_path, monkeypatch):
         FakeAlignment.steps, FakeAlignment.started = Steps(kill), []
         rounds = {"count": 2, "prompts": 4, "labelers": "simulated"} | settings
         config = Config.model_validate({"rounds": rounds, "sample": {"completions_per_prompt": 3}})
-        processes = FakeProcesses()
+        processes: Any = FakeProcesses()
         run_dir = tmp_path / "run"
         tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), "rounds")
         job = Job(config=config, run_dir=run_dir, tracker=tracker, command="rayward rounds")
@@ -156,29 +166,28 @@ def run(tmp_path, monkeypatch):
             FakeAlignment.steps.done.append("killed")
         return FakeAlignment.steps.done, processes.models
 
-    command.folder = tmp_path / "run"
     return command
 
 
 ALL = [f"round-{k} {step}" for k in (1, 2) for step in ("reward", "ppo begins", "ppo ends")]
 
 
-def summary(run) -> dict:
-    return json.loads((run.folder / "summary.json").read_text())
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
 
 
-def test_two_rounds_sample_train_and_compare(run):
+def test_two_rounds_sample_train_and_compare(run, folder):
     steps, models = run()
     assert steps == ALL
     assert models == ["run/sft"]  # PPO leaves its policy with the generators, which sample the next sheet
-    assert FakeAlignment.started == [run.folder / "sft"] * 2
-    first, second = (read_comparisons(run.folder / f"round-{k}" / "data" / "comparisons.jsonl") for k in (1, 2))
+    assert FakeAlignment.started == [folder / "sft"] * 2
+    first, second = (read_comparisons(folder / f"round-{k}" / "data" / "comparisons.jsonl") for k in (1, 2))
     assert [one.id for one in first] == [f"r1-000{n}" for n in range(1, 5)]
     assert {one.labeler for one in first + second} == {"simulated:vader"}
     assert not {one.prompt for one in first} & {one.prompt for one in second}
-    together = read_comparisons(run.folder / "round-2" / "data" / "all_comparisons.jsonl")
+    together = read_comparisons(folder / "round-2" / "data" / "all_comparisons.jsonl")
     assert together == first + second
-    rounds = summary(run)["rounds"]
+    rounds = summary(folder)["rounds"]
     assert rounds["1"]["win_rate_sft"] == rounds["1"]["win_rate_sft"] | {"rate": 0.9, "wins": 8, "losses": 0, "ties": 2}
     assert rounds["2"]["win_rate_previous"]["wins"] == 8
     assert "win_rate_previous" not in rounds["1"]
@@ -186,41 +195,39 @@ def test_two_rounds_sample_train_and_compare(run):
     assert rounds["2"]["gold"] == pytest.approx(0.72)
 
 
-def test_a_round_may_start_from_the_policy_and_learn_from_the_newest_comparisons(run):
+def test_a_round_may_start_from_the_policy_and_learn_from_the_newest_comparisons(run, folder):
     _, models = run(start="policy", comparisons="newest", sft_completions=1)
     assert models == ["run/sft", "run/sft"]  # for its share of the second sheet
-    assert FakeAlignment.started == [run.folder / "sft", run.folder / "round-1" / "policy"]
-    assert not (run.folder / "round-2" / "data" / "all_comparisons.jsonl").exists()
-    known = latest(read_lineage(run.folder))
+    assert FakeAlignment.started == [folder / "sft", folder / "round-1" / "policy"]
+    assert not (folder / "round-2" / "data" / "all_comparisons.jsonl").exists()
+    known = latest(read_lineage(folder))
     assert [one.path for one in known["round-2/data/completions.jsonl"].inputs] == [
         "round-1/policy",
         "sft",
         "round-2/data/preference_prompts.jsonl",
     ]
     assert [one.path for one in known["round-2/policy"].inputs] == ["round-1/policy", "round-2/reward"]
-    assert {len(one.responses) for one in read_comparisons(run.folder / "round-2" / "data" / "completions.jsonl")} == {
-        3
-    }
+    assert {len(one.responses) for one in read_comparisons(folder / "round-2" / "data" / "completions.jsonl")} == {3}
 
 
 @pytest.mark.parametrize("kill", ALL)
-def test_a_killed_command_goes_on_where_it_was(run, kill):
+def test_a_killed_command_goes_on_where_it_was(run, folder, kill):
     before, _ = run(kill)
     assert before == [*ALL[: ALL.index(kill)], "killed"]
-    sampled = {path: path.read_bytes() for path in run.folder.rglob("completions.jsonl")}
+    sampled = {path: path.read_bytes() for path in folder.rglob("completions.jsonl")}
     after, _ = run()
     # the step in which it was killed is the one that starts over: PPO as a whole, as it has two marks here
     assert after == ALL[ALL.index(kill.replace("ends", "begins")) :]
     assert all(path.read_bytes() == content for path, content in sampled.items())
     assert run() == ([], [])  # nothing is left to do
-    assert list(summary(run)["rounds"]) == ["1", "2"]
+    assert list(summary(folder)["rounds"]) == ["1", "2"]
     run(count=3)
     assert FakeAlignment.steps.done == [step.replace("round-2", "round-3") for step in ALL[3:]]
 
 
-def test_a_result_that_was_changed_is_not_trained_on(run):
+def test_a_result_that_was_changed_is_not_trained_on(run, folder):
     run("round-1 ppo begins")
-    (run.folder / "round-1" / "reward" / "config.json").write_text("{}")
+    (folder / "round-1" / "reward" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"round-1/reward has changed since `rayward rounds` made it"):
         run()
 
@@ -228,9 +235,9 @@ def test_a_result_that_was_changed_is_not_trained_on(run):
 # --- people
 
 
-def fill(run, labeler: str, round_number: int = 1, rank=lambda row: len(row["completion"]) + 1) -> Path:
+def fill(folder: Path, labeler: str, round_number: int = 1, rank=lambda row: len(row["completion"]) + 1) -> Path:
     """Rank a round's sheet as a person would, and save it."""
-    part = run.folder / f"round-{round_number}"
+    part = folder / f"round-{round_number}"
     rows = list(csv.DictReader(io.StringIO((part / "sheet.csv").read_bytes().decode("utf-8-sig"), newline="")))
     file = part / "rankings" / f"{labeler}.csv"
     with file.open("w", encoding="utf-8", newline="") as out:
@@ -240,37 +247,37 @@ def fill(run, labeler: str, round_number: int = 1, rank=lambda row: len(row["com
     return file
 
 
-def test_people_rank_between_commands(run, capsys):
+def test_people_rank_between_commands(run, folder, capsys):
     assert run(labelers="people") == ([], ["run/sft"])
     told = capsys.readouterr().out
-    sheet = (run.folder / "round-1" / "sheet.csv").read_bytes()
+    sheet = (folder / "round-1" / "sheet.csv").read_bytes()
     assert "Round 1 waits for people: rank the 12 completions of 4 prompts in" in told
-    assert str(run.folder / "round-1" / "rankings" / "NAME.csv") in told
+    assert str(folder / "round-1" / "rankings" / "NAME.csv") in told
     assert run(labelers="people") == ([], [])  # still waits, and starts nothing
-    fill(run, "anna")
-    fill(run, "ben", rank=lambda row: 1)
+    fill(folder, "anna")
+    fill(folder, "ben", rank=lambda row: 1)
     steps, models = run(labelers="people")
     assert steps == ALL[:3]
     assert models == ["run/sft"]  # trained, and sampled the sheet of the next round
     assert "Round 2 waits for people" in capsys.readouterr().out
-    fill(run, "anna", round_number=2)
+    fill(folder, "anna", round_number=2)
     assert run(labelers="people")[0] == ALL[3:]
-    assert (run.folder / "round-1" / "sheet.csv").read_bytes() == sheet
-    ranked = read_comparisons(run.folder / "round-1" / "data" / "comparisons.jsonl")
+    assert (folder / "round-1" / "sheet.csv").read_bytes() == sheet
+    ranked = read_comparisons(folder / "round-1" / "data" / "comparisons.jsonl")
     assert {one.labeler for one in ranked} == {"anna+ben"}
-    first, second = (summary(run)["rounds"][number] for number in "12")
+    first, second = (summary(folder)["rounds"][number] for number in "12")
     assert first["rankings"] == "people (anna, ben)"
     assert 0 < first["labelers_agree"] < 1
     assert first["labelers_agree_ci"][0] <= first["labelers_agree"] <= first["labelers_agree_ci"][1]
     assert "labelers_agree" not in second
-    made_of = latest(read_lineage(run.folder))["round-1/data/comparisons.jsonl"].inputs
+    made_of = latest(read_lineage(folder))["round-1/data/comparisons.jsonl"].inputs
     assert [one.path for one in made_of][1:] == ["round-1/rankings/anna.csv", "round-1/rankings/ben.csv"]
 
 
-def test_mistakes_of_every_labeler_are_told_before_anything_starts(run):
+def test_mistakes_of_every_labeler_are_told_before_anything_starts(run, folder):
     run(labelers="people")
-    fill(run, "anna", rank=lambda row: "best" if row["letter"] == "A" else 1)
-    fill(run, "ben", rank=lambda row: -1 if row["comparison"] == "r1-0002" else 1)
+    fill(folder, "anna", rank=lambda row: "best" if row["letter"] == "A" else 1)
+    fill(folder, "ben", rank=lambda row: -1 if row["comparison"] == "r1-0002" else 1)
     with pytest.raises(ValueError, match="is not a rank") as error:
         run(labelers="people")
     lines = str(error.value).splitlines()
@@ -279,25 +286,25 @@ def test_mistakes_of_every_labeler_are_told_before_anything_starts(run):
     assert "ben.csv: row 5, column rank: '-1'" in lines[4]
 
 
-def test_comparisons_without_ranks_stop_the_command_or_are_left_out_within_the_budget(run, caplog):
+def test_comparisons_without_ranks_stop_the_command_or_are_left_out_within_the_budget(run, folder, caplog):
     run(labelers="people")
-    fill(run, "anna", rank=lambda row: "" if row["comparison"] == "r1-0002" and row["letter"] != "B" else 1)
+    fill(folder, "anna", rank=lambda row: "" if row["comparison"] == "r1-0002" and row["letter"] != "B" else 1)
     with pytest.raises(ValueError, match=r"1 of 4 comparisons are not ranked whole in .*: r1-0002\. Rank") as error:
         run(labelers="people")
     assert "anna.csv: row 5, column rank: is missing; comparison 'r1-0002' has 1 of 3 ranks" in str(error.value)
     steps, _ = run(labelers="people", max_unranked=1)
     assert steps == ALL[:3]
     assert "has 1 of 3 ranks" in caplog.text
-    ranked = read_comparisons(run.folder / "round-1" / "data" / "comparisons.jsonl")
+    ranked = read_comparisons(folder / "round-1" / "data" / "comparisons.jsonl")
     assert [one.id for one in ranked] == ["r1-0001", "r1-0003", "r1-0004"]
 
 
-def test_a_sheet_that_a_kill_prevented_is_written_before_anybody_is_asked(run):
+def test_a_sheet_that_a_kill_prevented_is_written_before_anybody_is_asked(run, folder):
     run(labelers="people")
-    (run.folder / "round-1" / "sheet.csv").unlink()
+    (folder / "round-1" / "sheet.csv").unlink()
     run(labelers="people")
-    assert (run.folder / "round-1" / "sheet.csv").is_file()
-    assert done(run.folder, run.folder / "round-1" / "sheet.csv")
+    assert (folder / "round-1" / "sheet.csv").is_file()
+    assert done(folder, folder / "round-1" / "sheet.csv")
 
 
 # --- the prompts of a round
