@@ -56,7 +56,7 @@ class Workplace:
     async def _hand_over(self, fleet: Fleet, model: Path) -> None:
         config, learner = self._job.config, await self.learner()
         with self._job.tracker.phase(f"hand the weights of {model.parent.name}/{model.name} to the actors"):
-            await learner.load("policy", "policy", model, config.ppo.network)
+            await learner.load("policy", "policy", model, config.ppo.network, config.ppo.policy_optimizer, frozen=True)
             await learner.open_sender(config.publish)
             workers, probes = config.generator.tensor_parallel_size, HeldOut(self._job).probes()
             fleet.publisher = Publisher(learner, config.publish, probes, workers)
