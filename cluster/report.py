@@ -13,12 +13,15 @@ the final figures; every part of it is optional:
     ppo       by stage ("ppo", "ppo-noptx", ..): {"gold_before", "gold_after", "score_before", "score_after",
               "kl" (nats a response), "pretraining_loss_before", "pretraining_loss_after" (nats a token),
               "iterations"}
+    rounds    by number ("1", ..): {"win_rate_sft", "win_rate_previous": {"rate", "ci", "wins", "losses", "ties"},
+              "gold", "gold_ci", "gold_sft", "kl", "accuracy", "accuracy_ci", "rankings", "labelers_agree",
+              "labelers_agree_ci"}
 
 Means of gold and score are taken from the held-out samples in evaluations/ where these have them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +36,7 @@ from rich.text import Text
 
 from cluster.canvas import png, svg
 from cluster.pictures import arm_names, interval, labels, overview
+from cluster.round_pictures import round_table
 from cluster.run_files import Change, Run, Sample, number, read_run, visible
 from cluster.sections import sections
 
@@ -175,6 +179,8 @@ def _figures(run: Run) -> Iterator[Figure]:
             detail = f"{_moved(tax)} nats a token of pretraining text"
             yield make(name="Alignment tax", value=f"{tax.difference:+.3f}", detail=detail, verdict=False)
     make = partial(Figure, arm="")
+    for index, row in round_table(run).items():
+        yield from _round_figures(run, index, row)
     reward = run.figures("reward") | run.calibration
     if (accuracy := number(reward.get("accuracy"))) is not None:
         detail = "held-out pairs"
@@ -196,6 +202,15 @@ def _figures(run: Run) -> Iterator[Figure]:
             yield make(name=name, value=value, detail=f"nats a token of held-out {what}", verdict=False)
     if seconds := _seconds(run):
         yield make(name="Time", value=_duration(seconds), detail="all phases", verdict=False)
+
+
+def _round_figures(run: Run, index: int, row: Mapping[str, Any]) -> Iterator[Figure]:
+    for key, name in (("win_rate_sft", "the SFT model"), ("win_rate_previous", f"round {index - 1}")):
+        found = row.get(key)
+        if isinstance(found, dict) and (rate := number(found.get("rate"))) is not None:
+            bounds = interval(found.get("ci"))
+            detail = f"against {name}" + (f", 95% CI {bounds[0]:.2f} to {bounds[1]:.2f}" if bounds else "")
+            yield Figure(arm="", name=f"Win rate of round {index}", value=f"{rate:.2f}", detail=detail, verdict=True)
 
 
 def _moved(change: Change) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster import pictures
+from cluster import pictures, round_pictures
 from cluster.canvas import Picture
 from cluster.run_files import Run
 
@@ -28,6 +28,14 @@ def sections(run: Run) -> list[Section]:
     verdicts = f"Gold is the verdict of the {run.labeler}, which the policy never saw."
     compared, kinds = len(run.arms) > 1, {pictures.kind(run, arm) for arm in run.arms}
     found = (
+        Section(
+            title="Rounds",
+            lead="In each round the newest policy's completions are compared, and a reward model and a policy trained. "
+            f"A win rate is the share of held-out prompts on which the {run.labeler} prefers the round's policy, a tie "
+            "counting half.",
+            pictures=tuple(round_pictures.rounds(run)),
+            small=True,
+        ),
         Section(
             title="What the pretraining mix does" if len(kinds) > 1 else "The runs compared",
             lead="In the paper, PPO earns a similar reward without the pretraining mix, and the language "
@@ -74,6 +82,12 @@ def sections(run: Run) -> list[Section]:
             "a jump means that stale or damaged weights are sampling.",
             pictures=tuple(pictures.inside_ppo(run)),
             small=True,
+        ),
+        Section(
+            title="Lineage",
+            lead="Models and comparisons, each below what it was made of. `rayward lineage` has hashes and commands, "
+            "and tells what has changed since.",
+            pictures=tuple(round_pictures.lineage(run)),
         ),
         Section(
             title="Time",
