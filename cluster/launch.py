@@ -130,6 +130,8 @@ def evaluate(job: Job) -> None:
         for name, path in (("policy", policy), ("reference", job.model("sft"))):
             await heldout.learner.load(name, "policy", path, config.network, config.policy_optimizer, frozen=True)
         await heldout.measure(policy.name, config)
+        written = job.run_dir / "evaluations" / f"{policy.name}.jsonl"
+        job.made("evaluation", written, policy, job.file("prompts_heldout"))
 
     _connected(job, HeldOut(job), policy, work)
 
