@@ -190,7 +190,8 @@ def _figures(run: Run) -> Iterator[Figure]:
             detail += f"; mean of prompts: {alike:.3f}"
         if (longer := number(reward.get("longer_wins"))) is not None:
             detail += f"; longer wins: {longer:.3f}"
-        yield make(name="Reward-model accuracy", value=f"{accuracy:.3f}", detail=detail, verdict=True)
+        detail += f" · {run.rankings}"
+        yield make(name="Reward-model accuracy", value=f"{accuracy:.3f}", detail=detail, verdict=False)
     for stage, name, what in (
         ("pretraining", "Pretraining loss", "text"),
         ("sft", "SFT loss", "demonstrations"),

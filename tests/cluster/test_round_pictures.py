@@ -86,7 +86,19 @@ def test_the_page_has_rounds_lineage_and_win_rates(run: Run):
     assert f"Win rate of round 1 0.64 against the SFT model, 95% CI 0.54 to 0.73 · {CAPTION}" in head
     assert f"Win rate of round 2 0.55 against round 1, 95% CI 0.45 to 0.65 · {CAPTION}" in head
     assert "Lineage" in page.text
+    assert f"Gold scores and win rates on this page are verdicts of the {CAPTION}" in page.text
     assert summary(run.path)
+
+
+def test_rankings_of_people_are_not_called_simulated(tmp_path: Path):
+    reward = {"accuracy": 0.7, "longer_wins": 0.5}
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"rankings": "people (anna)", "labeler": CAPTION, "reward": reward})
+    )
+    text = Page(write_report(tmp_path)).text
+    assert "Completions were ranked by people (anna) . Gold scores on this page are verdicts of the" in text
+    assert "Reward-model accuracy 0.700 held-out pairs; longer wins: 0.500 · people (anna)" in text
+    assert "held-out comparisons ranked by people (anna)" in text
 
 
 def test_a_run_without_rounds_or_lineage_has_neither(tmp_path: Path):
