@@ -61,6 +61,16 @@ COMMANDS = {
         flags={"json": "print the plan as JSON: bytes, seconds and counts"},
         inspects=True,
     ),
+    "doctor": Command(
+        purpose="Check the machine, and the cluster if one is named, and say what to fix.",
+        files="Looks at versions, GPUs, disks, memory, threads, load, ports, W&B, the model hub, permissions, and with "
+        "cluster.address at Ray's. A line for each: ok, warn or fail. Writes nothing. Exit code 1 on a failure.",
+        example="rayward doctor --cluster.address auto",
+        entry="cluster.doctor:doctor",
+        sections=("models", "cluster", "tracking"),
+        flags={"json": "print the findings as JSON"},
+        inspects=True,
+    ),
     "quickstart": Command(
         purpose="Run all of it on a small model, and write a report.",
         files="Needs nothing but this installation. Writes models, metrics and report.html into RUN.",
