@@ -10,6 +10,8 @@ from cluster.shapes import Shape
 
 MASTER = 12
 """Bytes that Adam keeps of a trained parameter in float32: the weight itself and two running means."""
+COPIES = 8
+"""Bytes a parameter that exist for moments: of Adam's square root, and of gradients while two losses are measured."""
 LIVE_PARAMETERS = 10**9
 """Parameters that ZeRO-3 gathers at once at most (DeepSpeed's stage3_max_live_parameters)."""
 GPU_CONTEXT = 2**30
@@ -38,6 +40,8 @@ class Training:
     """that share it"""
     ema: bool
     """keeps a moving average of what is trained, in float32"""
+    norms: bool
+    """the gradients of two losses are told apart, which copies them"""
     offload_optimizer: bool
     """the optimizer's states live in main memory"""
     offload_weights: bool
@@ -62,18 +66,20 @@ def network_memory(network: Training) -> dict[str, Bytes]:
     """
     n, t, ranks = network.parameters, network.trained, network.ranks
     share = {stage: ranks if network.stage >= stage else 1 for stage in (1, 2, 3)}
+    kept = "host" if network.offload_optimizer else "device"
     weights = network.weight_bytes * n / share[3]
     found = {"weights": Bytes(host=weights) if network.offload_weights else Bytes(device=weights)}
     if share[3] > 1 or network.offload_weights:
         found["gathered weights"] = Bytes(device=network.weight_bytes * min(n, LIVE_PARAMETERS))
     if t:
-        found["gradients"] = Bytes(device=4 * t / share[2])
+        # Offloaded gradients are in main memory from ZeRO-1 on, as Adam is.
+        found["gradients"] = Bytes(**{kept: 4 * t / share[2]})
         # In float32 without ZeRO the weights are their own master copy.
         states = (MASTER if network.weight_bytes < 4 or network.stage else MASTER - 4) * t / share[1]
-        found["optimizer"] = Bytes(host=states) if network.offload_optimizer else Bytes(device=states)
+        found["optimizer"] = Bytes(**{kept: states})
+        found["copies in a step"] = Bytes(**{kept: COPIES * t / share[2 if network.norms else 1]})
         if network.ema:
-            average = 4 * t / share[3]
-            found["moving average"] = Bytes(host=average) if network.offload_optimizer else Bytes(device=average)
+            found["moving average"] = Bytes(**{kept: 4 * t / share[1]})
     return found
 
 

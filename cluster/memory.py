@@ -95,26 +95,33 @@ class Held:
 def learner_memory(config: Config, models: Models, stage: str, gpu: bool) -> dict[str, Bytes]:
     """What a learner rank holds in the step "sft", "reward" or "ppo"."""
     found: dict[str, Bytes] = {"process": Bytes(device=GPU_CONTEXT, host=HOST_PROCESS) if gpu else _host(HOST_PROCESS)}
+    copies = Bytes()
     for network in networks(config, models, stage):
         for item, size in network_memory(network).items():
-            found[f"{network.name}: {item}"] = size
-    settings = _network_config(config, stage)
-    shape = models.reward if stage == "reward" else models.policy
+            if item != "copies in a step":
+                found[f"{network.name}: {item}"] = size
+            elif size.device + size.host > copies.device + copies.host:
+                copies = size  # one network is stepped at a time
+    found["copies in a step"] = copies
+    settings, shape = _network_config(config, stage), models.policy
     tokens = microbatch_tokens(config, stage)
-    wide = 4 if settings.dtype == "float32" else 2
-    layers = settings.last_layers or shape.layers
-    shapes = (shape, models.reward) if stage == "ppo" else (shape,)
-    checkpointing = settings.gradient_checkpointing
-    found["activations"] = Bytes(
-        device=max(activation_bytes(one, tokens, wide, checkpointing, min(layers, one.layers)) for one in shapes)
-    )
+    used = [(settings, shape), *([(config.ppo.critic, models.reward)] if stage == "ppo" else [])]
+    found["activations"] = Bytes(device=max(_activations(network, one, tokens) for network, one in used))
     if stage != "reward":
         head_trained = not settings.lora_rank and not settings.last_layers
         chunk = min(settings.logprob_chunk, tokens)
+        wide = 4 if settings.dtype == "float32" else 2
         found["logits"] = Bytes(device=logits_bytes(shape, chunk, wide, head_trained))
     if not gpu:
         return {name: _host(size.device + size.host) for name, size in found.items()}
     return found
+
+
+def _activations(network: NetworkConfig, shape: Shape, tokens: int) -> float:
+    """Of a micro-batch, for the layers that the backward pass goes through."""
+    layers = min(network.last_layers or shape.layers, shape.layers)
+    wide = 4 if network.dtype == "float32" else 2
+    return activation_bytes(shape, tokens, wide, network.gradient_checkpointing, layers)
 
 
 def networks(config: Config, models: Models, stage: str) -> list[Training]:
@@ -122,20 +129,26 @@ def networks(config: Config, models: Models, stage: str) -> list[Training]:
     ranks, ppo = config.cluster.learner_ranks, config.ppo
 
     def one(
-        name: str, value: bool, network: NetworkConfig, optimizer: OptimizerConfig | None, ema: bool = False
+        name: str,
+        value: bool,
+        network: NetworkConfig,
+        optimizer: OptimizerConfig,
+        ema: bool = False,
+        read: bool = False,
     ) -> Training:
         shape = models.reward if value and name != "reward" else models.policy
         total, trained = trained_parameters(shape, value, network.lora_rank, network.last_layers)
         return Training(
             name=name,
             parameters=total,
-            trained=trained if optimizer else 0,
+            trained=0 if read else trained,
             weight_bytes=4 if network.dtype == "float32" else 2,
-            stage=optimizer.zero_stage if optimizer else 0,
+            stage=optimizer.zero_stage,
             ranks=ranks,
             ema=ema,
-            offload_optimizer=False,
-            offload_weights=False,
+            norms=ema and ppo.pretraining.coef > 0,
+            offload_optimizer=optimizer.offload_optimizer is not None,
+            offload_weights=optimizer.offload_param is not None,
         )
 
     if stage == "sft":
@@ -144,8 +157,8 @@ def networks(config: Config, models: Models, stage: str) -> list[Training]:
         return [one("reward", True, config.reward.network, config.reward.optimizer)]
     return [
         one("policy", False, ppo.network, ppo.policy_optimizer, ema=True),
-        one("reference", False, ppo.network, None),
-        one("critic", True, ppo.network, ppo.critic_optimizer),
+        one("reference", False, ppo.network, ppo.policy_optimizer, read=True),  # laid out as the policy is
+        one("critic", True, ppo.critic, ppo.critic_optimizer),
     ]
 
 

@@ -53,6 +53,14 @@ def changes(config: Config, step: str) -> Iterator[tuple[str, Any]]:
             yield f"{step}.max_tokens_per_microbatch", budget
         if not section.network.gradient_checkpointing:
             yield f"{step}.network.gradient_checkpointing", True
+        optimizers = ("policy_optimizer", "critic_optimizer") if step == "ppo" else ("optimizer",)
+        for stage in (2, 3):
+            for name in optimizers:
+                if config.cluster.learner_ranks > 1 and getattr(section, name).zero_stage < stage:
+                    yield f"{step}.{name}.zero_stage", stage
+        for name in optimizers:
+            if not getattr(section, name).offload_optimizer:
+                yield f"{step}.{name}.offload_optimizer", "cpu"
         if not section.network.lora_rank:
             yield f"{step}.network.lora_rank", 16
     if step in ("sample", "ppo"):

@@ -81,19 +81,21 @@ def ppo_phases(
         found.append(_computed("score", seconds, config, "2 N T / F of the reward model"))
     evaluated = policy.parameters + reference.parameters + critic.parameters
     seconds = forward_seconds(evaluated, batches.episode_tokens / ranks, learner.flops)
-    seconds_link = sum(_gathering(n, batches.minibatches * batches.microbatches, link) for n in (policy, critic))
+    seconds_link = sum(
+        _gathering(n, batches.minibatches * batches.microbatches, link) for n in (policy, reference, critic)
+    )
     found.append(_computed("evaluate", seconds, config, "2 N T / F of policy, reference, critic", seconds_link))
     tokens = batches.episode_tokens * batches.epochs
     text = batches.pretraining_microbatches if batches.pretraining_sequences else 0
-    for network, shape, extra, passes in (
-        (policy, models.policy, batches.pretraining_tokens, batches.microbatches + text),
-        (critic, models.reward, 0, batches.microbatches),
+    for network, shape, trains, extra, passes in (
+        (policy, models.policy, config.ppo.network, batches.pretraining_tokens, batches.microbatches + text),
+        (critic, models.reward, config.ppo.critic, 0, batches.microbatches),
     ):
-        reached = network.parameters * (config.ppo.network.last_layers or shape.layers) / shape.layers
+        reached = network.parameters * (trains.last_layers or shape.layers) / shape.layers
         seconds = training_seconds(
             network.parameters, network.trained, reached, (tokens + extra) / ranks, learner.flops
         )
-        if config.ppo.network.gradient_checkpointing:
+        if trains.gradient_checkpointing:
             seconds += forward_seconds(reached, (tokens + extra) / ranks, learner.flops)
         share = ranks if network.stage else 1
         seconds += batches.steps * _ADAM_TRAFFIC * network.trained / share / learner.bandwidth

@@ -19,6 +19,7 @@ from learner.networks import Network, PolicyNetwork
 from learner.schedules import ema_update, tf1_eps
 from learner.shards import clear_leftovers, gradients, master_weights
 
+_PART = 2**24  # numbers of a gradient that are squared at once: float64 copies of all would be its size four times
 _WHOLE_BELOW = 10_000  # numbers; ZeRO 3 leaves smaller parameters, such as norms, whole on every rank
 
 
@@ -197,14 +198,14 @@ class Engine:
         """Global norm of the gradients that the ranks' shares make up. A collective: every rank calls it."""
         if self._reduced:
             zero = torch.zeros((), dtype=torch.float64, device=self.device)
-            total = sum((g.double().square().sum().to(self.device) for g in gradients), zero)
+            total = sum((_squares(part).to(self.device) for part in _parts(gradients)), zero)
             dist.all_reduce(total)
             return math.sqrt(float(total))
         squares = 0.0
-        for gradient in gradients:
-            summed = gradient.clone()  # the caller still needs this rank's part
+        for part in _parts(gradients):
+            summed = part.clone()  # the caller still needs this rank's own
             dist.all_reduce(summed)
-            squares += float(summed.double().square().sum())
+            squares += float(_squares(summed))
         return math.sqrt(squares) / dist.get_world_size()  # `backward` multiplied by the number of ranks
 
     def step(self, lr: float) -> float | None:
@@ -304,3 +305,11 @@ class Engine:
             kept = master.clone()
             master.copy_(average)
             average.copy_(kept)
+
+
+def _parts(gradients: list[Tensor]) -> Iterator[Tensor]:
+    return (part for gradient in gradients for part in gradient.flatten().split(_PART))
+
+
+def _squares(part: Tensor) -> Tensor:
+    return part.double().square().sum()

@@ -89,7 +89,7 @@ def test_nearest_settings_work_when_they_are_taken():
         machines=(Machine(name="here", cpus=2, memory=int(12.5 * GIB), gpus=0, device=CORES),),
         local=True,
     )
-    full = {"ppo__network__lora_rank": 0, "ppo__network__last_layers": 0}
+    full: dict[str, Any] = {"ppo__network__lora_rank": 0, "ppo__network__last_layers": 0}
     (problem,) = found(tight, steps=("ppo",), **full).problems
     assert "the main memory of here has 12.5 GiB" in problem
     remedy = problem.split("Nearest that fits: ")[1]

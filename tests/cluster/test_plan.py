@@ -1,5 +1,7 @@
 """The arithmetic by hand, and beside what the loops themselves do."""
 
+from typing import Any
+
 import pytest
 
 from actors.chat import ChatExample
@@ -18,7 +20,7 @@ from learner.batch import minibatches
 from learner.config import SFTConfig
 from learner.sft import sft_batches
 
-PPO = {
+PPO: dict[str, Any] = {
     "iterations": 500,
     "prompts": 512,
     "samples": 1,
