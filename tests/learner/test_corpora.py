@@ -75,7 +75,7 @@ def test_iterations_take_consecutive_sequences() -> None:
 def test_texts_are_read_and_a_bad_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"body": "two"}) + "\n")
-    with pytest.raises(RecordError, match=r'text\.jsonl:2: "text" must be a string'):
+    with pytest.raises(RecordError, match=r'text\.jsonl:2: "text" is missing'):
         read_texts(path)
     assert read_texts(path, max_bad_rows=1) == ["one"]
 
