@@ -12,6 +12,7 @@ from actors.trajectory import Trajectory
 from actors.waves import Generator
 from cluster.fleet import Fleet
 from cluster.heldout import Held, HeldOut
+from cluster.scaling import obeying
 from cluster.steps import Job
 from learner.buffer import Buffer
 from learner.config import PPOConfig
@@ -127,7 +128,7 @@ class Alignment:
             )
 
         try:
-            async with self.fleet.rollouts(work, buffer.fail):
+            async with obeying(self.fleet, job.run_dir), self.fleet.rollouts(work, buffer.fail):
                 await ppo(
                     config,
                     job.config.rollout.temperature,

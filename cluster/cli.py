@@ -45,6 +45,8 @@ class Call:
     """Flag that stands for another preset."""
     flags: frozenset[str]
     """Flags that are either given or not."""
+    arguments: tuple[str, ...]
+    """Words after the run directory."""
     resumed: Path | None
     """Settings that an earlier command left in the run directory."""
     overrides: list[tuple[str, str | None]]
@@ -87,6 +89,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
     options: dict[str, str] = {}
     variant: str | None = None
     flags: set[str] = set()
+    arguments: list[str] = []
     overrides: list[tuple[str, str | None]] = []
     known = {**command.flags, **(DRY_RUN if command.sections and not command.inspects else {})}
     rest = list(words)
@@ -94,9 +97,12 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         word = rest.pop(0)
         name, given, text = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
-            if command.sections or "run" in options:
+            if not command.sections and "run" not in options:
+                options["run"] = word
+            elif len(arguments) < len(command.arguments):
+                arguments.append(word)
+            else:
                 raise ConfigError(f"{word!r} stands alone. Remedy: write --KEY VALUE, with quotes around spaces")
-            options["run"] = word
             continue
         if name in command.variants and not given:
             variant = name
@@ -115,6 +121,8 @@ def parse(command: Command, words: Sequence[str]) -> Call:
             options[name] = value
     if overrides and not command.sections:
         raise ConfigError(f"--{overrides[0][0]} is not known here: this command takes a run directory only")
+    if missing := list(command.arguments)[len(arguments) :]:
+        raise ConfigError(f"{' and '.join(missing)} is missing. Remedy: {command.example}")
     run_dir = Path(options.get("run") or (f"runs/{variant}" if variant else command.run))
     file = Path(options["config"]) if "config" in options else None
     saved = run_dir / "config.toml"
@@ -125,6 +133,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         preset=None if remembers else options.get("preset") or variant or (None if file else command.preset),
         variant=variant,
         flags=frozenset(flags),
+        arguments=tuple(arguments),
         resumed=saved if remembers else None,
         overrides=overrides,
     )
@@ -220,7 +229,7 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
 def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console) -> None:
     entry = _entry(command)
     if config is None:
-        entry(call.run_dir, console, **{flag: flag in call.flags for flag in command.flags})
+        entry(call.run_dir, console, *call.arguments, **{flag: flag in call.flags for flag in command.flags})
         return
     from cluster.environment import write_environment
     from cluster.status import reporting

@@ -32,6 +32,8 @@ class Command:
     """Run directory when none is named."""
     preset: str | None = None
     """Preset when neither a preset nor a file is named."""
+    arguments: dict[str, str] = field(default_factory=dict)
+    """Words that have to follow the run directory: name -> meaning."""
     flags: dict[str, str] = field(default_factory=dict)
     """Flags that are either given or not: flag -> meaning."""
     own: bool = False
@@ -152,6 +154,13 @@ COMMANDS = {
         entry="cluster.launch:evaluate",
         sections=(*_TRAINING, "evaluation", *_SAMPLING, "scoring", "labeler", "tracking"),
     ),
+    "scale": Command(
+        purpose="Change the number of generators of a run that is at work in step 3.",
+        files="Writes RUN/scale.json, which the run answers; RUN has to be on a disk that both see.",
+        example="rayward scale runs/mine 4",
+        entry="cluster.scaling:scale",
+        arguments={"N": "how many there should be from the next version on"},
+    ),
     "report": Command(
         purpose="Write RUN/report.html from the files of a run directory.",
         files="Reads nothing but the run directory; a run that is unfinished or was killed will do.",
@@ -250,6 +259,7 @@ def help_text(name: str, config: type[BaseModel] | None) -> str:
     ]
     if config is None:
         lines += [f"  RUN, --run DIR   the run directory; {command.run} when not named"]
+        lines += [f"  {name:<17}{what}" for name, what in command.arguments.items()]
         lines += [f"  --{flag:<15}{what}" for flag, what in command.flags.items()]
     else:
         lines += _options(command)

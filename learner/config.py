@@ -168,6 +168,19 @@ class PretrainingConfig(BaseModel):
     """The loss is a mean over tokens, or over sequences of the sum of their tokens (the paper gives neither)."""
 
 
+class ImportanceConfig(BaseModel):
+    """The correction for tokens that older weights sampled; it is applied when max_staleness > 0."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    method: Literal["truncate", "mask"] = "truncate"
+    """truncate: a weight above the cap becomes the cap (TIS); mask: one outside floor and cap becomes 0 (IcePop)."""
+    cap: float = Field(default=2.0, ge=1)
+    """Largest importance weight of a token; 5 is usual for mask."""
+    floor: float = Field(default=0.5, ge=0, le=1)
+    """Smallest one, of mask alone."""
+
+
 class PPOConfig(BaseModel):
     """PPO; the defaults are the paper's where it gives them."""
 
@@ -183,8 +196,6 @@ class PPOConfig(BaseModel):
     """Passes over each batch (paper: 1)."""
     max_staleness: int = Field(default=0, ge=0)
     """How many versions older than the learner the weights that sampled a token may be; 0 is synchronous."""
-    importance_cap: float = Field(default=2.0, gt=0)
-    """Upper bound of the importance weights that correct for stale tokens; only used when max_staleness > 0."""
     clip: float = Field(default=0.2, gt=0)
     """Of the probability ratio (paper: 0.2)."""
     value_clip: float | None = Field(default=0.2, gt=0)
@@ -207,6 +218,8 @@ class PPOConfig(BaseModel):
     """How long to wait for a batch before the run stops with what is missing."""
     seed: int = 0
     """Order of prompts, samples and minibatches."""
+    importance: ImportanceConfig = ImportanceConfig()
+    """The correction for stale tokens."""
     kl: KLConfig = KLConfig()
     """The penalty for leaving the SFT model."""
     pretraining: PretrainingConfig = PretrainingConfig()

@@ -61,19 +61,21 @@ def importance_weights(
     behaviour_logprobs: Float[Tensor, "b t"],
     mask: Bool[Tensor, "b t"],
     cap: float,
+    floor: float | None = None,
 ) -> tuple[Float[Tensor, "b t"], dict[str, float]]:
-    """Truncated importance weights `min(exp(logprobs - behaviour_logprobs), cap)` of tokens, and metrics.
+    """Truncated importance weights `min(w, cap)`, `w = exp(logprobs - behaviour_logprobs)`, of tokens, and metrics.
 
-    They correct for tokens sampled by older weights or by another engine than the trainer's. Zero in the
-    padding and where the ratio is not finite. Metrics are over the whole batch passed: mean and maximum of
-    |log-ratio| (nats), k3 estimate of KL(behaviour || trainer), effective sample size of the raw weights as
-    a share of the tokens `(sum w)^2 / (N sum w^2)`, share of tokens cut at `cap`, share that was not
-    finite.
+    With a `floor` they are masked instead: `w` where `floor <= w <= cap`, else 0 (IcePop). They correct for
+    tokens sampled by older weights or by another engine than the trainer's. Zero in the padding and where the
+    ratio is not finite. Metrics are over the whole batch passed: mean and maximum of |log-ratio| (nats), k3
+    estimate of KL(behaviour || trainer), effective sample size of the raw weights as a share of the tokens
+    `(sum w)^2 / (N sum w^2)`, share of tokens beyond the bounds, share that was not finite.
     """
     gap = k1(logprobs, behaviour_logprobs).detach()
     finite = mask & gap.isfinite()
     gap = torch.where(finite, gap, 0.0)
     raw = torch.where(finite, gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0)
+    beyond = (raw > cap) | (raw < (floor or 0.0))
     # In float64, as the square of a weight at the clamp is 2e17.
     wide, tokens = raw.double(), mask.sum()
     effective = wide.sum().square() / (tokens * wide.square().sum())
@@ -82,10 +84,10 @@ def importance_weights(
         "importance/log_ratio_max": float(gap.abs().amax()) if gap.numel() else 0.0,
         "importance/k3": float(masked_mean(k3(torch.zeros_like(gap), gap), finite)),
         "importance/effective_share": float(effective) if wide.any() else 0.0,
-        "importance/truncated_share": float(masked_mean((raw > cap).double(), mask)),
+        "importance/clipped_share": float(masked_mean((finite & beyond).double(), mask)),
         "importance/non_finite_share": float(masked_mean((~finite).double(), mask)),
     }
-    return raw.clamp(max=cap), metrics
+    return raw.clamp(max=cap) if floor is None else torch.where(beyond, 0.0, raw), metrics
 
 
 def value_loss_sum(

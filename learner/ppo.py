@@ -73,7 +73,10 @@ async def ppo(
         if config.whiten_rewards:
             rewards = whiten(rewards, batch.mask, shift_mean=False)
         advantages, returns = gae(rewards, old.values, batch.mask, config.discount, config.gae_lambda)
-        weights, drift = importance_weights(old.logprobs, batch.behaviour_logprobs, batch.mask, config.importance_cap)
+        floor = config.importance.floor if config.importance.method == "mask" else None
+        weights, drift = importance_weights(
+            old.logprobs, batch.behaviour_logprobs, batch.mask, config.importance.cap, floor
+        )
         targets = Targets(
             evaluation=old,
             advantages=whiten(advantages, batch.mask),

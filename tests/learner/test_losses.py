@@ -287,10 +287,53 @@ def test_importance_weights_are_truncated_and_measured() -> None:
         "importance/log_ratio_max": math.log(4),
         "importance/k3": ((0.5 - 1 + math.log(2)) + (4 - 1 - math.log(4))) / 3,
         "importance/effective_share": 5.5**2 / (3 * (0.25 + 1 + 16)),
-        "importance/truncated_share": 1 / 3,
+        "importance/clipped_share": 1 / 3,
         "importance/non_finite_share": 0.0,
     }
     assert metrics == pytest.approx(expected)
+
+
+def test_masked_weights_are_raw_within_the_bounds_and_nothing_outside() -> None:
+    behaviour = f64([[-1.0, -1.0, -1.0, -1.0, NAN]])
+    logprobs = behaviour + f64([[0.5, 0.4, 1.5, 4.0, 9.0]]).log()
+    mask = torch.tensor([[True, True, True, True, False]])
+    weights, metrics = importance_weights(logprobs, behaviour, mask, cap=2.0, floor=0.5 - 1e-9)
+    close(weights, [[0.5, 0.0, 1.5, 0.0, 0.0]])
+    assert metrics["importance/clipped_share"] == 0.5
+
+
+ACTIONS = torch.tensor([1.0, -0.5, 0.25, 2.0], dtype=torch.float64)  # the advantage of each of four actions
+SAMPLER = f64([0.4, 0.3, 0.2, 0.1]).log()  # the policy that sampled, some versions ago
+START = f64([0.25, 0.25, 0.3, 0.2]).log()  # the learner's at the start of the update
+
+
+def _expected_gradient(cap: float | None) -> Tensor:
+    """Gradient of the loss of one token, over every action as often as the sampler takes it; cap None: no weights."""
+    logits = START.clone().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for action in range(len(ACTIONS)):
+        one, mask = (slice(None), [action]), torch.ones(1, 1, dtype=torch.bool)
+        new = logits.log_softmax(0)[None][one]
+        weights, _ = importance_weights(START[None][one], SAMPLER[None][one], mask, cap or 1.0)
+        loss, _ = policy_loss_sum(
+            new, START[None][one], ACTIONS[None][one], mask, 0.2, None if cap is None else weights
+        )
+        total = total + SAMPLER[action].exp() * loss
+    (gradient,) = torch.autograd.grad(total, logits)
+    return gradient
+
+
+def test_weighted_stale_samples_have_the_policy_gradient_of_fresh_ones_and_unweighted_ones_have_not() -> None:
+    """With four actions every expectation is a sum: d/dlogits of -E_pi[A] at pi = START is -pi * (A - E_pi[A])."""
+    pi = START.exp()
+    fresh = -pi * (ACTIONS - (pi * ACTIONS).sum())
+    torch.testing.assert_close(_expected_gradient(cap=1e9), fresh)
+    ignoring = _expected_gradient(cap=None)
+    assert (ignoring - fresh).abs().max() > 0.1
+    assert torch.cosine_similarity(ignoring, fresh, dim=0) < 0.9
+    # a cap that binds (the last action's weight is 2) brings back some of the bias, and less of it than no weights
+    capped = _expected_gradient(cap=1.5)
+    assert 0.01 < (capped - fresh).abs().max() < (ignoring - fresh).abs().max()
 
 
 def test_equal_weights_are_fully_effective() -> None:

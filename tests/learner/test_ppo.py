@@ -13,7 +13,7 @@ from actors.prompts import PromptStream
 from actors.rollout import rollout
 from actors.trajectory import Completion, SampleKey, Trajectory
 from learner.buffer import Buffer
-from learner.config import KLConfig, NetworkConfig, OptimizerConfig, PPOConfig, PretrainingConfig
+from learner.config import ImportanceConfig, KLConfig, NetworkConfig, OptimizerConfig, PPOConfig, PretrainingConfig
 from learner.ledger import Ledger
 from learner.ppo import ppo
 from learner.skips import NonFiniteSteps
@@ -228,13 +228,17 @@ def test_a_fixed_beta_stays():
 
 
 def test_staleness_brings_importance_weights_up_to_the_cap():
-    learner, logged = by_hand(shift=0.5, max_staleness=1, importance_cap=1.5)
+    learner, logged = by_hand(shift=0.5, max_staleness=1, importance=ImportanceConfig(cap=1.5))
     weights = learner.updates[0][0].weights
     assert weights[0].tolist() == pytest.approx([1.5] * 5)  # exp(.5) = 1.65, cut
     assert weights[1].tolist() == pytest.approx([1.5, 1.5, 1.5, 0.0, 0.0])
     learner, logged = by_hand(shift=-0.5, max_staleness=1)
     assert learner.updates[0][0].weights[0].tolist() == pytest.approx([math.exp(-0.5)] * 5)
     assert logged[0][2]["importance/log_ratio_max"] == pytest.approx(0.5)
+    masked = ImportanceConfig(method="mask", cap=1.5)
+    learner, logged = by_hand(shift=0.5, max_staleness=1, importance=masked)
+    assert not learner.updates[0][0].weights.any()
+    assert logged[0][2]["importance/clipped_share"] == 1.0
 
 
 def test_fresh_samples_have_no_weights_but_their_drift_is_reported():
