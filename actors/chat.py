@@ -18,6 +18,10 @@ class TextEncoding(Protocol):
         """Encode a reply, with the EOS when it ended by itself."""
         ...
 
+    def document(self, text: str) -> list[int]:
+        """Encode a text that is no chat, with the EOS."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatExample:

@@ -59,7 +59,7 @@ def demonstration_examples(
 
 
 def pack(texts: Iterable[str], encoding: TextEncoding, sequence_tokens: int) -> Tensor:
-    """Concatenate documents, each followed by the EOS, and cut them into full sequences, i32[N,
+    """Concatenate documents, each ended by the EOS (with the BOS where a model wants one), and cut them into full sequences, i32[N,
     sequence_tokens].
 
     What is left over at the end is dropped. Raises ValueError when the text does not fill one sequence.
@@ -67,7 +67,7 @@ def pack(texts: Iterable[str], encoding: TextEncoding, sequence_tokens: int) -> 
     assert sequence_tokens >= 2, sequence_tokens
     tokens = array("i")
     for text in texts:
-        tokens.extend(encoding.response(text, ended=True))
+        tokens.extend(encoding.document(text))
     count = len(tokens) // sequence_tokens
     if count == 0:
         raise ValueError(

@@ -14,12 +14,13 @@ from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from learner.config import NetworkConfig
 from learner.logprobs import token_logprobs
+from reward_server.encoding import ChatEncoding
 from reward_server.model import (
     Normalisation,
     attention,
@@ -208,7 +209,7 @@ def _lora_product(layer: LoraLayer, read: Read) -> Tensor:
 
 
 def save_network(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: Iterable[tuple[str, Tensor]]
+    model: PreTrainedModel, encoding: ChatEncoding, path: Path, weights: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Write a plain Hugging Face folder (safetensors, config, tokenizer, chat template) of merged weights."""
     path.mkdir(parents=True, exist_ok=True)
@@ -217,10 +218,12 @@ def save_network(
     copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
     save_torch_state_dict(revert_weight_conversion(model, copies), path)
     model.config.architectures = [type(model).__name__]  # else that of the folder it was loaded from
+    encoding.describe(model)
     model.config.save_pretrained(path)
     if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+        # `save_pretrained` would refuse what some models come with, such as a temperature without do_sample.
+        model.generation_config.to_json_file(path / "generation_config.json")
+    encoding.tokenizer.save_pretrained(path)
 
 
 def _layer_index(name: str) -> int | None:

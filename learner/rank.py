@@ -93,7 +93,7 @@ class Rank:
         model = self._held(name).module.model
         weights = merged_weights(model, read)
         if self.rank == 0:
-            save_network(model, self._tokenizers[name].tokenizer, path, weights)
+            save_network(model, self._tokenizers[name], path, weights)
         _drain(weights)
 
     def save_state(self, folder: Path) -> None:

@@ -26,6 +26,9 @@ class FakeEncoding:
     def response(self, text: str, ended: bool) -> list[int]:
         return self._letters(text) + [EOS] * ended
 
+    def document(self, text: str) -> list[int]:
+        return self.response(text, ended=True)
+
     def text(self, ids: Sequence[int]) -> str:
         return "".join(chr(i - FIRST_LETTER + ord("a")) for i in ids if i >= FIRST_LETTER)
 

@@ -93,7 +93,7 @@ def test_every_family_is_read_whatever_is_to_the_right_and_written_as_it_was(tmp
         with torch.no_grad():
             found, _ = network(padded, row, ends, ids[0, 1:])
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
-    save_network(network.model, tiny_tokenizer(), tmp_path / "saved", merged_weights(network.model))
+    save_network(network.model, ChatEncoding(tiny_tokenizer()), tmp_path / "saved", merged_weights(network.model))
     assert folder_keys(tmp_path / "saved") == folder_keys(tmp_path / "base")
     again, report = reloaded(AutoModelForCausalLM, tmp_path / "saved")
     assert not report["missing_keys"] | report["unexpected_keys"]
@@ -253,7 +253,7 @@ def test_merged_lora_is_the_network_with_adapters(models, tmp_path, name):
     network = load_network("policy", models / name, NetworkConfig(dtype="float32", lora_rank=4, lora_alpha=8))
     jitter(network, "lora_B")
     frozen = {n: p.clone() for n, p in network.named_parameters()}
-    save_network(network.model, tiny_tokenizer(), tmp_path, merged_weights(network.model))
+    save_network(network.model, ChatEncoding(tiny_tokenizer()), tmp_path, merged_weights(network.model))
     with torch.no_grad():
         adapted = network.model(IDS).logits
     torch.testing.assert_close(logits(tmp_path), adapted, rtol=1e-4, atol=1e-5)
@@ -315,7 +315,7 @@ def test_tied_weights_are_given_and_written_once(models, tmp_path, family):
     names = [name for name, _ in merged_weights(network.model)]
     assert len(names) == len(set(names))
     assert not any("lm_head" in name or "base_layer" in name for name in names)
-    save_network(network.model, tiny_tokenizer(), tmp_path, merged_weights(network.model))
+    save_network(network.model, ChatEncoding(tiny_tokenizer()), tmp_path, merged_weights(network.model))
     assert not any("lm_head" in name for name in folder_keys(tmp_path))
     loaded, report = reloaded(AutoModelForCausalLM, tmp_path)
     assert not report["missing_keys"]
@@ -326,7 +326,7 @@ def test_tied_weights_are_given_and_written_once(models, tmp_path, family):
 def test_a_written_policy_is_a_plain_folder(models, tmp_path):
     network = load_network("policy", models / "llama-tied", NetworkConfig(dtype="bfloat16"))
     encoding = ChatEncoding.load(models / "llama-tied")
-    save_network(network.model, encoding.tokenizer, tmp_path, merged_weights(network.model))
+    save_network(network.model, encoding, tmp_path, merged_weights(network.model))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded, LlamaForCausalLM)
     assert loaded.dtype == torch.bfloat16
@@ -344,7 +344,7 @@ def test_a_written_reward_model_is_a_plain_classifier(models, tmp_path, family, 
     jitter(network)
     set_normalisation(network.model, Normalisation(gain=1.0, bias=0.25))
     save_network(
-        network.model, ChatEncoding.load(models / f"{family}-tied").tokenizer, tmp_path, merged_weights(network.model)
+        network.model, ChatEncoding.load(models / f"{family}-tied"), tmp_path, merged_weights(network.model)
     )
     loaded, report = reloaded(AutoModelForSequenceClassification, tmp_path)
     assert not report["missing_keys"]
