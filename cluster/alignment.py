@@ -12,6 +12,7 @@ from actors.trajectory import Trajectory
 from actors.waves import Generator
 from cluster.fleet import Fleet
 from cluster.heldout import Held, HeldOut
+from cluster.inputs import Model
 from cluster.scaling import obeying
 from cluster.steps import Job
 from learner.buffer import Buffer
@@ -91,8 +92,8 @@ class Alignment:
     def _record(self, name: str, stage: str, start: str) -> None:
         """What the policy was made of, and what was measured on, in the lineage."""
         job, run_dir = self.job, self.job.run_dir
-        scores = [part.target for part in job.config.scoring.parts if part.kind == "model" and part.target]
-        models = [job.model("init"), job.model("sft"), job.model("reward"), *scores]
+        scores = [part.target or job.model("reward") for part in job.config.scoring.parts if part.kind == "model"]
+        models = [job.model("init"), job.model("sft"), job.model("critic"), *scores]
         texts = [job.file("prompts"), *([job.file("pretraining")] if self.text else [])]
         for folder, kind in ((run_dir / name, "policy"), (run_dir / f"{name}_ema", "policy_ema")):
             job.made(kind, folder, *dict.fromkeys(models), *texts)
@@ -101,10 +102,12 @@ class Alignment:
             job.made("evaluation", run_dir / "evaluations" / f"{label}.jsonl", model, heldout)
 
     async def _load(self, config: PPOConfig) -> None:
-        init, sft, reward = (self.job.model(name) for name in ("init", "sft", "reward"))
+        init, sft = self.job.model("init"), self.job.model("sft")
         await self.learner.load("policy", "policy", init, config.network, config.policy_optimizer, config.ema_decay)
         await self.learner.load("reference", "policy", sft, config.network, config.policy_optimizer, frozen=True)
-        await self.learner.load("critic", "value", reward, config.critic, config.critic_optimizer)
+        critic = Model(name="critic", path=self.job.model("critic"))
+        head = "value" if critic.is_reward_model else "new_value"
+        await self.learner.load("critic", head, critic.path, config.critic, config.critic_optimizer)
 
     async def _train(self, config: PPOConfig, stage: str) -> None:
         job = self.job

@@ -26,7 +26,7 @@ _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MODELS = {
     "sample": ("sft",),
     "reward": ("sft",),
-    "ppo": ("sft", "reward"),
+    "ppo": ("sft", "critic"),
     "rounds": ("sft",),
     "evaluate": ("policy", "sft"),
 }
@@ -81,9 +81,9 @@ def _bad_inputs(config: Config, command: str, run_dir: Path, models: dict[str, M
             else:
                 yield from _model(config, "base", Path(config.models.base), models)
         wanted = [*_MODELS.get(command, ())]
-        if command == "evaluate" and _scores_with_own_model(config):
+        if command in ("ppo", "evaluate") and _scores_with_own_model(config):
             wanted.append("reward")
-        for name in ("sft", "init", "reward", "policy"):
+        for name in ("sft", "init", "reward", "critic", "policy"):
             if name in wanted or getattr(config.models, name) is not None:
                 try:
                     path = model_folder(config, run_dir, name)
@@ -218,14 +218,16 @@ def _too_long_to_score(config: Config, longest: int, sum_: str, models: dict[str
                     f"{sum_}, and {what}{' =' if '.' in what else ' are'} {limit}. Lower them, or set "
                     "scoring.truncate_prompt to cut long prompts from the left"
                 )
-    policy = models.get("sft")
-    if model and policy:
-        if model.positions and longest > model.positions and scoring.truncate_prompt:
-            yield f"{sum_}, and the critic, which starts as {model.path}, has {model.positions} positions. Lower them"
-        if model.words and policy.words and model.words != policy.words:
+    policy, critic = models.get("sft"), models.get("critic")
+    if critic and policy:
+        told = model and model.path == critic.path and not scoring.truncate_prompt
+        if critic.positions and longest > critic.positions and not told:
+            yield f"{sum_}, and the critic, which starts as {critic.path}, has {critic.positions} positions. Lower them"
+        if critic.words and policy.words and not policy.words.items() <= critic.words.items():
             yield (
-                f"the tokenizers of models.reward = {model.path} and models.sft = {policy.path} differ, and the "
-                "critic, which starts as the reward model, reads the policy's tokens. Train a reward model from this "
+                f"the tokenizers of models.sft = {policy.path} and of {critic.path}, which the critic starts from, "
+                "differ, and the critic reads the policy's tokens. Set models.critic to a folder with the policy's "
+                f"tokenizer, such as {policy.path} (its value head starts afresh), or train a reward model from this "
                 "SFT model (`rayward reward`)"
             )
 

@@ -103,6 +103,9 @@ class ModelsConfig(BaseModel):
     """Folder of the model that PPO starts from; the SFT model, which always is the KL reference, when not set."""
     reward: Path | None = None
     """Folder of the reward model; RUN/reward when not set."""
+    critic: Path | None = None
+    """Folder that the critic starts from; the reward model, as in the paper, when not set. Name another, such as the
+    SFT model's (whose value head starts afresh), where the reward model has another tokenizer than the policy."""
     policy: Path | None = None
     """Folder of the model to evaluate; RUN/policy when not set."""
 

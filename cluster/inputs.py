@@ -46,11 +46,14 @@ _SERVES = {"prompts": ("prompts", "demonstrations", "comparisons")}
 def model_folder(config: Config, run_dir: Path, name: str) -> Path:
     """Folder of the model "sft", "reward" or "policy": the configured one, else the run's own.
 
-    "init" is the configured one, else the SFT model. Raises ValueError naming the key when neither exists.
+    "init" is the configured one, else the SFT model; "critic" likewise, else the reward model. Raises ValueError
+    naming the key when neither exists.
     """
     configured = getattr(config.models, name)
     if name == "init" and configured is None:
         return model_folder(config, run_dir, "sft")
+    if name == "critic" and configured is None:
+        return model_folder(config, run_dir, "reward")
     path = configured or run_dir / name
     if not (path / "config.json").is_file():
         raise ValueError(
@@ -128,7 +131,7 @@ class Model:
     """A Hugging Face folder, as its small files describe it."""
 
     name: str
-    """in the configuration: base, sft, init, reward or policy"""
+    """in the configuration: base, sft, init, reward, critic or policy"""
     path: Path
     """the folder"""
 
@@ -169,6 +172,11 @@ class Model:
         fields = _json(self.path / "config.json")
         text = fields.get("text_config")
         return {**fields, **text} if isinstance(text, dict) else fields
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it has a scalar head, as a reward model has."""
+        return any(name.endswith("ForSequenceClassification") for name in self.config.get("architectures") or ())
 
     @property
     def positions(self) -> int | None:

@@ -59,8 +59,7 @@ def demonstration_examples(
 
 
 def pack(texts: Iterable[str], encoding: TextEncoding, sequence_tokens: int) -> Tensor:
-    """Concatenate documents, each ended by the EOS (with the BOS where a model wants one), and cut them into full sequences, i32[N,
-    sequence_tokens].
+    """Concatenate documents, each followed by the EOS, and cut them into full sequences, i32[N, sequence_tokens].
 
     What is left over at the end is dropped. Raises ValueError when the text does not fill one sequence.
     """

@@ -82,8 +82,8 @@ class ChatEncoding:
         if size is not None and largest[1] >= size:
             raise ValueError(
                 f"the tokenizer of {str(path)!r} has the token {largest[0]!r} with id {largest[1]}, but the model's "
-                f"vocabulary has {size}; resize the model's embeddings (resize_token_embeddings), or save the tokenizer "
-                "that the model was trained with beside it"
+                f"vocabulary has {size}; resize the model's embeddings (resize_token_embeddings), or save the "
+                "tokenizer that the model was trained with beside it"
             )
         return cls(tokenizer, chat_template, stop_ids, name=str(path))
 
@@ -117,7 +117,7 @@ class ChatEncoding:
     def describe(self, model: PreTrainedModel) -> None:
         """Write PAD and what ends a response into a model's configs, for whoever generates with its folder."""
         model.config.pad_token_id, model.config.eos_token_id = self.pad_id, self.eos_id
-        if model.generation_config is not None:
+        if model.can_generate() and model.generation_config is not None:
             ends = [self.eos_id, *sorted(self.eos_ids - {self.eos_id})]
             model.generation_config.pad_token_id = self.pad_id
             model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -187,9 +187,9 @@ class ChatEncoding:
         if whole[: len(trained)] != trained:
             _warn(
                 f"the chat template of {self.name!r} renders a reply in a conversation as "
-                f"{self.tokenizer.decode(whole)!r}, but it is trained and sampled as {self.tokenizer.decode(trained)!r}, "
-                "or in other tokens: past replies will look new to the model. Remedy: a models.chat_template whose "
-                "opening of the assistant's turn has no space at its end and nothing between it and the reply"
+                f"{self.tokenizer.decode(whole)!r}, but it is trained and sampled as "
+                f"{self.tokenizer.decode(trained)!r}, or in other tokens: past replies will look new to the "
+                "model. Remedy: a models.chat_template whose opening of the assistant's turn has no space at its end and nothing between it and the reply"
             )
 
     def _control_tokens(self) -> tuple[str, ...]:

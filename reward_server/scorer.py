@@ -116,11 +116,6 @@ class RewardModelSource:
         model = load_reward_model(self.path, getattr(torch, self.dtype))
         normalise = normalisation(model)
         config = model.config.get_text_config()
-        if len(encoding.tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"{self.path} has a tokenizer of {len(encoding.tokenizer)} tokens and a model of "
-                f"{config.vocab_size}; save the reward model with the tokenizer that it was trained with"
-            )
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None:
             self.max_tokens = min(self.max_tokens or positions, positions)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +145,20 @@ def test_responses_longer_than_the_reward_model_reads(run: Path, tmp_path: Path)
 def test_a_reward_model_of_another_tokenizer_cannot_be_the_critic(run: Path, tmp_path: Path) -> None:
     other = model_folder(tmp_path / "m", words=("b", "a", "c"))
     text = problem(run, models__reward=str(other))
-    assert text.startswith(f"the tokenizers of models.reward = {other} and models.sft = {run / 'sft'} differ, and the ")
+    assert text.startswith(f"the tokenizers of models.sft = {run / 'sft'} and of {other}, which the critic starts from")
+    assert f"Set models.critic to a folder with the policy's tokenizer, such as {run / 'sft'}" in text
+    assert not found(run, models__reward=str(other), models__critic=str(run / "sft")).problems
+
+
+def test_a_critic_may_know_more_tokens_than_the_policy_and_needs_no_reward_model_beside_it(
+    run: Path, tmp_path: Path
+) -> None:
+    larger = model_folder(tmp_path / "m", words=("a", "b", "c", "<|pad|>"))
+    assert not found(run, models__reward=str(larger)).problems
+    shutil.rmtree(run / "reward")
+    parts = '[{name = "words", kind = "length"}]'
+    assert "there is no reward model" in problem(run, scoring__parts=parts)
+    assert not found(run, models__critic=str(run / "sft"), scoring__parts=parts).problems
 
 
 # --- numbers

@@ -234,7 +234,7 @@ def test_a_template_that_does_not_open_the_assistants_turn_is_refused() -> None:
 
 
 def test_a_template_that_leaves_out_the_reply_is_refused() -> None:
-    with pytest.raises(ValueError, match="without it; set models.chat_template"):
+    with pytest.raises(ValueError, match=r"without it; set models\.chat_template"):
         ChatEncoding(tiny_tokenizer(), CHATML.replace("message['content']", "(message['content'] | upper)"))
 
 

@@ -132,7 +132,7 @@ def test_a_tokenizer_of_another_model_is_detected(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="tokenizer of 321 tokens and a model of 320"):
+    with pytest.raises(ValueError, match="with id 320, but the model's vocabulary has 320"):
         RewardModelSource(tmp_path).load()
 
 
