@@ -188,8 +188,9 @@ class ChatEncoding:
             _warn(
                 f"the chat template of {self.name!r} renders a reply in a conversation as "
                 f"{self.tokenizer.decode(whole)!r}, but it is trained and sampled as "
-                f"{self.tokenizer.decode(trained)!r}, or in other tokens: past replies will look new to the "
-                "model. Remedy: a models.chat_template whose opening of the assistant's turn has no space at its end and nothing between it and the reply"
+                f"{self.tokenizer.decode(trained)!r}, or in other tokens: past replies will look new to the model. "
+                "Remedy: a models.chat_template whose opening of the assistant's turn has no space at its end and "
+                "nothing between it and the reply"
             )
 
     def _control_tokens(self) -> tuple[str, ...]:

@@ -343,9 +343,7 @@ def test_a_written_reward_model_is_a_plain_classifier(models, tmp_path, family, 
     network = load_network("new_value", models / f"{family}-tied", NetworkConfig(dtype="float32", lora_rank=rank))
     jitter(network)
     set_normalisation(network.model, Normalisation(gain=1.0, bias=0.25))
-    save_network(
-        network.model, ChatEncoding.load(models / f"{family}-tied"), tmp_path, merged_weights(network.model)
-    )
+    save_network(network.model, ChatEncoding.load(models / f"{family}-tied"), tmp_path, merged_weights(network.model))
     loaded, report = reloaded(AutoModelForSequenceClassification, tmp_path)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
