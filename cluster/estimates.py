@@ -12,6 +12,8 @@ MASTER = 12
 """Bytes that Adam keeps of a trained parameter in float32: the weight itself and two running means."""
 COPIES = 8
 """Bytes a parameter that exist for moments: of Adam's square root, and of gradients while two losses are measured."""
+NORM_PART = 2**22
+"""Numbers of a gradient whose squares are added up at once, in float64, for a norm."""
 LIVE_PARAMETERS = 10**9
 """Parameters that ZeRO-3 gathers at once at most (DeepSpeed's stage3_max_live_parameters)."""
 GPU_CONTEXT = 2**30
@@ -77,7 +79,8 @@ def network_memory(network: Training) -> dict[str, Bytes]:
         # In float32 without ZeRO the weights are their own master copy.
         states = (MASTER if network.weight_bytes < 4 or network.stage else MASTER - 4) * t / share[1]
         found["optimizer"] = Bytes(**{kept: states})
-        found["copies in a step"] = Bytes(**{kept: COPIES * t / share[2 if network.norms else 1]})
+        copies = COPIES * t / share[2 if network.norms else 1] + (4 + 2 * 8) * min(t, NORM_PART)
+        found["copies in a step"] = Bytes(**{kept: copies})
         if network.ema:
             found["moving average"] = Bytes(**{kept: 4 * t / share[1]})
     return found

@@ -19,7 +19,7 @@ from learner.networks import Network, PolicyNetwork
 from learner.schedules import ema_update, tf1_eps
 from learner.shards import clear_leftovers, gradients, master_weights
 
-_PART = 2**24  # numbers of a gradient that are squared at once: float64 copies of all would be its size four times
+_PART = 2**22  # numbers of a gradient that are squared at once: float64 copies of all would be its size four times
 _WHOLE_BELOW = 10_000  # numbers; ZeRO 3 leaves smaller parameters, such as norms, whole on every rank
 
 
