@@ -198,7 +198,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
     }
 
 
-def _counts(plan: PPOPlan | StepsPlan | None) -> dict[str, float] | None:
+def _counts(plan: PPOPlan | StepsPlan | None) -> dict[str, Any] | None:
     if plan is None:
         return None
     derived = {"total_tokens": plan.total_tokens}

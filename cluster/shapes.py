@@ -174,7 +174,8 @@ def _counted(fields: str, kind: type[PretrainedConfig], name: str) -> Shape:
     layers = int(text.num_hidden_layers)
     first: nn.Module = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
     maps = [module for module in first.modules() if isinstance(module, nn.Linear | Conv1D)]
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     tied = head is None or head.weight is embeddings.weight
     heads = int(text.num_attention_heads)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * int(text.hidden_size)
