@@ -198,7 +198,9 @@ def lineage_tree(run_dir: Path) -> Tree:
 
 
 def _grow(branch: Tree, run_dir: Path, source: Input, known: Mapping[str, Artefact], shown: set[str]) -> None:
-    label, artefact = Text(source.path), known.get(source.path)
+    label, artefact = Text(source.path, overflow="fold", no_wrap=False), known.get(source.path)
+    for note in _notes(run_dir, source, artefact) if artefact else ():
+        label.append(f"  {note}", style="bold red")
     label.append(f"  {source.sha256[:12] if source.sha256 else 'not hashed'}", style="dim")
     if artefact is None:
         branch.add(label)
@@ -207,8 +209,6 @@ def _grow(branch: Tree, run_dir: Path, source: Input, known: Mapping[str, Artefa
         f"  {artefact.kind}, {artefact.time[:16].replace('T', ' ')}, {' '.join(artefact.command.split()[:2])}",
         style="dim",
     )
-    for note in _notes(run_dir, source, artefact):
-        label.append(f"  {note}", style="bold red")
     if source.path in shown:
         branch.add(label.append("  (see above)", style="dim") if artefact.inputs else label)
         return

@@ -16,7 +16,7 @@ class Workplace:
     """An async context manager; leaving it stops what was started."""
 
     def __init__(self, job: Job, processes: Processes) -> None:
-        """Start nothing as yet."""
+        """Start nothing as yet. What it does takes place within a round, whose time is recorded as a whole."""
         self.processes = processes
         self.weights: Path | None = None
         """folder of the model that the generators sample from"""
@@ -34,7 +34,7 @@ class Workplace:
     async def learner(self) -> LearnerGroup:
         """The learner, without networks."""
         if self._learner is None:
-            with self._job.tracker.phase("start the learner"):
+            with self._job.tracker.console.phase("start the learner"):
                 self._learner = await self._stack.enter_async_context(self.processes.learner())
         return self._learner
 
@@ -44,7 +44,7 @@ class Workplace:
         Where not `exactly`, they may have any weights, as PPO gives them its own; they are started with `model`.
         """
         if self._fleet is None:
-            with self._job.tracker.phase("start the vLLM actors"):
+            with self._job.tracker.console.phase("start the vLLM actors"):
                 started = self.processes.generators(self._job.config.generator, model)
                 self._fleet = await self._stack.enter_async_context(started)
             self.weights = model
@@ -55,7 +55,7 @@ class Workplace:
 
     async def _hand_over(self, fleet: Fleet, model: Path) -> None:
         config, learner = self._job.config, await self.learner()
-        with self._job.tracker.phase(f"hand the weights of {model.parent.name}/{model.name} to the actors"):
+        with self._job.tracker.console.phase(f"hand the weights of {model.parent.name}/{model.name} to the actors"):
             await learner.load("policy", "policy", model, config.ppo.network, config.ppo.policy_optimizer, frozen=True)
             await learner.open_sender(config.publish)
             workers, probes = config.generator.tensor_parallel_size, HeldOut(self._job).probes()

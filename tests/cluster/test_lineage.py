@@ -154,3 +154,13 @@ def test_json_has_each_path_once_with_its_state(tmp_path):
 def test_a_directory_without_records_says_who_writes_them(tmp_path):
     with pytest.raises(ValueError, match=r"has no lineage\.jsonl: it is written by the commands"):
         lineage_tree(tmp_path)
+
+
+def test_a_narrow_terminal_cuts_nothing_off(tmp_path):
+    made(tmp_path, "round-1/data/comparisons.jsonl", kind="comparisons")
+    (tmp_path / "round-1" / "data" / "comparisons.jsonl").write_text("other")
+    console = Console(width=50, record=True, soft_wrap=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(lineage_tree(tmp_path))
+    told = " ".join(console.export_text().split())
+    assert "changed since it was made" in told
+    assert told.endswith("rayward comparisons")
