@@ -54,7 +54,7 @@ def test_fields_of_a_config_are_a_shape():
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("no/such-model", r"the size of no/such-model is not known.*Set plan.model to one of smollm2-135m"),
+        ("no/such-model", r"the size of no/such-model is not known.*Set plan.model to the fields.*one of smollm2-135m"),
         ({"hidden_size": 8}, "has no model_type"),
         ({"model_type": "blama"}, "transformers makes no language model"),
     ],
