@@ -9,10 +9,10 @@ setup: ## make .venv as the lock says (PYTHON=... and LOCK=... override what is 
 	@PYTHON='$(PYTHON)' LOCK='$(LOCK)' requirements/install.sh
 
 quickstart: setup ## train SmolLM2-135M from simulated feedback, end to end, and write a report (15 minutes on two cores)
-	@.venv/bin/rayward quickstart
+	@.venv/bin/rayward quickstart --resume
 
 tiny: setup ## the same with a model of 2 M parameters that is pretrained on the spot (5 minutes)
-	@.venv/bin/rayward quickstart --tiny
+	@.venv/bin/rayward quickstart --tiny --resume
 
 test: setup ## run every check: format, lint, types, import contracts, tests
 	@.ci/checks

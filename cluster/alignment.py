@@ -13,7 +13,10 @@ from actors.waves import Generator
 from cluster.fleet import Fleet
 from cluster.heldout import Held, HeldOut
 from cluster.inputs import Model
+from cluster.progress import Progress
+from cluster.recipes import sampling_settings
 from cluster.scaling import obeying
+from cluster.stages import Stage
 from cluster.steps import Job
 from learner.buffer import Buffer
 from learner.config import PPOConfig
@@ -51,11 +54,42 @@ class Alignment:
         self.heldout.connect(learner, fleet, rewards)
         return self
 
-    async def run(self, config: PPOConfig, stage: str = "ppo") -> tuple[Held, Held]:
-        """Load the networks, train, measure before and after, and write RUN/policy and RUN/policy_ema."""
-        job, tracker = self.job, self.job.tracker
-        with tracker.phase(f"{stage}: load networks and hand the weights to the actors", stage):
+    def stage(self, config: PPOConfig, name: str) -> Stage:
+        """What a PPO stage is made of, apart from what may change on the way: its length, the processes, deadlines."""
+        job, settings = self.job, self.job.config
+        free = {"iterations", "checkpoint_every", "checkpoints_kept", "rollout_deadline_s", "max_tokens_per_microbatch"}
+        made_with = {
+            "ppo": config.model_dump(mode="json", exclude=free),
+            "rollout": sampling_settings(settings),
+            "scoring": settings.scoring.model_dump(mode="json", include={"parts"}),
+            "labeler": settings.labeler.model_dump(mode="json"),
+            "evaluation": settings.evaluation.model_dump(mode="json"),
+            "order of prompts": PromptStream(self.prompts, config.seed).fingerprint,
+            "order of pretraining": self.text.fingerprint if self.text else None,
+        }
+        contents = {f"models.{model}": job.model(model) for model in ("init", "sft", "reward")}
+        files = ("prompts", "prompts_heldout", "pretraining", "pretraining_valid")
+        traces = (job.run_dir / f"ledger-{name}.jsonl", job.run_dir / "checkpoints" / name)
+        return job.stage(name, made_with, contents | job.data(*files), name.replace("ppo", "policy"), traces)
+
+    def finished(self, config: PPOConfig, name: str = "ppo") -> bool:
+        """Whether a stage is complete, which is said then. Raises ResumeRefused when it must not be worked on."""
+        stage = self.stage(config, name)
+        return stage.complete and stage.figures["iterations"] >= config.iterations and self.job.skips(stage)
+
+    async def run(self, config: PPOConfig, name: str = "ppo") -> None:
+        """Load the networks, train, measure before and after, and write RUN/policy and RUN/policy_ema.
+
+        A stage that was stopped goes on from its newest checkpoint.
+        """
+        if self.finished(config, name):
+            return
+        job, tracker, stage = self.job, self.job.tracker, self.stage(config, name)
+        progress = Progress(job, stage, config)
+        with tracker.phase(f"{name}: load networks and hand the weights to the actors", name):
             await self._load(config)
+            if progress.version:
+                await self.learner.load_state(progress.networks)
             self.fleet.publisher = Publisher(
                 self.learner,
                 job.config.publish,
@@ -63,31 +97,21 @@ class Alignment:
                 workers=job.config.generator.tensor_parallel_size,
             )
             await self.learner.open_sender(job.config.publish)
-            await self.fleet.publish(0)
-        start = "sft" if stage == "ppo" and job.config.models.init is None else f"{stage}-start"
-        with tracker.phase(f"{stage}: held-out responses before", stage):
-            before = await self.heldout.measure(start, config)
-        with tracker.phase(f"{stage}: {config.iterations} iterations", stage):
-            await self._train(config, stage)
-        with tracker.phase(f"{stage}: held-out responses after", stage):
-            after = await self.heldout.measure(stage, config)
-        name = stage.replace("ppo", "policy")
-        await self.learner.save("policy", job.run_dir / name)
-        await self.learner.save("policy", job.run_dir / f"{name}_ema", ema=True)
+            await self.fleet.publish(progress.version)
+        start = "sft" if name == "ppo" and job.config.models.init is None else f"{name}-start"
+        if not progress.version:
+            with tracker.phase(f"{name}: held-out responses before", name):
+                job.summarise("ppo", name, **_figures(await self.heldout.measure(start, config), "before"))
+        with tracker.phase(f"{name}: {config.iterations - progress.version} iterations", name):
+            await self._train(config, name, progress)
+        with tracker.phase(f"{name}: held-out responses after", name):
+            after = await self.heldout.measure(name, config)
+        await self.learner.save("policy", stage.result)
+        await self.learner.save("policy", stage.result.with_name(f"{stage.result.name}_ema"), ema=True)
         await self.learner.unload()
-        job.summarise(
-            "ppo",
-            stage,
-            iterations=config.iterations,
-            kl=after.kl,
-            **{
-                f"{field}_{when}": getattr(held, field)
-                for when, held in (("before", before), ("after", after))
-                for field in ("gold", "score", "pretraining_loss")
-            },
-        )
-        self._record(name, stage, start)
-        return before, after
+        job.summarise("ppo", name, iterations=config.iterations, kl=after.kl, **_figures(after, "after"))
+        self._record(stage.result.name, name, start)
+        stage.finish(iterations=config.iterations)
 
     def _record(self, name: str, stage: str, start: str) -> None:
         """What the policy was made of, and what was measured on, in the lineage."""
@@ -109,16 +133,20 @@ class Alignment:
         head = "value" if critic.is_reward_model else "new_value"
         await self.learner.load("critic", head, critic.path, config.critic, config.critic_optimizer)
 
-    async def _train(self, config: PPOConfig, stage: str) -> None:
+    async def _train(self, config: PPOConfig, name: str, progress: Progress) -> None:
         job = self.job
         stream = PromptStream(self.prompts, seed=config.seed)
-        ledger_file = job.run_dir / f"ledger-{stage}.jsonl"
-        ledger_file.unlink(missing_ok=True)  # of an earlier run in this directory, whose policy is replaced too
-        ledger = Ledger(ledger_file, stream)
-        samples = job.config.rollout.samples_per_prompt
+        ledger = Ledger(progress.ledger_file, stream)
+        samples, waiting = job.config.rollout.samples_per_prompt, self.fleet.joining
         buffer = Buffer(
-            config.prompts_per_batch, samples, config.max_staleness, ledger=ledger, waiting=self.fleet.joining
+            config.prompts_per_batch,
+            samples,
+            config.max_staleness,
+            progress.version,
+            ledger=ledger,
+            waiting=waiting,
         )
+        progress.restore(buffer, ledger)
         sequences = max(1, round(config.pretraining.sequences_per_episode * config.minibatch_size))
 
         def text(iteration: int, parts: int) -> list[list[ChatExample]]:
@@ -129,6 +157,9 @@ class Alignment:
             return rollout(
                 generator, self.rewards, stream, buffer, self.encoding, job.config.rollout, config.seed, leave
             )
+
+        async def save(version: int, beta: float) -> None:
+            await progress.save(version, beta, buffer, ledger, self.learner)
 
         try:
             async with obeying(self.fleet, job.run_dir), self.fleet.rollouts(work, buffer.fail):
@@ -141,8 +172,10 @@ class Alignment:
                     text,
                     self._observe,
                     lambda _stage, step, metrics: job.tracker.log(
-                        stage, step, {**metrics, "progress/total": float(config.iterations)}
+                        name, step, {**metrics, "progress/total": float(config.iterations)}
                     ),
+                    save,
+                    progress.beta,
                 )
         finally:
             buffer.close()
@@ -150,3 +183,7 @@ class Alignment:
     def _observe(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         verdicts = self.heldout.labeler.verdicts([t.completion.text for t in trajectories])
         return {"gold/mean": fmean(verdicts), "gold/std": pstdev(verdicts)}
+
+
+def _figures(held: Held, when: str) -> dict[str, float]:
+    return {f"{field}_{when}": getattr(held, field) for field in ("gold", "score", "pretraining_loss")}

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 
 from cluster.commands import COMMANDS, DRY_RUN, PRESETS, Command, help_text, overview, presets
 from cluster.console import Console
 from cluster.settings import ConfigError, compose, nearest, read_overrides, read_toml, save_toml
+from reward_server.records import write_whole
 
 Config = TypeVar("Config", bound=BaseModel)
 OPTIONS = ("run", "config", "preset")
@@ -47,7 +48,7 @@ class Call:
     """Flags that are either given or not."""
     arguments: tuple[str, ...]
     """Words after the run directory."""
-    resumed: Path | None
+    remembered: Path | None
     """Settings that an earlier command left in the run directory."""
     overrides: list[tuple[str, str | None]]
     """(key, text) of everything else; None where there is no text."""
@@ -126,7 +127,10 @@ def parse(command: Command, words: Sequence[str]) -> Call:
     run_dir = Path(options.get("run") or (f"runs/{variant}" if variant else command.run))
     file = Path(options["config"]) if "config" in options else None
     saved = run_dir / "config.toml"
-    remembers = "run" in options and not (file or "preset" in options or variant) and saved.is_file()
+    named = file or "preset" in options or variant
+    remembers = saved.is_file() and ("resume" in flags or ("run" in options and not named))
+    if {"resume", "restart"} <= flags:
+        raise ConfigError("--resume goes on and --restart starts over: give one of them")
     return Call(
         run_dir=run_dir,
         file=file,
@@ -134,20 +138,20 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         variant=variant,
         flags=frozenset(flags),
         arguments=tuple(arguments),
-        resumed=saved if remembers else None,
+        remembered=saved if remembers else None,
         overrides=overrides,
     )
 
 
 def load(section: type[Config], call: Call) -> Config:
-    """Compose preset, file or earlier settings, and the command line, in this order. Raises ConfigError."""
+    """Compose preset or earlier settings, file, and the command line, in this order. Raises ConfigError."""
     given = []
     if call.preset:
         path = PRESETS / f"{call.preset}.toml"
         if not path.is_file():
             raise ConfigError(f"there is no preset {call.preset!r}. Remedy: one of {', '.join(presets())}")
         given += read_toml(section, path)
-    for file in filter(None, (call.file, call.resumed)):
+    for file in filter(None, (call.remembered, call.file)):
         given += read_toml(section, file)
     return compose(section, [*given, *read_overrides(section, call.overrides)])
 
@@ -206,14 +210,20 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
     with Console(logs) as console, _sigterm_exits():
         for warning in warnings:
             console.warning(warning)
+        variant = f" --{call.variant}" if call.variant else ""
+        resume = f" Go on with: rayward {name}{variant} --run {call.run_dir} --resume"
+        on = resume if "resume" in command.flags else ""
         try:
-            _work(name, command, call, config, words, console)
+            return _work(name, command, call, config, words, console)
         except KeyboardInterrupt:
-            console.error(f"stopped by Ctrl-C; what is done is in {call.run_dir}")
+            console.error(f"stopped by Ctrl-C; what is done is in {call.run_dir}.{on}")
             return INTERRUPTED
         except SystemExit as error:
-            console.error(f"stopped; what is done is in {call.run_dir}")
+            console.error(f"stopped; what is done is in {call.run_dir}.{on}")
             return error.code if isinstance(error.code, int) else FAILED
+        except ConfigError as error:
+            console.error(str(error))
+            return WRONG
         except BaseException as error:
             for reason in dict.fromkeys(_reasons(error)):
                 console.error(reason)
@@ -223,30 +233,42 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
                 traceback.print_exception(error, file=lines)
             console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
             return FAILED
-    return DONE
 
 
-def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console) -> None:
+def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console) -> int:
     entry = _entry(command)
     if config is None:
-        entry(call.run_dir, console, *call.arguments, **{flag: flag in call.flags for flag in command.flags})
-        return
+        flags = {flag: flag in call.flags for flag in command.flags}
+        return entry(call.run_dir, console, *call.arguments, **flags) or DONE
     from cluster.environment import write_environment
+    from cluster.history import earlier_run
+    from cluster.stages import ResumeRefused, Start
     from cluster.status import reporting
     from cluster.steps import Job
     from cluster.tracking import Tracker
 
-    save_toml(config, call.run_dir / "config.toml")
+    saved = call.run_dir / "config.toml"
+    before = saved.read_text(encoding="utf-8") if saved.is_file() else None
+    save_toml(config, saved)
     write_environment(call.run_dir, ["rayward", *words])
     console.line(f"rayward {name}: everything goes to {call.run_dir}")
     settings = config.model_dump(mode="json")
+    run_id = earlier_run(call.run_dir, name) if "resume" in call.flags else None
     with (
-        Tracker(call.run_dir, config.tracking, name, settings=settings, console=console) as tracker,
+        Tracker(call.run_dir, config.tracking, name, settings=settings, console=console, run_id=run_id) as tracker,
         reporting(call.run_dir, name),
     ):
+        start = next(iter(call.flags & {"resume", "restart"}), "new")
         flags = {flag: flag == call.variant for flag in command.variants}
         told = shlex.join(["rayward", *words])
-        entry(Job(config=config, run_dir=call.run_dir, tracker=tracker, command=told), **flags)
+        job = Job(config=config, run_dir=call.run_dir, tracker=tracker, command=told, start=cast(Start, start))
+        try:
+            entry(job, **flags)
+        except ResumeRefused:  # the run directory keeps the settings of what it holds
+            if before is not None:
+                write_whole(saved, before)
+            raise
+    return DONE
 
 
 @contextlib.contextmanager

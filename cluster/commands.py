@@ -51,6 +51,11 @@ DRY_RUN = {
 """Flags of every command that takes settings."""
 _TRAINING = ("models", "data", "cluster")
 _SAMPLING = ("rollout", "generator")
+STAGE_FLAGS = {
+    "resume": "go on where the run directory stands, with its settings: what is complete is left as it is, PPO goes on "
+    "from its newest checkpoint, any other step starts over, and a fresh directory is begun",
+    "restart": "start over, and replace what the run directory holds of this; with neither flag that is refused",
+}
 
 COMMANDS = {
     "plan": Command(
@@ -78,6 +83,7 @@ COMMANDS = {
         files="Needs nothing but this installation. Writes models, metrics and report.html into RUN.",
         example="rayward quickstart --tiny",
         entry="cluster.launch:quickstart",
+        flags=STAGE_FLAGS,
         sections=(
             *(*_TRAINING, "sft", "sample", "labeler", "reward", "ppo", *_SAMPLING),
             *("scoring", "publish", "evaluation", "tracking", "quickstart"),
@@ -91,6 +97,7 @@ COMMANDS = {
         files="Reads models.base and data.demonstrations. Writes RUN/sft, a Hugging Face folder.",
         example="rayward sft --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl",
         entry="cluster.launch:sft",
+        flags=STAGE_FLAGS,
         sections=(*_TRAINING, "sft", "tracking"),
     ),
     "baseline": Command(
@@ -105,6 +112,7 @@ COMMANDS = {
         files="Reads RUN/sft (or models.sft) and data.preference_prompts. Writes RUN/data/completions.jsonl.",
         example="rayward sample --run runs/mine --data.preference_prompts prompts.jsonl",
         entry="cluster.launch:sample",
+        flags=STAGE_FLAGS,
         sections=(*_TRAINING, "sample", *_SAMPLING, "tracking"),
     ),
     "rank": Command(
@@ -112,6 +120,7 @@ COMMANDS = {
         files="Reads RUN/data/completions.jsonl (or data.completions). Writes RUN/data/comparisons.jsonl.",
         example="rayward rank --run runs/mine --labeler.name my_module:my_verdicts",
         entry="cluster.launch:rank",
+        flags=STAGE_FLAGS,
         sections=("data", "labeler", "tracking"),
     ),
     "reward": Command(
@@ -119,6 +128,7 @@ COMMANDS = {
         files="Reads RUN/sft, RUN/data/comparisons.jsonl and data.demonstrations. Writes RUN/reward.",
         example="rayward reward --run runs/mine --data.comparisons comparisons.jsonl",
         entry="cluster.launch:reward",
+        flags=STAGE_FLAGS,
         sections=(*_TRAINING, "reward", "tracking"),
     ),
     "select": Command(
@@ -134,6 +144,7 @@ COMMANDS = {
         files="Reads RUN/sft, RUN/reward, data.prompts, data.pretraining. Writes RUN/policy, RUN/policy_ema.",
         example="rayward ppo --run runs/mine --data.prompts prompts.jsonl --ppo.kl.coef 0.05",
         entry="cluster.launch:ppo",
+        flags=STAGE_FLAGS,
         sections=(*_TRAINING, "ppo", *_SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),
     ),
     "rounds": Command(
@@ -166,6 +177,13 @@ COMMANDS = {
         files="Reads nothing but the run directory; a run that is unfinished or was killed will do.",
         example="rayward report runs/mine",
         entry="cluster.launch:report",
+    ),
+    "audit": Command(
+        purpose="Account for every sample of a run, over all its stops; exit code 1 when one is lost or trained twice.",
+        files="Reads RUN/ledger-*.jsonl and RUN/metrics.jsonl; a run that is unfinished or was killed will do.",
+        example="rayward audit runs/mine",
+        entry="cluster.launch:audit",
+        flags={"json": "the same as JSON"},
     ),
     "lineage": Command(
         purpose="Say what everything in a run directory was made of, and what has changed since.",

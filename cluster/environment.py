@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.resources import machine_cores
+from reward_server.records import write_whole
 
 PACKAGES = (
     "rayward",
@@ -37,7 +38,7 @@ def write_environment(run_dir: Path, command: Sequence[str]) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "environment.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_whole(run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What a model does on prompts and text that it was not trained on."""
 
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -19,6 +20,7 @@ from learner.publish import Probe
 from reward_server.client import RewardClient
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Labeler, load_labeler
+from reward_server.records import write_whole
 from reward_server.schema import ScoreRequest
 
 _PROBES = 8  # replies that the parity probe compares
@@ -91,16 +93,15 @@ class HeldOut:
         ]
         path = job.run_dir / "evaluations" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         job.tracker.table(f"heldout/{name}", [{**row, "prompt": row["prompt"][-1]["content"]} for row in rows])
         loss = await self.learner.language_model_loss("policy", self.text, config.max_tokens_per_microbatch)
         return Held(gold=fmean(golds), score=fmean(scores), kl=fmean(kls), pretraining_loss=loss)
 
     async def _scores(self, name: str, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        nonce = secrets.token_hex(6)  # a server that lives longer than this process must not know the ids
         requests = [
-            ScoreRequest(
-                id=f"{self.job.tracker.run_id}/{name}/{p.id}", prompt=p.messages, response=c.text, ended=c.ended
-            )
+            ScoreRequest(id=f"{nonce}/{name}/{p.id}", prompt=p.messages, response=c.text, ended=c.ended)
             for p, c in zip(prompts, completions, strict=True)
         ]
         missing_eos = self.job.config.rollout.missing_eos

@@ -10,18 +10,28 @@ from rich.text import Text
 
 from actors.waves import Generator
 from cluster.alignment import Alignment
+from cluster.auditing import run_audit
 from cluster.build import Processes
 from cluster.console import Console
 from cluster.heldout import HeldOut
 from cluster.lineage import lineage_json, lineage_tree
 from cluster.placement import check_cluster
+from cluster.quickstart import complete
 from cluster.quickstart import quickstart as every_step
+from cluster.recipes import reward_stage, sample_stage, tuning_stage
 from cluster.report import summary, write_report
 from cluster.resources import plan_run
 from cluster.rounds import Rounds
 from cluster.selection import read_contest, run_select
 from cluster.session import start_ray
-from cluster.steps import Job, run_rank, run_reward, run_sample, run_sft, sft_data
+from cluster.steps import (
+    Job,
+    run_rank,
+    run_reward,
+    run_sample,
+    run_sft,
+    sft_data,
+)
 from cluster.workplace import Workplace
 from learner.config import SFTConfig
 
@@ -30,7 +40,8 @@ Connected = TypeVar("Connected", Alignment, HeldOut)
 
 def quickstart(job: Job, tiny: bool) -> None:
     """Every step on a small model, and the report."""
-    _on_ray(job, lambda processes: every_step(job, processes, tiny))
+    if not complete(job, tiny):
+        _on_ray(job, lambda processes: every_step(job, processes, tiny))
     report(job.run_dir, job.tracker.console)
 
 
@@ -49,6 +60,8 @@ def _fine_tune(job: Job, config: SFTConfig, name: str) -> None:
     base = job.config.models.base
     if base is None:
         raise ValueError("models.base is not set: name a Hugging Face folder or hub id, --models.base NAME")
+    if job.skips(tuning_stage(job, base, config, name, name)):
+        return
     data = sft_data(job, base, config)
 
     async def work(processes: Processes) -> None:
@@ -61,6 +74,8 @@ def _fine_tune(job: Job, config: SFTConfig, name: str) -> None:
 def sample(job: Job) -> None:
     """Completions for step 2."""
     model = job.model("sft")
+    if job.skips(sample_stage(job, model)):
+        return
 
     async def work(processes: Processes) -> None:
         async with processes.generators(job.config.generator, model) as generators:
@@ -77,6 +92,8 @@ def rank(job: Job) -> None:
 def reward(job: Job) -> None:
     """Step 2."""
     model = job.model("sft")
+    if job.skips(reward_stage(job, model)):
+        return
 
     async def work(processes: Processes) -> None:
         async with processes.learner() as learner:
@@ -103,7 +120,9 @@ def select(job: Job) -> None:
 
 def ppo(job: Job) -> None:
     """Step 3."""
-    _connected(job, Alignment(job), job.model("sft"), lambda alignment: alignment.run(job.config.ppo))
+    alignment = Alignment(job)
+    if not alignment.finished(job.config.ppo):
+        _connected(job, alignment, job.model("sft"), lambda alignment: alignment.run(job.config.ppo))
 
 
 def rounds(job: Job) -> None:
@@ -134,6 +153,11 @@ def evaluate(job: Job) -> None:
         job.made("evaluation", written, policy, job.file("prompts_heldout"))
 
     _connected(job, HeldOut(job), policy, work)
+
+
+def audit(run_dir: Path, console: Console, json: bool) -> int:
+    """Whether every sample of every PPO stage is accounted for; the exit code."""
+    return run_audit(run_dir, console, json)
 
 
 def lineage(run_dir: Path, console: Console, json: bool) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from cluster.alignment import Alignment
 from cluster.build import Processes
 from cluster.quickstart_data import ChatSizes, chat_files, smollm2, tiny_tokenizer_and_model
+from cluster.stages import clear
 from cluster.steps import Job, packed_text, run_rank, run_reward, run_sample, run_sft, sft_data
+from learner.config import PPOConfig
 from learner.corpora import read_texts
 from learner.group import LearnerGroup
 from learner.sft import SFTData
@@ -36,11 +38,25 @@ async def quickstart(job: Job, processes: Processes, tiny: bool) -> None:
         with job.tracker.phase("start the reward service"):
             rewards = await stack.enter_async_context(processes.reward(job.config.scoring, job.model("reward")))
         alignment = Alignment(job).connect(learner, generators, rewards)
-        await alignment.run(job.config.ppo)
-        if tiny:
-            mix = job.config.ppo.pretraining.model_copy(update={"coef": 0.0})
-            await alignment.run(job.config.ppo.model_copy(update={"pretraining": mix}), stage="ppo-noptx")
+        for name, config in arms(job, tiny).items():
+            await alignment.run(config, name)
     job.summarise(seconds=time.monotonic() - started)
+
+
+def arms(job: Job, tiny: bool) -> dict[str, PPOConfig]:
+    """The PPO stages, by name."""
+    config = job.config.ppo
+    without = config.model_copy(update={"pretraining": config.pretraining.model_copy(update={"coef": 0.0})})
+    return {"ppo": config, "ppo-noptx": without} if tiny else {"ppo": config}
+
+
+def complete(job: Job, tiny: bool) -> bool:
+    """Whether there is nothing left to do, which is said then. Raises ResumeRefused, see `clear`."""
+    clear(job.run_dir, job.start)
+    if not all((job.run_dir / "stages" / f"{name}.json").is_file() for name in arms(job, tiny)):
+        return False
+    alignment = Alignment(job)
+    return all(alignment.finished(config, name) for name, config in arms(job, tiny).items())
 
 
 def prepare(job: Job, tiny: bool) -> Path:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.annotations import admits_none, describe, section_of
+from reward_server.records import write_whole
 
 Section = TypeVar("Section", bound=BaseModel)
 COMMAND_LINE = "command line"
@@ -156,7 +157,7 @@ def compose(section: type[Section], given: Sequence[Given]) -> Section:
 
 def save_toml(config: BaseModel, path: Path) -> None:
     """Write every setting, so that the file read back gives an equal config."""
-    path.write_text(tomli_w.dumps(_without_none(config.model_dump(mode="json"))), encoding="utf-8")
+    write_whole(path, tomli_w.dumps(_without_none(config.model_dump(mode="json"))))
 
 
 def as_toml(value: Any) -> str:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from actors.waves import Generator
 from cluster.config import Config
 from cluster.inputs import data_file, model_folder
 from cluster.lineage import record
+from cluster.recipes import reward_stage, sample_stage, tuning_stage
+from cluster.stages import Stage, Start, made_of
 from cluster.tracking import Tracker
 from learner.agreement import Agreement
 from learner.config import SFTConfig
@@ -26,6 +28,7 @@ from learner.reward_modeling import ranked_groups, reward_modeling, split_groups
 from learner.sft import SFTData, best_epoch, sft
 from reward_server.encoding import ChatEncoding
 from reward_server.labeling import Comparison, label, load_labeler, read_comparisons, write_comparisons
+from reward_server.records import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ class Job:
     """command line, for the lineage"""
     root: Path | None = None
     """the run that this one is a round of, which keeps the lineage; None for a run of its own"""
+    start: Start = "resume"
+    """what to do with stages that the run directory holds: refuse, go on with them, or start them over"""
 
     def model(self, name: str) -> Path:
         """Folder of the model "sft", "reward" or "policy": the configured one, else the run's own.
@@ -78,6 +83,40 @@ class Job:
         """Record in the lineage that `path` was made of `inputs`."""
         record(self.root or self.run_dir, kind, path, inputs, self.command, self.config)
 
+    def stage(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        contents: Mapping[str, str | Path],
+        result: str,
+        traces: Sequence[Path] = (),
+    ) -> Stage:
+        """A stage that makes RUN/<result> of settings and of the contents of files and models, by dotted key."""
+        limits = {"data": {"max_bad_rows": self.config.data.max_bad_rows}}
+        made = made_of({**settings, **limits}, contents)
+        return Stage(self.run_dir, name, made, self.start, self.run_dir / result, traces)
+
+    def skips(self, stage: Stage) -> bool:
+        """Whether a stage is complete, which is said then."""
+        if stage.complete:
+            self.tracker.console.line(f"{stage.name}: complete, and left as it is")
+        return stage.complete
+
+    def enter(self, stage: Stage) -> bool:
+        """Begin a stage, and forget what was logged of it if it starts over; False when it is complete."""
+        if self.skips(stage):
+            return False
+        if stage.standing == "new":
+            self.tracker.forget(stage.name)
+        stage.begin()
+        return True
+
+    def data(self, *names: str) -> dict[str, Path]:
+        """Those of some data files that are there, by dotted key."""
+        own = self.run_dir / "data"
+        paths = {f"data.{name}": getattr(self.config.data, name) or own / f"{name}.jsonl" for name in names}
+        return {key: path for key, path in paths.items() if path.is_file()}
+
     def summarise(self, *keys: str, **figures: Any) -> None:
         """Merge final figures into RUN/summary.json, under a path of keys."""
         path = self.run_dir / "summary.json"
@@ -86,7 +125,7 @@ class Job:
         for key in keys:
             table = table.setdefault(key, {})
         table.update(figures)
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(path, json.dumps(summary, indent=2) + "\n")
 
 
 def sft_data(job: Job, base: str | Path, config: SFTConfig) -> SFTData:
@@ -138,6 +177,9 @@ async def run_sft(
     out: str = "sft",
 ) -> None:
     """Step 1: fine-tune `base` on demonstrations and write the epoch that `config.select` names to RUN/<out>."""
+    entered = tuning_stage(job, base, config, stage, out)
+    if not job.enter(entered):
+        return
     target, kept = job.run_dir / out, job.run_dir / f"{out}-epochs"
     shutil.rmtree(kept, ignore_errors=True)  # of an earlier run in this directory, perhaps of more epochs
     template, dropout = job.config.models.chat_template, config.residual_dropout
@@ -162,13 +204,18 @@ async def run_sft(
     before, after = losses[0], losses[epoch]
     text = {} if after.pretraining is None else {"pretraining_valid_after": after.pretraining}
     job.summarise(stage, valid_before=before.demonstrations, valid_after=after.demonstrations, epoch=epoch, **text)
+    entered.finish()
 
 
 async def run_sample(job: Job, generators: Sequence[Generator], model: Path) -> None:
     """Sample K completions a prompt from the SFT policy, to be ranked; writes RUN/data/completions.jsonl."""
+    stage = sample_stage(job, model)
+    if not job.enter(stage):
+        return
     config = job.config.sample
     prompts, groups = await sampled(job, generators, model, config.completions_per_prompt, config.seed)
     write_completions(job, prompts, groups, model)
+    stage.finish()
 
 
 async def sampled(
@@ -206,6 +253,10 @@ def write_completions(
 
 def run_rank(job: Job) -> None:
     """Have the configured labeler rank the completions; writes RUN/data/comparisons.jsonl."""
+    settings = {"labeler": job.config.labeler.model_dump(mode="json")}
+    stage = job.stage("rank", settings, job.data("completions"), "data/comparisons.jsonl")
+    if not job.enter(stage):
+        return
     labeler = load_labeler(job.config.labeler)
     completions = read_comparisons(job.file("completions"), job.config.data.max_bad_rows)
     path = job.run_dir / "data" / "comparisons.jsonl"
@@ -213,10 +264,14 @@ def run_rank(job: Job) -> None:
         write_comparisons(path, label(completions, labeler))
     job.summarise(labeler=labeler.caption)
     job.made("comparisons", path, job.file("completions"))
+    stage.finish()
 
 
 async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
     """Step 2: train a reward model on the ranked completions and write it to RUN/reward."""
+    stage = reward_stage(job, base)
+    if not job.enter(stage):
+        return
     config, encoding, bad = job.config.reward, ChatEncoding.load(base), job.config.data.max_bad_rows
     groups = ranked_groups(read_comparisons(job.file("comparisons"), bad), encoding)
     demonstrations = [
@@ -243,10 +298,11 @@ async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
         log_loss=found.log_loss,
     )
     job.made("reward", job.run_dir / "reward", base, job.file("comparisons"), job.file("demonstrations"))
+    stage.finish()
 
 
 def _write_calibration(path: Path, found: Agreement) -> None:
-    path.write_text(json.dumps({**asdict(found), "calibration_error": found.calibration_error}, indent=2) + "\n")
+    write_whole(path, json.dumps({**asdict(found), "calibration_error": found.calibration_error}, indent=2) + "\n")
 
 
 def heldout_prompts(job: Job, encoding: ChatEncoding) -> list[Prompt]:

@@ -21,6 +21,7 @@ from typing import Any, Self
 from cluster.alerts import Alert, Alerts
 from cluster.config import TrackingConfig
 from cluster.console import Console
+from cluster.history import forget_stage, last_steps, remember_run
 from cluster.prometheus import Exporter
 from cluster.reaping import SPAWNING
 
@@ -46,7 +47,7 @@ class Tracker:
         name: the command, e.g. "ppo", as W&B's job type; the commands of a run directory are a W&B group.
         settings: the resolved configuration, for W&B.
         console: where headlines and phases are shown.
-        run_id: of the W&B run to go on with; None begins one.
+        run_id: of the W&B run to go on with, which is not sent again what the run directory has; None begins one.
         wandb: stands in for the wandb module in tests.
         """
         self.run_dir = run_dir
@@ -66,6 +67,7 @@ class Tracker:
             "config": dict(settings or {}),
         }
         self._config = config
+        self._sent = last_steps(run_dir) if run_id else {}
         self._wandb = None if config.mode == "disabled" else _WandbFeed(config, self._start, wandb)
         self._alerts = Alerts(config.alerts, self._alert)
         self._closing = contextlib.ExitStack()
@@ -75,6 +77,7 @@ class Tracker:
         """The same in the subdirectory `name`; in W&B it is the same run, with `name`/ before everything."""
         part = copy.copy(self)
         part.run_dir, part._prefix = self.run_dir / name, f"{self._prefix}{name}/"
+        part._sent = last_steps(part.run_dir) if self._start["resume"] else {}
         return part
 
     @property
@@ -92,6 +95,7 @@ class Tracker:
             self._sinks.append(self._closing.enter_context(_tensorboard(self.run_dir / "tensorboard")))
         self._closing.enter_context(_ticking(self._alerts.tick))
         if self._wandb is not None:
+            remember_run(self.run_dir, self._start["job_type"], self.run_id)
             self._wandb.start()
         return self
 
@@ -113,7 +117,8 @@ class Tracker:
                 sink(stage, step, values)
             except Exception:  # nobody who watches may stop the run
                 log.exception("a step could not be shown")
-        self._feed(lambda wandb, run: _log_step(run, self._prefix + stage, step, values))
+        if step > self._sent.get(stage, -1):  # else its curves would go back and forth
+            self._feed(lambda wandb, run: _log_step(run, self._prefix + stage, step, values))
 
     @contextlib.contextmanager
     def phase(self, name: str, stage: str | None = None) -> Iterator[None]:
@@ -141,6 +146,12 @@ class Tracker:
         self._append("alerts.jsonl", {"time": time.time(), "kind": alert.kind, "text": alert.text})
         self.console.warning(alert.text)
         self._feed(lambda wandb, run: run.alert(title=f"{self._start['name']}: {alert.kind}", text=alert.text))
+
+    def forget(self, stage: str) -> None:
+        """Take a stage that starts over out of the JSONL files, whose readers would mix it with the new one."""
+        self._sent.pop(stage, None)
+        with self._lock:
+            forget_stage(self.run_dir, stage)
 
     def _append(self, file: str, row: Mapping[str, Any]) -> None:
         with self._lock, (self.run_dir / file).open("a", encoding="utf-8") as lines:

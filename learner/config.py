@@ -214,6 +214,10 @@ class PPOConfig(BaseModel):
     """Padded tokens in one forward pass at most."""
     max_skipped_steps: int = Field(default=3, ge=1)
     """Optimizer steps in a row, of one network, with a loss or gradient that is not finite, that end the run."""
+    checkpoint_every: int = Field(default=10, ge=0)
+    """Iterations between checkpoints, from which `--resume` goes on; 0 writes none, so that PPO starts over."""
+    checkpoints_kept: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints remain on disk; with one alone, damage to it costs the whole stage."""
     rollout_deadline_s: float = Field(default=1800.0, gt=0)
     """How long to wait for a batch before the run stops with what is missing."""
     seed: int = 0

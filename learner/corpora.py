@@ -94,6 +94,11 @@ class TextStream:
         position, _ = self._shuffle[number]
         return text_examples(self._packed[position : position + 1])[0]
 
+    @property
+    def fingerprint(self) -> str:
+        """Identify sequences, order and seed: a run must not be resumed with another fingerprint."""
+        return f"{stable_hash(self._shuffle.seed, self._packed.tolist()):016x}"
+
     def iteration(self, iteration: int, minibatches: int, sequences_per_minibatch: int) -> list[list[ChatExample]]:
         """Return the sequences of one PPO iteration, which no earlier iteration of the epoch has used."""
         first = iteration * minibatches * sequences_per_minibatch

@@ -95,20 +95,31 @@ class Audit:
     """tickets in flight, or waiting in the buffer"""
     twice: int
     """tickets trained more than once in the present history"""
-    samples: int
-    """responses trained"""
-    tokens: int
-    """their tokens"""
     staleness: int
     """version at training minus that of the oldest token, at most"""
-    iterations: int
-    """batches taken in the present history"""
+    steps: dict[int, tuple[int, int]]
+    """(samples, tokens) of each batch of the present history"""
     committed: int
     """newest version that the ledger knows a checkpoint of; 0 without one"""
     resumed: int
     """how often the stage went on after a stop"""
     violations: tuple[str, ...]
     """broken promises, with the line where it shows"""
+
+    @property
+    def iterations(self) -> int:
+        """Batches taken."""
+        return len(self.steps)
+
+    @property
+    def samples(self) -> int:
+        """Responses trained."""
+        return sum(samples for samples, _ in self.steps.values())
+
+    @property
+    def tokens(self) -> int:
+        """Their tokens."""
+        return sum(tokens for _, tokens in self.steps.values())
 
 
 def audit(path: str | Path) -> Audit:
@@ -159,6 +170,10 @@ class _Replay:
     def audit(self) -> Audit:
         self._check_batches()
         trained = self.trained.values()
+        steps: dict[int, tuple[int, int]] = {}
+        for one in trained:
+            samples, tokens = steps.get(one.step, (0, 0))
+            steps[one.step] = samples + one.scored.get("samples", 0), tokens + one.scored.get("tokens", 0)
         if self.issued != len(trained) + self.dropped.total() + len(self.live):
             self.violations.append(f"{self.issued} issued are not {len(trained)} trained, the dropped and the live")
         return Audit(
@@ -167,10 +182,8 @@ class _Replay:
             dropped=dict(self.dropped),
             outstanding=len(self.live),
             twice=self.twice,
-            samples=sum(one.scored.get("samples", 0) for one in trained),
-            tokens=sum(one.scored.get("tokens", 0) for one in trained),
             staleness=max((one.staleness for one in trained), default=0),
-            iterations=len({one.step for one in trained}),
+            steps=dict(sorted(steps.items())),
             committed=self.committed,
             resumed=self.resumes,
             violations=tuple(self.violations),

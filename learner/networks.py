@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from learner.checkpoint import whole_folder
 from learner.config import NetworkConfig
 from learner.logprobs import token_logprobs
 from reward_server.encoding import ChatEncoding
@@ -211,19 +212,19 @@ def _lora_product(layer: LoraLayer, read: Read) -> Tensor:
 def save_network(
     model: PreTrainedModel, encoding: ChatEncoding, path: Path, weights: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write a plain Hugging Face folder (safetensors, config, tokenizer, chat template) of merged weights."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Write a plain Hugging Face folder (safetensors, config, tokenizer, template) of merged weights, all or none."""
     # Copies: DeepSpeed keeps all weights in one flat buffer, and views of one storage cannot be saved apart.
     # Transformers renames some weights when it loads (GPT-NeoX's head), and a folder has the names of the family.
     copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
-    save_torch_state_dict(revert_weight_conversion(model, copies), path)
-    model.config.architectures = [type(model).__name__]  # else that of the folder it was loaded from
-    encoding.describe(model)
-    model.config.save_pretrained(path)
-    if model.can_generate() and model.generation_config is not None:
-        # `save_pretrained` would refuse what some models come with, such as a temperature without do_sample.
-        model.generation_config.to_json_file(path / "generation_config.json")
-    encoding.tokenizer.save_pretrained(path)
+    with whole_folder(path) as folder:
+        save_torch_state_dict(revert_weight_conversion(model, copies), folder)
+        model.config.architectures = [type(model).__name__]  # else that of the folder it was loaded from
+        encoding.describe(model)
+        model.config.save_pretrained(folder)
+        if model.can_generate() and model.generation_config is not None:
+            # `save_pretrained` would refuse what some models come with, such as a temperature without do_sample.
+            model.generation_config.to_json_file(folder / "generation_config.json")
+        encoding.tokenizer.save_pretrained(folder)
 
 
 def _layer_index(name: str) -> int | None:

@@ -48,13 +48,15 @@ async def ppo(
     pretraining: Callable[[int, int], Sequence[Sequence[ChatExample]]],
     observe: Callable[[Sequence[Trajectory]], dict[str, float]],
     log: Log,
+    save: Callable[[int, float], Awaitable[None]],
+    beta: float,
 ) -> None:
     """Train until `config.iterations` batches are done. The whole algorithm of the paper's section 3.5 is here.
 
     `publish(version)` gives the actors the weights, `pretraining(i, n)` the text of iteration i for n minibatches, and
-    `observe` looks at the samples for the log only. Time is in seconds, KL in nats a response.
+    `observe` looks at the samples for the log only. Time is in seconds, KL in nats a response. It starts from the
+    buffer's version and the KL coefficient `beta`, which `save(version, beta)` keeps whenever a checkpoint is due.
     """
-    beta = config.kl.coef
     skips = Skips("ppo", config.max_skipped_steps)
     while (i := buffer.version) < config.iterations:
         lap = Laps()
@@ -95,6 +97,8 @@ async def ppo(
         if config.kl.target:
             kl = kl_per_response(old.logprobs, old.ref_logprobs, batch.mask).mean().item()
             beta = adapted_coefficient(beta, kl, config.kl.target, config.kl.horizon, len(batch))
+        if _due(config, buffer.version):
+            await save(buffer.version, beta)
 
 
 def _step(config: PPOConfig, iteration: int, temperature: float) -> PPOStep:
@@ -110,3 +114,9 @@ def _step(config: PPOConfig, iteration: int, temperature: float) -> PPOStep:
         policy_lr=warmup(config.policy_optimizer.lr, iteration, config.warmup_iterations),
         critic_lr=config.critic_optimizer.lr,
     )
+
+
+def _due(config: PPOConfig, version: int) -> bool:
+    """Whether a checkpoint follows an iteration: every so often, and before what comes after the last one."""
+    every = config.checkpoint_every
+    return every > 0 and (version % every == 0 or version == config.iterations)

@@ -7,6 +7,7 @@ before any model is loaded: a bad row found in the third hour of a run costs thr
 import gzip
 import json
 import logging
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,6 +71,16 @@ def kind_of(row: dict[str, Any]) -> str | None:
     if isinstance(row.get("prompt"), str | list):
         return "demonstrations" if "response" in row else "prompts"
     return "pretraining text" if "text" in row else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there with all of its text or, after a crash, as it was before."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def row_id(row: dict[str, Any], line_number: int) -> str:

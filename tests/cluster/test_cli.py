@@ -16,6 +16,7 @@ from cluster import checks, cli
 from cluster.commands import COMMANDS
 from cluster.config import Config
 from cluster.settings import compose, read_toml
+from cluster.stages import ResumeRefused
 from cluster.steps import Job
 
 Entry = Callable[..., None]
@@ -168,7 +169,10 @@ def test_ctrl_c_is_exit_code_130(tmp_path: Path, entry: Any, capfd: pytest.Captu
 
     entry("sft", work)
     assert rayward("sft", "--run", tmp_path) == 130
-    assert capfd.readouterr().err.splitlines() == [f"error: stopped by Ctrl-C; what is done is in {tmp_path}"]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        f"error: stopped by Ctrl-C; what is done is in {tmp_path}. Go on with: rayward sft --run {tmp_path} --resume"
+    )
 
 
 def test_sigterm_unwinds_the_run(tmp_path: Path, entry: Any):
@@ -279,3 +283,61 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]):
 def test_no_command_at_all_shows_the_overview_and_is_wrong(capsys: pytest.CaptureFixture[str]):
     assert cli.main([]) == 2
     assert "rayward COMMAND" in capsys.readouterr().out
+
+
+# --- going on
+
+
+def test_resume_and_restart_reach_the_job_and_only_resume_goes_on_with_the_saved_settings(tmp_path: Path, entry: Any):
+    jobs: list[Job] = []
+    entry("ppo", jobs.append)
+    run = ("--run", tmp_path, "--preset", "tiny")
+    assert rayward("ppo", *run, "--ppo.clip", "0.3") == 0
+    assert rayward("ppo", *run, "--resume") == 0
+    assert rayward("ppo", *run, "--restart") == 0
+    assert [job.start for job in jobs] == ["new", "resume", "restart"]
+    assert [job.config.ppo.clip for job in jobs] == [0.3, 0.3, 0.2]  # the second as the run directory has it
+    assert rayward("ppo", *run, "--resume", "--restart") == 2
+
+
+def test_a_file_that_is_named_again_is_read_over_the_saved_settings(tmp_path: Path, entry: Any):
+    jobs: list[Job] = []
+    entry("ppo", jobs.append)
+    file = tmp_path / "house.toml"
+    file.write_text("[ppo]\niterations = 3\nclip = 0.3\n")
+    words = ("--config", file, "--run", tmp_path / "run")
+    assert rayward("ppo", *words, "--ppo.minibatch_size", "8") == 0
+    file.write_text("[ppo]\niterations = 5\nclip = 0.3\n")
+    assert rayward("ppo", *words, "--resume") == 0
+    assert (jobs[1].config.ppo.iterations, jobs[1].config.ppo.minibatch_size) == (5, 8)
+
+
+def test_settings_that_are_refused_do_not_replace_those_of_the_run(
+    tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]
+):
+    def refuse(job: Job) -> None:
+        raise ResumeRefused("the stage 'ppo' was made of something else")
+
+    entry("ppo", lambda job: None)
+    assert rayward("ppo", "--run", tmp_path, "--ppo.clip", "0.3") == 0
+    before = (tmp_path / "config.toml").read_bytes()
+    entry("ppo", refuse)
+    assert rayward("ppo", "--run", tmp_path, "--resume", "--ppo.clip", "0.1") == 2
+    assert (tmp_path / "config.toml").read_bytes() == before
+    assert capfd.readouterr().err.splitlines() == ["error: the stage 'ppo' was made of something else"]
+    assert not (tmp_path / "logs" / "error.log").exists()
+
+
+def test_a_stopped_command_says_how_to_go_on(tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]):
+    def work(job: Job, tiny: bool) -> None:
+        raise KeyboardInterrupt
+
+    entry("quickstart", work)
+    assert rayward("quickstart", "--tiny", "--run", tmp_path) == 130
+    assert capfd.readouterr().err.endswith(f"Go on with: rayward quickstart --tiny --run {tmp_path} --resume\n")
+
+
+def test_the_exit_code_of_a_check_is_what_it_found(tmp_path: Path, entry: Any):
+    entry("audit", lambda run_dir, console, json: 1 if json else 0)
+    assert cli.main(["audit", str(tmp_path)]) == 0
+    assert cli.main(["audit", str(tmp_path), "--json"]) == 1

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.config import AlertsConfig, TrackingConfig
 from cluster.console import Console
+from cluster.history import earlier_run
 from cluster.tracking import Tracker
 from reward_server.address import free_port
 
@@ -277,3 +278,31 @@ def test_a_sink_that_raises_stops_neither_the_run_nor_the_others(tmp_path: Path)
         found.log("ppo", 2, {"score/mean": 1.0})
     assert seen == [1, 2]
     assert len(rows(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_resumed_run_goes_on_in_wandb_and_sends_no_step_twice(tmp_path: Path):
+    with tracker(tmp_path, FakeWandb()) as found:
+        for step in (1, 2, 3):
+            found.log("ppo", step, {"score/mean": float(step)})
+    known = earlier_run(tmp_path, "ppo")
+    assert known == found.run_id
+    wandb = FakeWandb()
+    with Tracker(tmp_path, TrackingConfig(), "ppo", run_id=known, wandb=wandb) as again:
+        for step in (2, 3, 4):  # from the checkpoint of iteration 1
+            again.log("ppo", step, {"score/mean": float(step)})
+        again.log("ppo-noptx", 1, {"score/mean": 0.0})
+    (begun,) = wandb.inits
+    assert (begun["id"], begun["resume"]) == (known, "allow")
+    assert [(row.get("ppo/step"), row.get("ppo-noptx/step")) for row in wandb.run.logged] == [(4, None), (None, 1)]
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 2, 3, 4, 1]
+
+
+def test_a_stage_that_starts_over_is_sent_again(tmp_path: Path):
+    with tracker(tmp_path, FakeWandb()) as found:
+        found.log("ppo", 1, {"score/mean": 1.0})
+    wandb = FakeWandb()
+    with Tracker(tmp_path, TrackingConfig(), "ppo", run_id=found.run_id, wandb=wandb) as again:
+        again.forget("ppo")
+        again.log("ppo", 1, {"score/mean": 2.0})
+    assert len(wandb.run.logged) == 1
+    assert [row["score/mean"] for row in rows(tmp_path / "metrics.jsonl")] == [2.0]

@@ -80,13 +80,13 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "flipped": _flip,
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "emptied": lambda path: path.write_bytes(b""),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
     "missing": Path.unlink,
-    "renamed": lambda path: path.rename(path.with_name(path.name + ".bak")) and None,
+    "renamed": lambda path: path.rename(path.with_name(path.name + ".bak")),
 }
 
 

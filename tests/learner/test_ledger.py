@@ -75,7 +75,7 @@ def audited(path: Path) -> dict[str, Any]:
     return asdict(audit(path))
 
 
-SCORED = {"samples": 2, "tokens": 9, "oldest": 0, "newest": 0}
+SCORED: dict[str, Any] = {"samples": 2, "tokens": 9, "oldest": 0, "newest": 0}
 
 
 def test_the_audit_counts_every_ticket_in_one_place(tmp_path: Path) -> None:
@@ -98,10 +98,8 @@ def test_the_audit_counts_every_ticket_in_one_place(tmp_path: Path) -> None:
         "dropped": {"stale": 1},
         "outstanding": 2,
         "twice": 0,
-        "samples": 2,
-        "tokens": 9,
+        "steps": {0: (2, 9)},
         "staleness": 0,
-        "iterations": 1,
         "committed": 0,
         "resumed": 0,
         "violations": (),

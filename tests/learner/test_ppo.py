@@ -1,6 +1,7 @@
 """The loop of PPO: by hand with a learner that records, and for real with one that learns, all in one process."""
 
 import asyncio
+import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,8 +14,9 @@ from actors.prompts import PromptStream
 from actors.rollout import rollout
 from actors.trajectory import Completion, SampleKey, Trajectory
 from learner.buffer import Buffer
+from learner.checkpoint import Checkpoints
 from learner.config import ImportanceConfig, KLConfig, NetworkConfig, OptimizerConfig, PPOConfig, PretrainingConfig
-from learner.ledger import Ledger
+from learner.ledger import Ledger, audit
 from learner.ppo import ppo
 from learner.skips import NonFiniteSteps
 from learner.worker import Evaluation
@@ -60,6 +62,7 @@ class RecordingLearner:
     evaluated: list[list[list[int]]] = field(default_factory=list)
     updates: list[Any] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+    saved: list[tuple[int, float]] = field(default_factory=list)
 
     async def evaluate(self, batch, minibatches, max_tokens, temperature):
         self.events.append("evaluate")
@@ -80,7 +83,7 @@ class RecordingLearner:
         ]
 
 
-def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner | None = None, **settings):
+def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner | None = None, beta=None, **settings):
     """Run the loop on the golden trajectories; (learner, log lines)."""
     config = PPOConfig(
         **{
@@ -88,6 +91,7 @@ def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner |
             "prompts_per_batch": 2,
             "minibatch_size": 1,
             "pretraining": PretrainingConfig(coef=0.0),
+            "checkpoint_every": 0,
         }
         | settings
     )
@@ -99,6 +103,10 @@ def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner |
         async def publish(version):
             learner.events.append(f"publish {version}")
             return {"publish/tensors": 1.0}
+
+        async def save(version, beta):
+            learner.events.append(f"save {version}")
+            learner.saved.append((version, beta))
 
         async def sample():
             for _ in range(iterations):
@@ -116,6 +124,8 @@ def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner |
             lambda i, parts: [[example(4, 1)]] * parts,
             lambda batch: {"gold/mean": float(len(batch))},
             lambda *line: logged.append(line),
+            save,
+            config.kl.coef if beta is None else beta,
         )
         await sampling
 
@@ -222,6 +232,21 @@ def test_without_a_penalty_the_kl_is_still_measured():
     assert learner.updates[0][0].returns[0, 4].item() == pytest.approx(0.85)  # the score alone
 
 
+def test_a_checkpoint_follows_every_so_many_iterations_and_the_last_with_the_next_beta():
+    kl = KLConfig(coef=0.5, target=6.0, horizon=10)
+    learner, _ = by_hand(iterations=5, kl=kl, checkpoint_every=2)
+    factor = 1 - 0.2 * 2 / 10
+    assert [version for version, _ in learner.saved] == [2, 4, 5]
+    assert [beta for _, beta in learner.saved] == pytest.approx([0.5 * factor**n for n in (2, 4, 5)])
+    assert learner.events[:7] == ["evaluate", "update", "publish 1", "evaluate", "update", "publish 2", "save 2"]
+    assert by_hand(iterations=2, checkpoint_every=0)[0].saved == []
+
+
+def test_the_loop_starts_from_the_beta_that_it_is_given():
+    _, logged = by_hand(iterations=2, kl=KLConfig(coef=0.5), beta=0.25)
+    assert [metrics["kl/coef"] for *_, metrics in logged] == [0.25, 0.25]
+
+
 def test_a_fixed_beta_stays():
     _, logged = by_hand(iterations=3, kl=KLConfig(coef=0.5))
     assert [metrics["kl/coef"] for *_, metrics in logged] == [0.5] * 3
@@ -260,7 +285,7 @@ def test_a_batch_that_does_not_come_stops_the_run_with_what_is_missing():
         buffer = Buffer(2, 1, 0, ledger=Ledger(None))
         await buffer.admit(2)
         config, never = PPOConfig(prompts_per_batch=2, rollout_deadline_s=0.01), cast(Any, None)
-        await ppo(config, 1.0, buffer, RecordingLearner(), never, never, never, never)
+        await ppo(config, 1.0, buffer, RecordingLearner(), never, never, never, never, never, 0.0)
 
     with pytest.raises(TimeoutError, match="batch 0: 2 of its 2 prompts are missing"):
         asyncio.run(run())
@@ -280,11 +305,20 @@ SMALL = {
 ROLLOUT = RolloutConfig(prompts_per_wave=16, max_new_tokens=6, missing_eos=MissingEos(rule="none"))
 
 
-def train(worker, learner, folders, **settings):
-    """Run PPO for the share of letters; (metrics of each iteration, versions published, text asked for)."""
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def train(worker, learner, folders, run_dir=None, killed_at=None, **settings):
+    """Run PPO for the share of letters; (metrics of each iteration, versions published, text asked for).
+
+    With a `run_dir` it writes checkpoints there, and goes on from what it finds there; it is killed while it publishes
+    version `killed_at`.
+    """
     config = PPOConfig(**SMALL | settings)
     generator = HfGenerator(folders / "policy")
     scorer = SourceScorer(FunctionSource("tests.hf_generator:share_of_letters"))
+    worker.unload()
     worker.load("policy", "policy", folders / "policy", config.network, config.policy_optimizer, config.ema_decay)
     worker.load("reference", "policy", folders / "policy", config.network)
     worker.load("critic", "value", folders / "reward", config.network, config.critic_optimizer)
@@ -293,6 +327,8 @@ def train(worker, learner, folders, **settings):
     async def publish(version):
         generator.receive(worker, version)
         versions.append(version)
+        if version == killed_at:
+            raise Killed
         return {}
 
     def text(i, parts):
@@ -301,13 +337,32 @@ def train(worker, learner, folders, **settings):
 
     async def run():
         stream, stop = PromptStream(prompts(8), seed=0), asyncio.Event()
-        buffer = Buffer(config.prompts_per_batch, 1, config.max_staleness, ledger=Ledger(None, stream))
+        ledger = Ledger(run_dir and run_dir / "ledger.jsonl", stream)
+        checkpoints = Checkpoints(run_dir / "checkpoints", 1) if run_dir else None
+        found = checkpoints and checkpoints.newest()
+        start = found.version if found else 0
+        buffer = Buffer(config.prompts_per_batch, 1, config.max_staleness, start, ledger=ledger)
+        if found:
+            await learner.load_state(found.networks)
+            generator.receive(worker, start)
+            buffer.restore(found.state["buffer"])
+        elif run_dir and (run_dir / "ledger.jsonl").exists():
+            ledger.resumed(0, kept=())
+
+        async def save(version, beta):
+            if checkpoints:
+                await checkpoints.write(version, {"beta": beta, "buffer": buffer.snapshot()}, learner.save_state)
+                ledger.committed(version)
+
         sampling = asyncio.create_task(rollout(generator, scorer, stream, buffer, generator.encoding, ROLLOUT, 0, stop))
-        await ppo(config, 1.0, buffer, learner, publish, text, lambda _: {}, lambda *line: lines.append(line[2]))
+        beta = found.state["beta"] if found else config.kl.coef
+        log = lambda *line: lines.append(line[2])  # noqa: E731
+        await ppo(config, 1.0, buffer, learner, publish, text, lambda _: {}, log, save, beta)
         stop.set()
         await sampling
 
-    asyncio.run(run())
+    with contextlib.suppress(Killed):
+        asyncio.run(run())
     return lines, versions, asked
 
 
@@ -369,3 +424,54 @@ def test_with_staleness_one_the_sampler_runs_ahead_and_the_score_still_rises(wor
     assert lines[0]["importance/log_ratio_max"] < 1e-4
     assert all(line["importance/log_ratio_mean"] > 1e-3 for line in lines[1:])
     assert sum(scores[-3:]) / 3 > scores[0] + 0.2
+
+
+def untimed(lines):
+    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+
+
+def test_a_run_that_was_killed_ends_bitwise_as_one_that_was_not(worker, learner, folders, tmp_path):
+    settings = {
+        "iterations": 6,
+        "checkpoint_every": 3,
+        "prompts_per_batch": 12,  # an epoch has 8 prompts, so the checkpoint is in the middle of the fifth
+        "minibatch_size": 4,
+        "epochs": 2,
+        "warmup_iterations": 4,
+        "kl": KLConfig(coef=0.1, target=1.0, horizon=50),
+        "pretraining": PretrainingConfig(coef=1.0),
+    }
+    whole, _, _ = train(worker, learner, folders, tmp_path / "whole", **settings)
+    expected = [worker.state_of(name) for name in ("policy", "critic")]
+    first, versions, _ = train(worker, learner, folders, tmp_path / "parts", killed_at=5, **settings)
+    assert versions == [1, 2, 3, 4, 5]
+    second, versions, asked = train(worker, learner, folders, tmp_path / "parts", **settings)
+    assert (versions, asked) == ([4, 5, 6], [3, 4, 5])
+    found = [worker.state_of(name) for name in ("policy", "critic")]
+    for one, other in zip(expected, found, strict=True):
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), name
+    assert untimed(first) == untimed(whole[:4])
+    assert untimed(second) == untimed(whole[3:])
+    again, versions, _ = train(worker, learner, folders, tmp_path / "parts", **settings)  # it is complete
+    assert (again, versions) == ([], [])
+    counts = audit(tmp_path / "parts" / "ledger.jsonl")
+    assert (counts.violations, counts.trained, counts.iterations, counts.twice) == ((), 72, 6, 0)
+    assert (counts.resumed, counts.committed) == (2, 6)
+    assert counts.tokens == audit(tmp_path / "whole" / "ledger.jsonl").tokens
+
+
+def test_an_asynchronous_run_that_was_killed_again_and_again_trains_every_sample_once(
+    worker, learner, folders, tmp_path
+):
+    settings = {"iterations": 6, "checkpoint_every": 2, "prompts_per_batch": 8, "minibatch_size": 4, "max_staleness": 2}
+    steps = []
+    for killed_at in (1, 4, 6, None):
+        lines, _, _ = train(worker, learner, folders, tmp_path, killed_at=killed_at, **settings)
+        steps.append([line["progress/version"] for line in lines])
+    assert steps == [[], [1, 2, 3], [3, 4, 5], [5, 6]]
+    counts = audit(tmp_path / "ledger.jsonl")
+    assert (counts.violations, counts.trained, counts.twice, counts.resumed) == ((), 48, 0, 3)
+    assert counts.issued == 48 + counts.dropped["resumed"] + counts.outstanding
+    assert counts.staleness <= 2

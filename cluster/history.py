@@ -1,0 +1,45 @@
+"""What earlier commands left in a run directory for those that go on: their W&B runs, and how far they logged."""
+
+import json
+from pathlib import Path
+
+from reward_server.records import write_whole
+
+_FILE = "wandb-runs.json"
+
+
+def earlier_run(run_dir: Path, command: str) -> str | None:
+    """Id of the W&B run that a command used the last time; None when there was none."""
+    return _runs(run_dir).get(command)
+
+
+def remember_run(run_dir: Path, command: str, run_id: str) -> None:
+    """Note the id of a command's W&B run."""
+    write_whole(run_dir / _FILE, json.dumps({**_runs(run_dir), command: run_id}, indent=2) + "\n")
+
+
+def last_steps(run_dir: Path) -> dict[str, int]:
+    """The last step of each stage in metrics.jsonl."""
+    path, last = run_dir / "metrics.jsonl", dict[str, int]()
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            last[row["stage"]] = max(row["step"], last.get(row["stage"], row["step"]))
+        except (ValueError, LookupError, TypeError):
+            continue  # a line that its writer had no time to finish
+    return last
+
+
+def forget_stage(run_dir: Path, stage: str) -> None:
+    """Take the lines of a stage out of metrics.jsonl and phases.jsonl."""
+    for file in ("metrics.jsonl", "phases.jsonl"):
+        path = run_dir / file
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        kept = [line for line in lines if f'"stage": "{stage}"' not in line]
+        if kept != lines:
+            write_whole(path, "\n".join(kept))
+
+
+def _runs(run_dir: Path) -> dict[str, str]:
+    path = run_dir / _FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

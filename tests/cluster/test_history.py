@@ -1,0 +1,33 @@
+"""What later commands find of earlier ones."""
+
+import json
+from pathlib import Path
+
+from cluster.history import earlier_run, forget_stage, last_steps, remember_run
+from tests.synthetic_run import write_rows
+
+
+def test_each_command_has_its_own_wandb_run(tmp_path: Path):
+    assert earlier_run(tmp_path, "ppo") is None
+    remember_run(tmp_path, "ppo", "a1")
+    remember_run(tmp_path, "sft", "b2")
+    remember_run(tmp_path, "ppo", "c3")
+    assert (earlier_run(tmp_path, "ppo"), earlier_run(tmp_path, "sft")) == ("c3", "b2")
+
+
+def test_the_last_step_of_each_stage_is_found_behind_a_torn_line(tmp_path: Path):
+    assert last_steps(tmp_path) == {}
+    rows = [{"stage": "sft", "step": 3}, {"stage": "ppo", "step": 7}, {"stage": "ppo", "step": 5}, {"step": 9}]
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "ppo", "st')
+    assert last_steps(tmp_path) == {"sft": 3, "ppo": 7}
+
+
+def test_a_stage_is_forgotten_and_the_others_are_not(tmp_path: Path):
+    write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": 1}, {"stage": "ppo-noptx", "step": 1}])
+    write_rows(tmp_path / "phases.jsonl", [{"phase": "ppo: 2 iterations", "stage": "ppo", "seconds": 1.0}])
+    forget_stage(tmp_path, "ppo")
+    (left,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert left["stage"] == "ppo-noptx"
+    assert (tmp_path / "phases.jsonl").read_text() == ""

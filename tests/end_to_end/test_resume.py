@@ -1,0 +1,120 @@
+"""PPO through the command line, killed with SIGKILL and resumed, beside a run that was left alone: the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_models import tiny_causal_lm, tiny_reward_model
+
+ITERATIONS = 4
+SETTINGS = {
+    "ppo.iterations": ITERATIONS,
+    "ppo.checkpoint_every": 2,
+    "ppo.prompts_per_batch": 12,
+    "ppo.minibatch_size": 6,
+    "ppo.warmup_iterations": 3,
+    "ppo.policy_optimizer.lr": 5e-3,
+    "ppo.critic_optimizer.lr": 5e-3,
+    "ppo.kl.target": 2.0,
+    "ppo.kl.horizon": 50,
+    "ppo.network.dtype": "float32",
+    "ppo.pretraining.sequence_tokens": 32,
+    "ppo.pretraining.sequences_per_episode": 0.5,
+    "generator.dtype": "float32",
+    "generator.max_model_len": 64,
+    "generator.kv_cache_gib": 0.1,
+    "scoring.dtype": "float32",
+    "rollout.prompts_per_wave": 6,
+    "rollout.max_prompt_tokens": 40,
+    "rollout.max_new_tokens": 8,
+    "evaluation.prompts": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and data."""
+    root = tmp_path_factory.mktemp("resume")
+    tiny_causal_lm(root / "sft", hidden=128)  # which vLLM wants on a CPU
+    tiny_reward_model(root / "reward")
+    prompts = [{"id": f"p{i}", "prompt": f"say {chr(ord('a') + i)}"} for i in range(10)]
+    texts = [{"text": f"the quick brown fox number {i} jumps over the lazy dog"} for i in range(40)]
+    rows = {"prompts": prompts, "prompts_heldout": prompts[:6], "pretraining": texts, "pretraining_valid": texts[:8]}
+    for name, values in rows.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    return root
+
+
+def command(made: Path, run: Path, *words: str) -> list[str]:
+    settings: dict[str, Any] = SETTINGS | {f"models.{name}": made / name for name in ("sft", "reward")}
+    for name in ("prompts", "prompts_heldout", "pretraining", "pretraining_valid"):
+        settings[f"data.{name}"] = made / f"{name}.jsonl"
+    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "cluster.cli", "ppo", "--run", str(run), *options, *words]
+
+
+def rayward(*words: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=250, check=False)
+
+
+def start_and_kill(words: list[str], run: Path) -> None:
+    """SIGKILL the command while it works on the iteration after its first checkpoint."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 200
+        while not (run / "checkpoints" / "ppo" / "version-000002").is_dir():
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < end, "no checkpoint was written"
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def logged(run: Path) -> dict[int, dict[str, float]]:
+    """What each step logged last, times apart."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        kept = {k: v for k, v in row.items() if not k.startswith(("time", "checkpoint/")) and not k.endswith("_s")}
+        steps.setdefault(row["step"], {}).update(kept)
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(made: Path, tmp_path: Path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = rayward(*command(made, whole))
+    assert done.returncode == 0, done.stdout + done.stderr
+    start_and_kill(command(made, parts), parts)
+    refused = rayward(*command(made, parts))
+    assert refused.returncode == 2
+    assert "holds a stage 'ppo' that is begun. Remedy: --resume goes on with it" in refused.stderr
+    resumed = rayward(*command(made, parts, "--resume"))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"goes on after iteration 2, from {parts}/checkpoints/ppo/version-000002" in resumed.stdout
+    for name in ("policy", "policy_ema"):
+        one, other = ((run / name / "model.safetensors").read_bytes() for run in (whole, parts))
+        assert one == other, name
+    assert logged(parts) == logged(whole)
+    for name in ("sft", "ppo"):
+        one, other = ((run / "evaluations" / f"{name}.jsonl").read_text() for run in (whole, parts))
+        assert one == other
+    audited = rayward(sys.executable, "-m", "cluster.cli", "audit", parts, "--json")
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    stage = json.loads(audited.stdout)["stages"]["ppo"]
+    assert (stage["trained"], stage["twice"], stage["resumed"], stage["outstanding"]) == (48, 0, 1, 0)
+    assert stage["issued"] == 48 + stage["dropped"].get("resumed", 0)
+    before = {path: path.stat().st_mtime_ns for path in (parts / "policy").iterdir()}
+    again = rayward(*command(made, parts, "--resume"))
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "ppo: complete, and left as it is" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (parts / "policy").iterdir()}
