@@ -99,9 +99,9 @@ class Engine:
         """Refuse any further use."""
         self._unusable = reason
 
-    async def version(self) -> str:
-        """The version of the weights in use."""
-        return await self._call("tell its version", self._live().get_weight_version())
+    async def version(self, seconds: float | None = None) -> str:
+        """The version of the weights in use, within `seconds` (or call_deadline_s)."""
+        return await self._call("tell its version", self._live().get_weight_version(), seconds)
 
     async def set_version(self, version: str) -> None:
         """Name the weights in use; tokens sampled from here on carry it."""

@@ -146,7 +146,7 @@ class Generator:
         Raises GeneratorError, and the generator is of no more use, if the old weights are gone.
         """
         if not self._engine.paused:
-            await self.version()
+            await self._engine.version(self._transfer_deadline_s)  # it may be meeting somebody who never comes
             return
         try:
             await self._engine.workers("drop received weights", "abandon_weight_update", self._transfer_deadline_s)

@@ -278,7 +278,8 @@ def _memory(config: Config, command: str, parameters: int) -> dict[str, int]:
         needs["reference"] = parameters * _NUMBER_BYTES[config.ppo.network.dtype]
     if "generator" in COMMANDS[command].sections:
         cache = int(config.generator.kv_cache_gib * GIB)
-        needs["generators"] = config.cluster.generators * (parameters * _NUMBER_BYTES[config.generator.dtype] + cache)
+        count = max(config.cluster.generators, config.cluster.max_generators or 0)
+        needs["generators"] = count * (parameters * _NUMBER_BYTES[config.generator.dtype] + cache)
     if "scoring" in COMMANDS[command].sections and _scores_with_own_model(config):
         needs["reward service"] = parameters * _NUMBER_BYTES[config.scoring.dtype]
     return needs
