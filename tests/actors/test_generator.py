@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -39,8 +40,10 @@ def gap(served: Served, completion: Completion, temperature: float = 1.0) -> flo
     return (expected - torch.tensor(completion.logprobs)).abs().max().item()
 
 
-def publisher(served: Served, deadline_s: float = 20.0, **sender: type) -> Publisher:
-    config = PublishConfig(deadline_s=deadline_s, bucket_mb=1, parity=EXACT)
+def publisher(
+    served: Served, deadline_s: float = 20.0, kv_cache: Literal["keep", "recompute"] = "keep", **sender: type
+) -> Publisher:
+    config = PublishConfig(deadline_s=deadline_s, bucket_mb=1, parity=EXACT, kv_cache=kv_cache)
     learner = HfLearner(served.model, config, **sender)
     return Publisher(learner, config, PROBES)
 
@@ -160,6 +163,33 @@ def test_requests_in_flight_survive_updates_and_every_token_tells_its_version(se
     for completion in sample(served, QUERIES[:8], 24):
         assert set(completion.versions) == {latest}
         assert gap(served, completion) < CLOSE
+
+
+@pytest.mark.parametrize("kv_cache", ["keep", "recompute"])
+def test_after_an_update_tokens_follow_from_the_new_weights_alone_if_the_cache_is_made_anew(
+    served: Served, kv_cache: Literal["keep", "recompute"]
+) -> None:
+    """With new keys and values a later token has the new model's log-prob; with kept ones it has a mixture's."""
+    publish = publisher(served, kv_cache=kv_cache)
+
+    async def update_while_sampling() -> tuple[int, list[Completion]]:
+        version = await served.generator.version() + 1
+        sampling = asyncio.ensure_future(served.generator.generate(QUERIES[:8], range(8), 200, 1.0))
+        await asyncio.sleep(0.3)
+        publish.source.train()  # pyright: ignore[reportAttributeAccessIssue]
+        assert (await publish.publish([served.generator], version)).lost == {}
+        return version, await sampling
+
+    version, completions = served.runner.run(update_while_sampling())
+    gaps = []
+    for completion in completions:
+        later = completion.versions.count(version) - 1  # the first was drawn from what was computed before the pause
+        if len(set(completion.versions)) > 1 and later > 0:
+            ids = [*completion.query_ids, *completion.response_ids]
+            expected = token_logprobs(served.model, ids)[-later:]
+            gaps.append((expected - torch.tensor(completion.logprobs[-later:])).abs().max().item())
+    assert gaps, "no response was under way"
+    assert (max(gaps) < CLOSE) == (kv_cache == "recompute"), gaps
 
 
 def test_many_updates_through_one_group(served: Served) -> None:
