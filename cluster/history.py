@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from reward_server.records import write_whole
 
@@ -10,12 +11,18 @@ _FILE = "wandb-runs.json"
 
 def earlier_run(run_dir: Path, command: str) -> str | None:
     """Id of the W&B run that a command used the last time; None when there was none."""
-    return _runs(run_dir).get(command)
+    return _runs(run_dir).get(command, {}).get("id")
 
 
-def remember_run(run_dir: Path, command: str, run_id: str) -> None:
-    """Note the id of a command's W&B run."""
-    write_whole(run_dir / _FILE, json.dumps({**_runs(run_dir), command: run_id}, indent=2) + "\n")
+def has_all(run_dir: Path, command: str) -> bool:
+    """Whether that W&B run was finished: after a SIGKILL, W&B lacks what it had not written yet."""
+    return _runs(run_dir).get(command, {}).get("finished", False)
+
+
+def remember_run(run_dir: Path, command: str, run_id: str, finished: bool) -> None:
+    """Note the id of a command's W&B run, and whether it was finished."""
+    runs = {**_runs(run_dir), command: {"id": run_id, "finished": finished}}
+    write_whole(run_dir / _FILE, json.dumps(runs, indent=2) + "\n")
 
 
 def last_steps(run_dir: Path) -> dict[str, int]:
@@ -40,6 +47,6 @@ def forget_stage(run_dir: Path, stage: str) -> None:
             write_whole(path, "\n".join(kept))
 
 
-def _runs(run_dir: Path) -> dict[str, str]:
+def _runs(run_dir: Path) -> dict[str, dict[str, Any]]:
     path = run_dir / _FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

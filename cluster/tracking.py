@@ -21,7 +21,7 @@ from typing import Any, Self
 from cluster.alerts import Alert, Alerts
 from cluster.config import TrackingConfig
 from cluster.console import Console
-from cluster.history import forget_stage, last_steps, remember_run
+from cluster.history import forget_stage, has_all, last_steps, remember_run
 from cluster.prometheus import Exporter
 from cluster.reaping import SPAWNING
 
@@ -47,7 +47,7 @@ class Tracker:
         name: the command, e.g. "ppo", as W&B's job type; the commands of a run directory are a W&B group.
         settings: the resolved configuration, for W&B.
         console: where headlines and phases are shown.
-        run_id: of the W&B run to go on with, which is not sent again what the run directory has; None begins one.
+        run_id: of the W&B run to go on with, which is not sent again what it has; None begins one.
         wandb: stands in for the wandb module in tests.
         """
         self.run_dir = run_dir
@@ -67,7 +67,8 @@ class Tracker:
             "config": dict(settings or {}),
         }
         self._config = config
-        self._sent = last_steps(run_dir) if run_id else {}
+        self._known = run_id is not None and has_all(run_dir, name)
+        self._sent = last_steps(run_dir) if self._known else {}
         self._wandb = None if config.mode == "disabled" else _WandbFeed(config, self._start, wandb)
         self._alerts = Alerts(config.alerts, self._alert)
         self._closing = contextlib.ExitStack()
@@ -77,7 +78,7 @@ class Tracker:
         """The same in the subdirectory `name`; in W&B it is the same run, with `name`/ before everything."""
         part = copy.copy(self)
         part.run_dir, part._prefix = self.run_dir / name, f"{self._prefix}{name}/"
-        part._sent = last_steps(part.run_dir) if self._start["resume"] else {}
+        part._sent = last_steps(part.run_dir) if self._known else {}
         return part
 
     @property
@@ -95,7 +96,7 @@ class Tracker:
             self._sinks.append(self._closing.enter_context(_tensorboard(self.run_dir / "tensorboard")))
         self._closing.enter_context(_ticking(self._alerts.tick))
         if self._wandb is not None:
-            remember_run(self.run_dir, self._start["job_type"], self.run_id)
+            remember_run(self.run_dir, self._start["job_type"], self.run_id, finished=False)
             self._wandb.start()
         return self
 
@@ -107,6 +108,7 @@ class Tracker:
         self._closing.close()
         if self._wandb is not None:
             self._wandb.close()
+            remember_run(self.run_dir, self._start["job_type"], self.run_id, finished=True)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step of a stage ("sft", "reward", "ppo", ...), by the name "area/name"."""

@@ -3,16 +3,17 @@
 import json
 from pathlib import Path
 
-from cluster.history import earlier_run, forget_stage, last_steps, remember_run
+from cluster.history import earlier_run, forget_stage, has_all, last_steps, remember_run
 from tests.synthetic_run import write_rows
 
 
 def test_each_command_has_its_own_wandb_run(tmp_path: Path):
     assert earlier_run(tmp_path, "ppo") is None
-    remember_run(tmp_path, "ppo", "a1")
-    remember_run(tmp_path, "sft", "b2")
-    remember_run(tmp_path, "ppo", "c3")
+    remember_run(tmp_path, "ppo", "a1", finished=True)
+    remember_run(tmp_path, "sft", "b2", finished=True)
+    remember_run(tmp_path, "ppo", "c3", finished=False)
     assert (earlier_run(tmp_path, "ppo"), earlier_run(tmp_path, "sft")) == ("c3", "b2")
+    assert [has_all(tmp_path, name) for name in ("ppo", "sft", "reward")] == [False, True, False]
 
 
 def test_the_last_step_of_each_stage_is_found_behind_a_torn_line(tmp_path: Path):
