@@ -172,6 +172,13 @@ COMMANDS = {
         entry="cluster.scaling:scale",
         arguments={"N": "how many there should be from the next version on"},
     ),
+    "serve": Command(
+        purpose="Serve scores over HTTP to others, from a reward model, a function, rules, or a mix of them.",
+        files="Reads RUN/reward, or what scoring.parts names. Answers /score, /health, /metrics and /openapi.json.",
+        example="rayward serve --run runs/mine --serve.port 8700 --serve.replicas 2",
+        entry="cluster.launch:serve",
+        sections=("models", "cluster", "scoring", "serve", "tracking"),
+    ),
     "report": Command(
         purpose="Write RUN/report.html from the files of a run directory.",
         files="Reads nothing but the run directory; a run that is unfinished or was killed will do.",

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from actors.config import GeneratorConfig, RolloutConfig
 from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
-from reward_server.config import LabelerConfig, SourceConfig
+from reward_server.config import LabelerConfig, ServeConfig, SourceConfig
 
 
 class FleetConfig(BaseModel):
@@ -291,6 +291,8 @@ class Config(BaseModel):
     """Which epoch of an SFT model is the best."""
     scoring: SourceConfig = SourceConfig()
     """What scores responses in step 3."""
+    serve: ServeConfig = ServeConfig()
+    """The reward service for others."""
     ppo: PPOConfig = PPOConfig()
     """Step 3."""
     rollout: RolloutConfig = RolloutConfig()

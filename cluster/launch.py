@@ -160,6 +160,13 @@ def audit(run_dir: Path, console: Console, json: bool) -> int:
     return run_audit(run_dir, console, json)
 
 
+def serve(job: Job) -> None:
+    """Scores for others, until Ctrl-C."""
+    from cluster.serving import run_serve  # Ray Serve takes a second to import, which no other command needs
+
+    run_serve(job, _own_reward_model(job))
+
+
 def lineage(run_dir: Path, console: Console, json: bool) -> None:
     """Where everything in a run directory comes from."""
     console.show(Text(lineage_json(run_dir)) if json else lineage_tree(run_dir))

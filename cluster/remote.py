@@ -175,7 +175,7 @@ def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Remot
         )
     mark = secrets.token_hex(8)
     env = {variable: str(options.threads) for variable in _THREAD_VARIABLES}
-    env |= {"PYTHONPATH": _python_path(), ACTOR_MARK: mark, **options.env}
+    env |= {"PYTHONPATH": python_path(), ACTOR_MARK: mark, **options.env}
     actor = (
         ray.remote(Host)
         .options(
@@ -196,7 +196,7 @@ def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Remot
     return RemoteHandle(cls, options, actor)
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """The checkout, then what is set. Not site-packages: it must not come before the standard library."""
     paths = [] if str(_ROOT) == sysconfig.get_path("purelib") else [str(_ROOT)]
     return os.pathsep.join(paths + [path for path in [os.environ.get("PYTHONPATH")] if path])

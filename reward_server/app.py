@@ -14,9 +14,10 @@ from typing import Any
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from reward_server.batching import Batching, Busy, Contradiction
+from reward_server.config import Limits
 from reward_server.schema import ScoreBatch, ScoreBatchReply
 from reward_server.sources import Source
 
@@ -29,27 +30,6 @@ _BODY = {
     }
 }
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-
-
-class Limits(BaseModel):
-    """What one server takes on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
-    """Largest body of a post."""
-    max_requests: int = Field(default=4096, ge=1)
-    """Most responses in a post."""
-    max_waiting: int = Field(default=64, ge=1)
-    """Posts computed or waiting; one more is turned away with 503."""
-    max_batch: int = Field(default=1024, ge=1)
-    """Most responses that are scored at once for several clients; the source cuts them into batches of tokens."""
-    read_s: float = Field(default=30.0, gt=0)
-    """Seconds that a client has to send its body."""
-    health_s: float = Field(default=60.0, gt=0)
-    """Seconds that the probe of /health may take, waiting for its turn included."""
-    remember: int = Field(default=100_000, ge=1)
-    """Scores kept by request id, so that a retry is answered without computing again."""
 
 
 def create_app(source: Source, token: str | None = None, limits: Limits | None = None) -> FastAPI:
@@ -218,7 +198,7 @@ def serve(
     """
     if token is not None and not token.strip():
         raise ValueError("the reward server's token is empty; set a secret one, or none on the loopback")
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         raise ValueError(
             f"the reward server would listen on {host!r}, which others can reach, without a token; set one, "
             "or listen on 127.0.0.1"
@@ -252,7 +232,8 @@ def serve(
     return ScoreServer(server, thread, f"http://{shown}:{listener.getsockname()[1]}")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -98,3 +98,60 @@ class LabelerConfig(BaseModel):
     """simulated:vader (sentiment by the VADER lexicon), or module:function, (list[str]) -> list[float]."""
     tie_margin: float = Field(default=0.05, ge=0)
     """Verdicts at most this far apart are a tie."""
+
+
+class Limits(BaseModel):
+    """What one server takes on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
+    """Largest body of a post."""
+    max_requests: int = Field(default=4096, ge=1)
+    """Most responses in a post."""
+    max_waiting: int = Field(default=64, ge=1)
+    """Posts computed or waiting; one more is turned away with 503."""
+    max_batch: int = Field(default=1024, ge=1)
+    """Most responses that are scored at once for several clients; the source cuts them into batches of tokens."""
+    read_s: float = Field(default=30.0, gt=0)
+    """Seconds that a client has to send its body."""
+    health_s: float = Field(default=60.0, gt=0)
+    """Seconds that the probe of /health may take, waiting for its turn included."""
+    remember: int = Field(default=100_000, ge=1)
+    """Scores kept by request id, so that a retry is answered without computing again."""
+
+
+class ServeConfig(BaseModel):
+    """The reward service as a service of its own: `rayward serve`, and the replicas of a run's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address to listen on; off the loopback a token is needed (RAYWARD_REWARD_TOKEN in the environment)."""
+    port: int = Field(default=8700, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the service. More than one run on Ray Serve, which spreads the posts over them."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Let Ray Serve add copies up to this number while posts queue, and take them away again."""
+    posts_per_replica: float = Field(default=4.0, gt=0)
+    """Posts computed or waiting at a copy, on average, above which another is added."""
+    threads: int = Field(default=1, ge=1)
+    """Threads of a copy, and the CPUs that Ray reserves for it."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs that Ray reserves for a copy; a part of one to share it."""
+    limits: Limits = Limits()
+    """What one copy takes on."""
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether it takes Ray Serve."""
+        return max(self.replicas, self.max_replicas or 1) > 1
+
+    @model_validator(mode="after")
+    def _counts_are_ordered(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"serve.max_replicas = {self.max_replicas} is below serve.replicas = {self.replicas}: raise or unset it"
+            )
+        return self

@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,10 @@ from cluster.commands import COMMANDS
 from cluster.config import Config
 from cluster.settings import settings
 from learner.corpora import read_texts
+from reward_server.app import serve
+from reward_server.config import PartConfig, SourceConfig
 from reward_server.labeling import read_comparisons
+from reward_server.sources import build_source
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("reward_server", "actors", "learner", "cluster")
@@ -114,3 +118,31 @@ def test_every_source_file_has_its_line_in_where_to_look(package: str):
     table = ARCHITECTURE.split(f"\n**{package}/**")[1].split("\n**")[0]
     files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
     assert set(re.findall(r"`(\w+\.py)`", table)) == files
+
+
+SCORING = (ROOT / "docs" / "scoring.md").read_text(encoding="utf-8")
+
+
+def test_the_example_client_of_the_scoring_page_gets_a_score(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    source = build_source(SourceConfig(parts=(PartConfig(name="words", kind="length"),)))
+    server = serve(source, token="open-sesame")
+    try:
+        monkeypatch.setenv("SCORES", server.url)
+        monkeypatch.setenv("RAYWARD_REWARD_TOKEN", "open-sesame")
+        exec(re.findall(r"```python\n(.*?)```", SCORING, re.DOTALL)[0], {})
+    finally:
+        server.close()
+    assert capsys.readouterr().out == "[2.0]\n"
+
+
+def test_the_sources_of_the_scoring_page_are_a_right_configuration(tmp_path: Path):
+    file = tmp_path / "mine.toml"
+    file.write_text(re.findall(r"```toml\n(.*?)```", SCORING, re.DOTALL)[0])
+    call = parse(COMMANDS["serve"], ["--config", str(file)])
+    assert [part.name for part in load(Config, call).scoring.parts] == ["reward_model", "brevity", "no_links"]
+
+
+@pytest.mark.parametrize("line", re.findall(r"^rayward ([a-z]+ .*)", SCORING, re.MULTILINE))
+def test_a_command_of_the_scoring_page_is_understood(line: str):
+    name, *words = shlex.split(line, comments=True)
+    load(Config, parse(COMMANDS[name], words))
