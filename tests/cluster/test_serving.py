@@ -96,7 +96,7 @@ def test_off_the_loopback_a_token_is_needed(monkeypatch):
 
 
 def test_bounds_of_replicas_are_checked():
-    with pytest.raises(ValueError, match="max_replicas = 1 is below serve.replicas = 2"):
+    with pytest.raises(ValueError, match=r"max_replicas = 1 is below serve\.replicas = 2"):
         ServeConfig(replicas=2, max_replicas=1)
     assert [ServeConfig(replicas=r, max_replicas=m).on_ray for r, m in ((1, None), (1, 1), (1, 2), (2, None))] == [
         *(False, False, True, True)
