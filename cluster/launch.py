@@ -164,7 +164,7 @@ def serve(job: Job) -> None:
     """Scores for others, until Ctrl-C."""
     from cluster.serving import run_serve  # Ray Serve takes a second to import, which no other command needs
 
-    run_serve(job, _own_reward_model(job))
+    run_serve(job, job.reward_to_serve())
 
 
 def lineage(run_dir: Path, console: Console, json: bool) -> None:
