@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.config import RolloutConfig
+from actors.engine import GeneratorError
 from actors.prompts import PromptStream
 from actors.rollout import rollout
 from actors.trajectory import Completion, Trajectory
@@ -38,6 +39,8 @@ class FakeWorker:
     """how long a wave takes"""
     fatal: str = ""
     """the method in which it dies"""
+    refuses: str = ""
+    """the method that fails although the process lives"""
     hangs_in: str = ""
     """the method that never answers; "" for none, "all" from the first wave on"""
     version: int = -1
@@ -60,6 +63,8 @@ class FakeWorker:
         await asyncio.wait({self._death}, timeout=60.0 if stuck else seconds)
         if self._death.done():
             raise ActorDied(self.name, f"killed in {method}")
+        if method == self.refuses:
+            raise GeneratorError(f"{self.name} cannot {method}")
 
     async def generate(
         self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float

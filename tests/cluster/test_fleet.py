@@ -75,6 +75,34 @@ def test_one_that_dies_in_any_state_is_replaced_and_costs_only_its_waves(state: 
     assert dropped.get("generator lost", 0) <= 2, "a wave has two prompts, and each is issued once more"
 
 
+def test_one_that_misses_a_version_and_lives_is_replaced(tmp_path: Path) -> None:
+    run = Run(tmp_path, staleness=1)
+
+    async def update(version: int) -> None:
+        if version == 1:
+            run.worker("generator-0").refuses = "finish_update"
+        if version == 3:
+            await until(lambda: len(run.workers) == 3, "a replacement")
+
+    asyncio.run(run.train(6, update))
+    check(run, 6, staleness=1)
+    assert run.metrics[-1]["fleet/restarts"] == 1
+    assert (run.workers[0].version, run.worker("generator-0").version) == (1, 6)
+
+
+def test_one_that_dies_while_it_has_no_work_costs_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+
+    async def update(version: int) -> None:
+        if version == 1:
+            run.worker("generator-0").kill()
+            await until(lambda: len(run.fleet.serving) == 1, "its death")
+
+    asyncio.run(run.train(4, update))
+    check(run, 4)
+    assert audit(run.ledger).dropped == {}
+
+
 def test_a_replacement_has_no_work_before_it_has_the_weights_and_their_proof(tmp_path: Path) -> None:
     run = Run(tmp_path, shape=first_life("generator-0", fatal="generate"))
 
