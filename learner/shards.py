@@ -38,13 +38,9 @@ def gradients(optimizer: Any, trained: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def clear_leftovers(optimizer: Any) -> None:
-    """After a step: forget what DeepSpeed would otherwise add to, or take for, the next step's gradients."""
-    if hasattr(optimizer, "grad_partitions_flat_buffer"):
-        # The first backward of a step overwrites the gradients that it reaches; those of the others would be stale.
+    """After a step: forget gradients that the next step might not overwrite, of parameters that no loss reaches."""
+    if hasattr(optimizer, "grad_partitions_flat_buffer"):  # ZeRO 3
         optimizer.grad_partitions_flat_buffer.zero_()
-    elif not getattr(optimizer, "partition_gradients", True) and optimizer.cpu_offload:
-        # ZeRO 1 adds this buffer to gradients that `.grad` has accumulated already.
-        optimizer.accumulated_grads_in_cpu.clear()
 
 
 def _stage_2(optimizer: Any, group: int) -> list[Tensor]:

@@ -181,10 +181,14 @@ def test_what_is_not_finite_leaves_weights_and_average_alone(dtype, stage, poiso
 def test_parameters_that_a_loss_does_not_reach_have_gradients_of_zero(dtype, stage):
     network = Plane(dtype)
     trained = engine(network, zero_stage=stage)
-    trained.backward(3.0 * trained.network(torch.zeros(0)).float())
-    assert flat(trained.gradients()) == [0.0, 0.0, 3.0]
-    assert trained.step(0.5) == pytest.approx(3.0)
-    assert values(network) == [1.0, -2.0]
+    for reached_before in (False, True):
+        if reached_before:
+            push(trained, 5.0, 5.0)
+            trained.step(0.0)  # nothing of it may be left in the next step
+        trained.backward(3.0 * trained.network(torch.zeros(0)).float())
+        assert flat(trained.gradients()) == [0.0, 0.0, 3.0]
+        assert trained.step(0.5 if not reached_before else 0.0) == pytest.approx(3.0)
+        assert values(network) == [1.0, -2.0]
     assert values(network, "bias")[0] == pytest.approx(-0.5, abs=1e-3)
 
 

@@ -140,6 +140,7 @@ def policy_loss(model: nn.Module, batch: Batch, targets: Targets) -> Tensor:
     new = new.gather(2, batch.response_ids[..., None])[..., 0]
     ratio = (new - targets.evaluation.logprobs).exp()
     surrogate = torch.minimum(targets.advantages * ratio, targets.advantages * ratio.clip(0.8, 1.2))
+    assert targets.weights is not None
     return -(targets.weights * surrogate)[batch.mask].mean()
 
 
