@@ -100,7 +100,7 @@ def test_one_that_dies_while_it_has_no_work_costs_nothing(tmp_path: Path) -> Non
 
     asyncio.run(run.train(4, update))
     check(run, 4)
-    assert audit(run.ledger).dropped == {}
+    assert set(audit(run.ledger).dropped) <= {"stopped"}, "those of the end alone"
 
 
 def test_a_replacement_has_no_work_before_it_has_the_weights_and_their_proof(tmp_path: Path) -> None:
