@@ -88,6 +88,7 @@ def test_one_that_misses_a_version_and_lives_is_replaced(tmp_path: Path) -> None
     check(run, 6, staleness=1)
     assert run.metrics[-1]["fleet/restarts"] == 1
     assert (run.workers[0].version, run.worker("generator-0").version) == (1, 6)
+    assert "stale" not in audit(run.ledger).dropped, "it took no more work"
 
 
 def test_one_that_dies_while_it_has_no_work_costs_nothing(tmp_path: Path) -> None:
