@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from cluster import dashboard
@@ -6,7 +8,8 @@ from cluster.dashboard import SECTIONS, workspace
 
 def test_the_workspace_has_every_plot_over_the_iterations():
     made = workspace("us", "rayward")
-    plots = {panel.title: panel for section in made.sections for panel in section.panels}
+    panels: list[Any] = [panel for section in made.sections for panel in section.panels]
+    plots = {panel.title: panel for panel in panels}
     assert plots.keys() == {title for section in SECTIONS.values() for title in section}
     assert {plot.x for plot in plots.values()} == {"ppo/step"}
     assert plots["Gradient norms of both terms"].y == ["ppo/grad_norm/policy", "ppo/grad_norm/pretraining"]

@@ -63,7 +63,7 @@ def test_an_indivisible_batch_is_refused_with_its_neighbours():
         ValueError,
         match=r"ppo.minibatch_size = 60 .* 512 responses.*= 32 or 64, or ppo.prompts_per_batch = 480 or 540$",
     ):
-        plan_ppo(**PPO | {"minibatch": 60})
+        plan_ppo(**PPO | {"minibatch": 60})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("rows", "batch", "share"), [(100, 32, 0.1), (7, 8, 0.0), (1, 2, 0.4), (65, 16, 0.5)])

@@ -136,7 +136,7 @@ def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner |
 class FailingLearner(RecordingLearner):
     """Skips the policy's steps; the critic's are fine."""
 
-    async def update(self, *args):
+    async def update(self, batch, targets, minibatches, pretraining, step):
         self.events.append("update")
         value = {"value_tokens": 4.0, "loss/value": 4.0, "value/clip_fraction": 4.0}
         return [{**value, "skipped/policy": 1.0, "nonfinite/policy/loss/policy": 1.0} for _ in range(2)]
