@@ -1,6 +1,7 @@
 """What `rayward doctor` looks at: facts of this machine and of a running cluster, without a judgement."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,7 @@ import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -146,7 +148,8 @@ def cluster_at(address: str) -> Cluster:
     try:
         with tempfile.TemporaryDirectory() as logs, start_ray(address, cpus=0, log_dir=Path(logs), deadline_s=10):
             nodes = cluster_nodes()
-            dashboard = ray._private.worker.get_dashboard_url()
+            worker: Any = importlib.import_module("ray._private.worker")
+            dashboard = worker.get_dashboard_url()
             return Cluster(
                 address=address,
                 machines="; ".join(f"{node.address} {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes),

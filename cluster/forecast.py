@@ -263,7 +263,9 @@ def _batches(config: Config, step: str, lengths: Lengths, run_dir: Path) -> PPOP
         )
     if step == "sft":
         rows = rows_of(data.demonstrations, run_dir / "data" / "demonstrations.jsonl") or config.plan.demonstrations
-        return rows and plan_sft(
+        if rows is None:
+            return None
+        return plan_sft(
             rows=rows,
             epochs=sft.epochs,
             batch=sft.batch_size,
@@ -279,7 +281,9 @@ def _batches(config: Config, step: str, lengths: Lengths, run_dir: Path) -> PPOP
             or rows_of(data.preference_prompts, own / "preference_prompts.jsonl")
             or config.plan.ranked_prompts
         )
-        return rows and plan_reward(
+        if rows is None:
+            return None
+        return plan_reward(
             rows=rows,
             valid_share=reward.valid_share,
             epochs=reward.epochs,

@@ -174,15 +174,15 @@ def _counted(fields: str, kind: type[PretrainedConfig], name: str) -> Shape:
     layers = int(text.num_hidden_layers)
     first: nn.Module = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
     maps = [module for module in first.modules() if isinstance(module, nn.Linear | Conv1D)]
-    head: Any = model.get_output_embeddings()
-    embeddings: Any = model.get_input_embeddings()
+    language_model: Any = model
+    head, embeddings = language_model.get_output_embeddings(), language_model.get_input_embeddings()
     tied = head is None or head.weight is embeddings.weight
     heads = int(text.num_attention_heads)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * int(text.hidden_size)
     return Shape(
         name=name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        head=0 if tied else sum(parameter.numel() for parameter in head.parameters()),
+        head=0 if tied or head is None else sum(parameter.numel() for parameter in head.parameters()),
         layer=sum(parameter.numel() for parameter in first.parameters()),
         adapter_width=sum(sum(one.weight.shape) for one in maps),
         layers=layers,

@@ -51,7 +51,8 @@ def test_the_papers_batch():
 
 
 def test_samples_and_epochs_multiply():
-    plan = plan_ppo(**PPO | {"prompts": 10, "samples": 6, "minibatch": 15, "epochs": 3, "pretraining_per_episode": 0.0})
+    changes = {"prompts": 10, "samples": 6, "minibatch": 15, "epochs": 3, "pretraining_per_episode": 0.0}
+    plan = plan_ppo(**{**PPO, **changes})
     assert (plan.episodes, plan.minibatches, plan.steps) == (60, 4, 12)
     assert (plan.pretraining_sequences, plan.pretraining_microbatches, plan.pretraining_tokens) == (0, 0, 0)
     assert plan.total_tokens == 500 * 60 * 1024 * 3
@@ -63,7 +64,7 @@ def test_an_indivisible_batch_is_refused_with_its_neighbours():
         ValueError,
         match=r"ppo.minibatch_size = 60 .* 512 responses.*= 32 or 64, or ppo.prompts_per_batch = 480 or 540$",
     ):
-        plan_ppo(**PPO | {"minibatch": 60})  # pyright: ignore[reportArgumentType]
+        plan_ppo(**{**PPO, "minibatch": 60})
 
 
 @pytest.mark.parametrize(("rows", "batch", "share"), [(100, 32, 0.1), (7, 8, 0.0), (1, 2, 0.4), (65, 16, 0.5)])
