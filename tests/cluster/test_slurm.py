@@ -102,6 +102,11 @@ def test_a_cancelled_job_stops_the_run_and_ray(script, tmp_path):
     assert any(call.startswith("ray stop") for call in calls(tmp_path))
 
 
+def test_a_requeued_job_resumes(script, tmp_path):
+    assert script("ppo", SLURM_RESTART_COUNT="1").wait(60) == 0
+    assert "rayward ppo --cluster.address 10.1.2.3:20077 --resume" in calls(tmp_path)
+
+
 def test_without_a_command_it_says_what_to_write(script):
     process = script()
     assert process.wait(60) == 2
