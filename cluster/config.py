@@ -194,6 +194,8 @@ class EvaluationConfig(BaseModel):
     """Held-out prompts to answer at most."""
     seed: int = 1234
     """Seed of the samples, the same for every model."""
+    shown: int = Field(default=10, ge=1)
+    """Samples of the highest score, of the lowest and at random that W&B shows; RUN/evaluations has all."""
 
 
 class QuickstartConfig(BaseModel):

@@ -1,11 +1,12 @@
 """What a model does on prompts and text that it was not trained on."""
 
 import json
+import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Self
+from typing import Any, Self
 
 from actors.prompts import Prompt
 from actors.sampling import sample
@@ -94,7 +95,8 @@ class HeldOut:
         path = job.run_dir / "evaluations" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        job.tracker.table(f"heldout/{name}", [{**row, "prompt": row["prompt"][-1]["content"]} for row in rows])
+        shown = telling(rows, evaluation.shown, evaluation.seed)
+        job.tracker.table(f"heldout/{name}", [{**row, "prompt": row["prompt"][-1]["content"]} for row in shown])
         loss = await self.learner.language_model_loss("policy", self.text, config.max_tokens_per_microbatch)
         return Held(gold=fmean(golds), score=fmean(scores), kl=fmean(kls), pretraining_loss=loss)
 
@@ -118,3 +120,13 @@ class HeldOut:
             await self.learner.response_logprobs(name, batch, budget, temperature) for name in ("policy", "reference")
         ]
         return kl_per_response(policy, reference, batch.mask).tolist()
+
+
+def telling(rows: Sequence[dict[str, Any]], each: int, seed: int) -> list[dict[str, Any]]:
+    """The samples worth reading: `each` of the highest and of the lowest score, and as many at random of the rest."""
+    order = sorted(rows, key=lambda row: row["score"], reverse=True)
+    lowest = order[max(each, len(order) - each) :]
+    rest = order[each : max(each, len(order) - each)]
+    chosen = random.Random(seed).sample(rest, min(each, len(rest)))
+    picks = {"highest": order[:each], "lowest": lowest[::-1], "random": chosen}
+    return [{"shown for": why, **row} for why, rows in picks.items() for row in rows]

@@ -80,8 +80,10 @@ class Job:
         return self.model("reward") if uses else None
 
     def made(self, kind: str, path: Path, *inputs: str | Path) -> None:
-        """Record in the lineage that `path` was made of `inputs`."""
-        record(self.root or self.run_dir, kind, path, inputs, self.command, self.config)
+        """Record in the lineage, and in W&B, that `path` was made of `inputs`."""
+        made = record(self.root or self.run_dir, kind, path, inputs, self.command, self.config)
+        facts = {"sha256": made.sha256, "command": made.command, "config": made.config, "commit": made.commit}
+        self.tracker.artefact(made.path, kind, path, [one.path for one in made.inputs], facts)
 
     def stage(
         self,

@@ -7,10 +7,9 @@ later. Credentials come from W&B's own environment and files, never from the con
 
 import contextlib
 import copy
-import importlib
 import json
 import logging
-import queue
+import re
 import secrets
 import threading
 import time
@@ -23,7 +22,7 @@ from cluster.config import TrackingConfig
 from cluster.console import Console
 from cluster.history import forget_stage, has_all, last_steps, remember_run
 from cluster.prometheus import Exporter
-from cluster.reaping import SPAWNING
+from cluster.wandb_feed import WandbFeed
 
 log = logging.getLogger(__name__)
 _TICK_S = 5.0
@@ -69,7 +68,7 @@ class Tracker:
         self._config = config
         self._known = run_id is not None and has_all(run_dir, name)
         self._sent = last_steps(run_dir) if self._known else {}
-        self._wandb = None if config.mode == "disabled" else _WandbFeed(config, self._start, wandb)
+        self._wandb = None if config.mode == "disabled" else WandbFeed(config, self._start, wandb)
         self._alerts = Alerts(config.alerts, self._alert)
         self._closing = contextlib.ExitStack()
         self._sinks: list[Callable[[str, int, Mapping[str, float]], None]] = [self.console.metrics, self._alerts.step]
@@ -140,6 +139,27 @@ class Tracker:
         cells = [[row[column] for column in columns] for row in rows]
         self._feed(lambda wandb, run: run.log({self._prefix + name: wandb.Table(columns=columns, data=cells)}))
 
+    def artefact(
+        self, name: str, kind: str, path: Path, inputs: Sequence[str], facts: Mapping[str, str | None]
+    ) -> None:
+        """Put a file or folder into W&B's lineage, by reference: nothing is uploaded.
+
+        `name` and `inputs` are paths relative to the run directory; what was not made in it is left out.
+        """
+
+        def log_it(wandb: Any, run: Any) -> None:
+            artifact = wandb.Artifact(self._artefact(name), type=kind, metadata={**facts, "inputs": list(inputs)})
+            artifact.add_reference(path.resolve().as_uri(), checksum=False)
+            for one in inputs if self._config.mode == "online" else ():  # W&B has to be asked which version it is
+                if not one.startswith("/") and (self.run_dir / one).exists():
+                    run.use_artifact(f"{self._artefact(one)}:latest")
+            run.log_artifact(artifact)
+
+        self._feed(log_it)
+
+    def _artefact(self, name: str) -> str:
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self._start['group']}-{name}")
+
     def image(self, name: str, path: Path) -> None:
         """Show a picture file in W&B."""
         self._feed(lambda wandb, run: run.log({self._prefix + name: wandb.Image(str(path))}))
@@ -209,100 +229,3 @@ def _log_step(run: Any, stage: str, step: int, values: Mapping[str, float]) -> N
     run.define_metric(prefix + "*", step_metric=prefix + "step")
     named = {name if name.startswith(prefix) else prefix + name: value for name, value in values.items()}
     run.log({prefix + "step": step, **named})
-
-
-class _WandbFeed:
-    """Does what is put into it to a W&B run, on its own thread; counts and leaves out what fails."""
-
-    def __init__(self, config: TrackingConfig, start: dict[str, Any], wandb: Any) -> None:
-        self._config = config
-        self._start = start
-        self._wandb = wandb
-        self._items: queue.Queue[Callable[[Any, Any], None] | None] = queue.Queue(config.queue_size)
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._lost = 0
-        self._warned = False
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def put(self, item: Callable[[Any, Any], None]) -> None:
-        try:
-            self._items.put_nowait(item)
-        except queue.Full:
-            self._lose(f"W&B is {self._items.maxsize} steps behind")
-
-    def close(self) -> None:
-        deadline = time.monotonic() + self._config.close_deadline_s
-        with contextlib.suppress(queue.Full):
-            self._items.put(None, timeout=self._config.close_deadline_s)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        where = Path(self._start["dir"]) / "wandb"
-        if self._thread.is_alive():
-            log.warning(
-                "W&B did not finish within %g s; what is in %s can be sent later with `wandb sync`",
-                self._config.close_deadline_s,
-                where,
-            )
-        if self._lost:
-            log.warning("%d records are not in W&B; metrics.jsonl has every step", self._lost)
-
-    def _work(self) -> None:
-        wandb, run = self._wandb, None
-        try:
-            wandb = wandb or importlib.import_module("wandb")
-            with SPAWNING:  # W&B's own process must not be taken for one of Ray's
-                run = self._init(wandb)
-        except BaseException as error:  # wandb raises SystemExit too
-            self._warn(f"W&B could not be started ({_reason(error)})")
-        while (item := self._items.get()) is not None:
-            if run is None:
-                self._lost += 1
-                continue
-            try:
-                item(wandb, run)
-            except BaseException as error:
-                self._lose(f"W&B failed ({_reason(error)})")
-        if run is not None:
-            try:
-                run.finish()
-            except BaseException as error:
-                self._warn(f"W&B could not finish ({_reason(error)})")
-
-    def _init(self, wandb: Any) -> Any:
-        wandb.setup(settings=self._settings(wandb))  # else it prints whose key it has found
-        modes = ("online", "offline") if self._config.mode == "online" else ("offline",)
-        for mode in modes:
-            try:
-                return wandb.init(mode=mode, settings=self._settings(wandb), **self._start)
-            except Exception as error:
-                if mode == "offline":
-                    raise
-                self._warn(f"W&B is offline for this run ({_reason(error)})")
-                self._start["id"] = secrets.token_hex(4)  # the failed attempt may hold the old one
-
-    def _settings(self, wandb: Any) -> Any:
-        """No output, no copies of the code or of what is printed, no waiting without end."""
-        return wandb.Settings(
-            silent=True,
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            x_save_requirements=False,
-            init_timeout=self._config.close_deadline_s / 2,
-            finish_timeout=self._config.close_deadline_s / 2,
-        )
-
-    def _lose(self, why: str) -> None:
-        self._lost += 1
-        self._warn(why)
-
-    def _warn(self, why: str) -> None:
-        if not self._warned:
-            self._warned = True
-            log.warning("%s. The run goes on, with every step in metrics.jsonl", why)
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -306,3 +306,32 @@ def test_a_stage_that_starts_over_is_sent_again(tmp_path: Path):
         again.log("ppo", 1, {"score/mean": 2.0})
     assert len(wandb.run.logged) == 1
     assert [row["score/mean"] for row in rows(tmp_path / "metrics.jsonl")] == [2.0]
+
+
+class FakeArtifact:
+    def __init__(self, name: str, type: str, metadata: dict[str, Any]) -> None:
+        self.name, self.type, self.metadata = name, type, metadata
+        self.references: list[str] = []
+
+    def add_reference(self, uri: str, checksum: bool) -> None:
+        self.references.append(uri)
+
+
+@pytest.mark.parametrize(("mode", "used"), [("online", ["mine-sft:latest"]), ("offline", [])])
+def test_what_was_made_is_an_artefact_with_what_it_was_made_of(tmp_path: Path, mode: str, used: list[str]):
+    fake, run_dir = FakeWandb(), tmp_path / "mine"
+    logged: list[FakeArtifact] = []
+    asked: list[str] = []
+    fake.Artifact = FakeArtifact  # pyright: ignore[reportAttributeAccessIssue]
+    fake.run.log_artifact = logged.append  # pyright: ignore[reportAttributeAccessIssue]
+    fake.run.use_artifact = asked.append  # pyright: ignore[reportAttributeAccessIssue]
+    (run_dir / "sft").mkdir(parents=True)
+    with tracker(run_dir, fake, mode=mode) as found:
+        found.artefact(
+            "round-1/policy", "policy", run_dir / "policy", ["sft", "/data/p.jsonl", "hub/id"], {"sha256": "1f"}
+        )
+    (one,) = logged
+    assert (one.name, one.type) == ("mine-round-1-policy", "policy")
+    assert one.metadata == {"sha256": "1f", "inputs": ["sft", "/data/p.jsonl", "hub/id"]}
+    assert one.references == [(run_dir / "policy").resolve().as_uri()]
+    assert asked == used
