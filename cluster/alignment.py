@@ -144,6 +144,7 @@ class Alignment:
             config.max_staleness,
             progress.version,
             ledger=ledger,
+            batches=config.iterations,
             waiting=waiting,
         )
         progress.restore(buffer, ledger)

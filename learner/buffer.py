@@ -8,6 +8,7 @@ PPO without a second code path. (The rule is AReaL's capacity formula, arXiv 250
 
 import asyncio
 import heapq
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,16 +34,21 @@ class Buffer:
         version: int = 0,
         *,
         ledger: Ledger,
+        batches: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         waiting: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> None:
-        """`waiting`: entered whenever the learner has to wait for a batch, and so has no use for its processes."""
+        """`batches`: how many the run takes in all, if that is known: nothing is sampled for a later one.
+
+        `waiting`: entered whenever the learner has to wait for a batch, and so has no use for its processes.
+        """
         assert min(prompts_per_batch, samples_per_prompt) >= 1, (prompts_per_batch, samples_per_prompt)
         assert min(max_staleness, version) >= 0, (max_staleness, version)
         self.prompts_per_batch = prompts_per_batch
         self.samples_per_prompt = samples_per_prompt
         self.max_staleness = max_staleness
         self.version = version
+        self._batches = math.inf if batches is None else batches
         self._ledger = ledger
         self._clock = clock
         self._waiting = waiting
@@ -226,7 +232,8 @@ class Buffer:
         return f"{len(missing)} of its {len(numbers)} prompts are missing: {states}"
 
     def _capacity(self) -> int:
-        return max((self.version + 1 + self.max_staleness) * self.prompts_per_batch - self._admitted, 0)
+        ahead = min(self.version + 1 + self.max_staleness, self._batches)
+        return max(int(ahead * self.prompts_per_batch) - self._admitted, 0)
 
     def _issue(self) -> Ticket:
         if self._again:

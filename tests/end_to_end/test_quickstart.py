@@ -44,8 +44,13 @@ def run(tmp_path_factory):
 
 
 def rows(run, stage):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in lines if row["stage"] == stage]
+    """The metrics of each step, which may be logged in parts: those of the iteration, those of its checkpoint."""
+    steps = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["stage"] == stage:
+            steps.setdefault(row["step"], {}).update(row)
+    return list(steps.values())
 
 
 @pytest.mark.timeout(660)

@@ -106,6 +106,14 @@ def test_staleness_one_overlaps_one_batch() -> None:
     assert at_once(buffer.admit(1)) is None
 
 
+@pytest.mark.parametrize("staleness", [0, 1, 5])
+def test_nothing_is_sampled_for_a_batch_that_will_not_be_taken(staleness: int) -> None:
+    buffer = Buffer(2, 1, staleness, ledger=Ledger(None), batches=3)
+    train_to(buffer, 3)
+    assert at_once(buffer.admit(1)) is None
+    assert buffer.counts()["buffer/issued"] == buffer.counts()["buffer/trained"] == 6
+
+
 def test_a_waiting_admission_continues_when_the_learner_advances() -> None:
     async def run() -> list[Ticket]:
         buffer = new_buffer(batch=1)
