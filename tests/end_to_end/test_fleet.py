@@ -79,6 +79,7 @@ class Chaos:
         self.fleet = fleet
         self.armed: int | None = None
         self.killed: list[int] = []
+        self.hunt: asyncio.Task[None]
         publish, phase = fleet.publish, Publisher._run
 
         async def disturbed(version: int) -> dict[str, float]:
@@ -109,15 +110,20 @@ class Chaos:
             while not condition():
                 await asyncio.sleep(0.02)
 
+    async def kill_while_it_decodes(self, name: str) -> None:
+        victim, pid = self.fleet._places[name].member, await self.pid(name)
+        assert victim is not None
+        await self.until(lambda: victim._waves > 0)
+        self.kill(pid)
+        await self.until(lambda: victim.gone, 10.0)
+
     async def before(self, version: int) -> None:
         places = self.fleet._places
         started = lambda name: name in places and places[name].member is not None  # noqa: E731
-        if version == 2:  # an actor, while it decodes
-            victim = places["generator-0"].member
-            assert victim is not None
-            await self.until(lambda: victim._waves > 0)
-            self.kill(await self.pid("generator-0"))
-            await self.until(lambda: victim.gone, 10.0)
+        if version == 1:
+            self.hunt = asyncio.create_task(self.kill_while_it_decodes("generator-0"))
+        if version == 2:
+            await self.hunt
         if version == 4:
             await self.until(lambda: started("generator-0"))
         if version == 5:  # an engine's process, while weights are on their way
