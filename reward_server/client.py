@@ -131,7 +131,8 @@ class RewardClient:
                 async with asyncio.timeout(min(self.attempt_s, left)):
                     return read(await self._attempt(method, path, body, limit))
             except TimeoutError:
-                reason = f"no answer within {min(self.attempt_s, left):.3g} s"
+                if attempts == 1 or left >= self.attempt_s:  # else it says only that the deadline was near
+                    reason = f"no answer within {min(self.attempt_s, left):.3g} s"
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
             except _Retry as error:

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import sys
 import threading
 import time
 import urllib.request
@@ -219,6 +220,7 @@ def test_the_real_wandb_keeps_an_offline_run_without_secrets_and_without_a_word(
 ):
     canary = "c0ffee" * 6 + "cafe"
     monkeypatch.setenv("WANDB_API_KEY", canary)
+    monkeypatch.delitem(sys.modules, "openai", raising=False)  # vLLM's import of it makes W&B recommend a product
     with tracker(tmp_path, None) as found:
         found.log("ppo", 1, {"score/mean": 0.5})
         found.table("samples", [{"prompt": "hi", "gold": 1.0}])
