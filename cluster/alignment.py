@@ -67,7 +67,7 @@ class Alignment:
             "order of prompts": PromptStream(self.prompts, config.seed).fingerprint,
             "order of pretraining": self.text.fingerprint if self.text else None,
         }
-        contents = {f"models.{model}": job.model(model) for model in ("init", "sft", "reward")}
+        contents = {f"models.{model}": job.model(model) for model in ("init", "sft", "reward", "critic")}
         files = ("prompts", "prompts_heldout", "pretraining", "pretraining_valid")
         traces = (job.run_dir / f"ledger-{name}.jsonl", job.run_dir / "checkpoints" / name)
         return job.stage(name, made_with, contents | job.data(*files), name.replace("ppo", "policy"), traces)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cluster.alignment import Alignment
 from cluster.config import Config, TrackingConfig
@@ -18,6 +20,7 @@ from cluster.steps import Job
 from cluster.tracking import Tracker
 from learner.group import LearnerGroup
 from learner.ledger import audit
+from learner.networks import ValueNetwork
 from learner.worker import LearnerWorker
 from reward_server.sources import FunctionSource
 from tests.hf_generator import HfGenerator, SourceScorer
@@ -82,6 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("alignment")
     tiny_causal_lm(root / "sft")
     tiny_reward_model(root / "reward")
+    tiny_reward_model(root / "other", seed=1)
     prompts = [{"id": f"p{i}", "prompt": f"say {chr(ord('a') + i)}"} for i in range(8)]
     texts = [{"text": f"the quick brown fox number {i} jumps over the lazy dog"} for i in range(30)]
     rows = {"prompts": prompts, "prompts_heldout": prompts[:4], "pretraining": texts, "pretraining_valid": texts[:6]}
@@ -98,13 +102,19 @@ def worker() -> LearnerWorker:
 
 
 def align(
-    worker: LearnerWorker, made: Path, run: Path, start: Start, killed_at: int | None = None, **ppo: Any
+    worker: LearnerWorker,
+    made: Path,
+    run: Path,
+    start: Start,
+    killed_at: int | None = None,
+    critic: Path | None = None,
+    **ppo: Any,
 ) -> tuple[list[int], str]:
     """One command; (versions that were published, what it printed)."""
     files = {
         name: made / f"{name}.jsonl" for name in ("prompts", "prompts_heldout", "pretraining", "pretraining_valid")
     }
-    models = {"sft": made / "sft", "reward": made / "reward"}
+    models = {"sft": made / "sft", "reward": made / "reward", "critic": critic}
     settings = SETTINGS | {"ppo": SETTINGS["ppo"] | ppo, "models": models, "data": files}
     shown = io.StringIO()
     tracker = Tracker(run, TrackingConfig(mode="disabled"), "ppo", console=Console(stream=shown))
@@ -160,6 +170,34 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(worker: LearnerWorker
     assert align(worker, made, parts, "restart", iterations=1, clip=0.3)[0] == [0, 1]
     counts = audit(parts / "ledger-ppo.jsonl")
     assert (counts.trained, counts.resumed, counts.committed) == (6, 0, 1)
+
+
+def test_the_critic_starts_from_the_folder_that_is_named_for_it(
+    worker: LearnerWorker, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A language model gets a fresh value head; a reward model is read as it is. Both learn beside the policy."""
+    started: list[dict[str, torch.Tensor]] = []
+    load = LearnerWorker.load
+
+    def noted(self: LearnerWorker, name: str, *rest: Any, **more: Any) -> int:
+        trained = load(self, name, *rest, **more)
+        if name == "critic":
+            network = self._held("critic").module
+            assert isinstance(network, ValueNetwork)
+            started.append({key: value.detach().clone() for key, value in network.model.named_parameters()})
+        return trained
+
+    monkeypatch.setattr(LearnerWorker, "load", noted)
+    for name in ("sft", "other"):
+        run = tmp_path / name
+        assert align(worker, made, run, "new", critic=made / name, iterations=1)[0] == [0, 1]
+        folder, read = load_file(made / name / "model.safetensors"), started.pop()
+        assert read.keys() - folder.keys() == ({"score.weight"} if name == "sft" else set())
+        assert all(torch.equal(read[key], folder[key]) for key in read.keys() & folder.keys())
+        assert read["score.weight"].std() > 0
+        assert results(run)["steps"][1]["grad_norm/value"] > 0
+    with pytest.raises(ResumeRefused, match=r"models\.critic has other content now"):
+        align(worker, made, tmp_path / "sft", "resume", critic=made / "other", iterations=2)
 
 
 def test_a_run_killed_after_its_last_iteration_is_measured_and_written(

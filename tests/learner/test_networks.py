@@ -1,11 +1,13 @@
 """Networks are read as their Hugging Face models are, train what they are told to, and are written back plain."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -335,6 +337,32 @@ def test_a_written_policy_is_a_plain_folder(models, tmp_path):
     assert tokenizer.chat_template == encoding.tokenizer.chat_template
     again = ChatEncoding.load(tmp_path)
     assert (again.pad_id, again.eos_ids) == (encoding.pad_id, encoding.eos_ids)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("kind", ["policy", "value"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_keeps_the_type_of_its_weights_and_every_bit(models, tmp_path, dtype, kind, rank):
+    """A network in another type than its folder: the written one says so, in its config and in its file."""
+    name = "llama-tied" if kind == "policy" else "llama-reward"
+    config = NetworkConfig(dtype=dtype, lora_rank=rank)
+    network = load_network(kind, models / name, config)
+    jitter(network)
+    encoding = ChatEncoding.load(models / name)
+    save_network(network.model, encoding, tmp_path / "first", merged_weights(network.model))
+    expected = dict(merged_weights(network.model))
+    for path in (tmp_path / "first", tmp_path / "second"):  # the second is written of the first, read as it is
+        assert json.loads((path / "config.json").read_text())["dtype"] == dtype
+        written = load_file(path / "model.safetensors")
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(written[key], value) for key, value in expected.items())
+        assert {value.dtype for value in written.values()} == {getattr(torch, dtype)}
+        again = load_network(kind, path, NetworkConfig(dtype=dtype))
+        assert all(torch.equal(value, expected[key]) for key, value in again.model.named_parameters())
+        plain = (AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification).from_pretrained(path)
+        assert {value.dtype for value in plain.parameters()} == {getattr(torch, dtype)}
+        if path.name == "first":
+            save_network(again.model, encoding, tmp_path / "second", merged_weights(again.model))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
