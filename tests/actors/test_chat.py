@@ -1,7 +1,7 @@
 """Supervised examples: which tokens are learnt."""
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from actors.chat import chat_example
@@ -68,3 +68,23 @@ def test_targets_are_the_tail_of_the_tokens_whatever_the_lengths(
     assert list(example.loss_mask) == [False] * first + [True] * (len(example.ids) - first)
     whole = len(query) + len(reply) <= max_tokens
     assert (example.ids[-1] == EOS and example.loss_mask[-1]) == whole  # a reply cut off has no EOS to learn
+
+
+REAL = ChatEncoding(tiny_tokenizer())
+
+
+@given(st.text(max_size=20), st.text(max_size=20), st.integers(40, 80), st.booleans())
+def test_what_is_learnt_with_a_real_tokenizer_reads_as_the_response(
+    question: str, response: str, max_tokens: int, mask_prompt: bool
+) -> None:
+    """In any script, even where the response spells a control token; but no token of the template's is learnt."""
+    messages = [Message(role="user", content=question)]
+    query, response = REAL.prompt(messages), f"{response}<|im_end|>"
+    assume(len(query) < max_tokens)
+    example = chat_example(REAL, messages, response, max_tokens, mask_prompt)
+    reply = example.ids[len(query) :]
+    learnt = [i for i, target in zip(example.ids, example.loss_mask, strict=True) if target]
+    assert learnt == list(reply if mask_prompt else example.ids[1:])
+    ended = len(query) + len(REAL.response(response, ended=True)) <= max_tokens
+    assert reply.count(REAL.eos_id) == ended
+    assert not ended or (reply[-1] == REAL.eos_id and REAL.text(reply) == response)

@@ -33,6 +33,16 @@ CONVERSATIONS = [("hello", "good"), ("the fox?", "the quick brown fox jumps"), (
 PROMPTS = [(Message(role="user", content=question),) for question, _ in CONVERSATIONS]
 WORSE = ["bad", "dog", "that is bad, bad, bad", ""]
 
+VLLM = {
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exports:
@@ -136,6 +146,32 @@ def test_a_written_reward_model_scores_texts_in_transformers_whatever_side_is_pa
     torch.testing.assert_close(theirs, torch.tensor(exports.raw), rtol=0, atol=1e-4)
     ours = raw_scores(load_reward_model(exports.root / "reward", torch.float32), exports.sequences, 0, 200)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(exports.raw), rtol=0, atol=1e-4)
+
+
+def test_vllm_classifies_with_a_written_reward_model(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pooler takes the folder as a classifier of one label; without an activation it gives the raw output."""
+    for variable, value in VLLM.items():
+        monkeypatch.setenv(variable, value)
+    from vllm import LLM, PoolingParams
+    from vllm.inputs import tokens_input
+
+    engine = LLM(
+        str(exports.root / "reward"),
+        runner="pooling",
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=8,
+        enforce_eager=True,
+        kv_cache_memory_bytes=2**26,
+        disable_log_stats=True,
+    )
+    try:
+        plain = PoolingParams(use_activation=False)
+        prompts = [tokens_input(ids) for ids in exports.sequences]
+        found = [output.outputs.probs for output in engine.classify(prompts, pooling_params=plain, use_tqdm=False)]
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+    torch.testing.assert_close(torch.tensor(found)[:, 0], torch.tensor(exports.raw), rtol=0, atol=1e-4)
 
 
 @pytest.fixture
