@@ -34,7 +34,7 @@ PROMPTS = [(Message(role="user", content=question),) for question, _ in CONVERSA
 WORSE = ["bad", "dog", "that is bad, bad, bad", ""]
 
 VLLM = {
-    "OMP_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "2",
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -164,6 +164,7 @@ def test_vllm_classifies_with_a_written_reward_model(exports: Exports, monkeypat
         enforce_eager=True,
         kv_cache_memory_bytes=2**26,
         disable_log_stats=True,
+        distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",  # ten seconds less to start
     )
     try:
         plain = PoolingParams(use_activation=False)
