@@ -110,7 +110,7 @@ def test_a_written_policy_chats_in_transformers(exports: Exports, name: str) -> 
     while len(ids) < len(prompt) + 12 and ids[-1] != exports.encoding.eos_id:
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    chatting = pipeline("text-generation", model=str(exports.root / name))
+    chatting: Any = pipeline("text-generation", model=str(exports.root / name))
     (said,) = chatting(chat, max_new_tokens=12, max_length=None, do_sample=False)
     assert said["generated_text"][-1] == {"role": "assistant", "content": exports.encoding.text(ids[len(prompt) :])}
 
