@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from actors.generator import Generator
 from cluster.config import ClusterConfig
 from cluster.fleet import Fleet
 from cluster.members import Worker
+from cluster.placement import Placement
 from cluster.remote import ActorOptions, RemoteHandle, remote
 from cluster.resources import Plan, Process, ResourceError, machine_cores, machine_gpus
 from learner.group import LearnerGroup
@@ -26,10 +28,12 @@ from reward_server.service import TOKEN_VARIABLE, RewardService
 class Processes:
     """Starts the processes of a plan; those of one block end with it."""
 
-    def __init__(self, config: ClusterConfig, plan: Plan, log_dir: Path) -> None:
+    def __init__(self, config: ClusterConfig, plan: Plan, log_dir: Path, placement: Placement | None = None) -> None:
+        """A process that has no bundle, such as a generator that joins later, goes wherever there is room."""
         self.config = config
         self.plan = plan
         self.log_dir = log_dir
+        self.placement = placement
 
     @contextlib.asynccontextmanager
     async def learner(self) -> AsyncIterator[LearnerGroup]:
@@ -65,8 +69,12 @@ class Processes:
     async def reward(self, config: SourceConfig, model_path: Path | None) -> AsyncIterator[RewardClient]:
         """The reward service, and a client of it."""
         async with self._process(RewardService, "reward", config, model_path, self._threads("reward")) as service:
-            url = await service.call("start", _one_machine(), deadline_s=self.config.start_deadline_s)
-            client = RewardClient(url, token=os.environ.get(TOKEN_VARIABLE), deadline_s=self.config.step_deadline_s)
+            loopback = _one_machine()
+            # What others could reach asks for a token: the user's, or one of this run, which travels from process to
+            # process as a call's argument. What makes an actor (arguments, environment) Ray shows to the cluster.
+            token = os.environ.get(TOKEN_VARIABLE) or (None if loopback else secrets.token_urlsafe(32))
+            url = await service.call("start", loopback, token, deadline_s=self.config.start_deadline_s)
+            client = RewardClient(url, token=token, deadline_s=self.config.step_deadline_s)
             try:
                 await client.healthy()
                 yield client
@@ -81,8 +89,9 @@ class Processes:
             cpus=process.cpus,
             gpus=process.gpus,
             threads=process.threads,
-            pin=process.pin if self.config.address == "local" else None,
+            pin=process.pin,
             log_file=self.log_dir / f"{name}.log",
+            placement=self.placement.bundle(name) if self.placement else None,
             deadline_s=self.config.step_deadline_s,
         )
         handle = remote(cls, *args, options=options)

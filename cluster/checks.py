@@ -5,7 +5,6 @@ right after it, by the steps themselves, and still before Ray starts.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -234,15 +233,11 @@ def _too_long_to_score(config: Config, longest: int, sum_: str, models: dict[str
 
 def _too_large(config: Config, command: str, run_dir: Path, models: dict[str, Model]) -> Iterator[str]:
     """What the machine has certainly no room for."""
-    try:
-        plan_run(
-            config.cluster,
-            config.ppo.max_staleness,
-            config.rollout.waves_in_flight,
-            config.generator.tensor_parallel_size,
-        )
-    except ResourceError as error:
-        yield str(error)
+    if config.cluster.address == "local":
+        try:
+            plan_run(config)
+        except ResourceError as error:
+            yield str(error)
     start = models.get("base", models.get("sft"))
     if start is None:
         return
@@ -304,9 +299,4 @@ def _odd(config: Config, command: str) -> Iterator[str]:
         yield (
             f"ppo.warmup_iterations = {ppo.warmup_iterations} of ppo.iterations = {ppo.iterations}: the learning rate "
             "never reaches ppo.policy_optimizer.lr"
-        )
-    if config.cluster.address != "local" and not os.environ.get("RAYWARD_REWARD_TOKEN"):
-        yield (
-            "RAYWARD_REWARD_TOKEN is not set: on a cluster of more than one machine the reward service will not start "
-            "without it"
         )

@@ -62,13 +62,6 @@ def judge(facts: Facts, config: Config) -> Iterator[Finding]:
     yield from services(facts, config)
     if facts.cluster is not None:
         yield from cluster(facts.cluster, facts.versions)
-        if not facts.reward_token:
-            yield Finding(
-                what="reward service",
-                state="warn",
-                says="RAYWARD_REWARD_TOKEN is not set, which a cluster of several machines needs",
-                remedy="export RAYWARD_REWARD_TOKEN=$(openssl rand -hex 32) wherever Ray starts",
-            )
 
 
 def versions(facts: Facts) -> Iterator[Finding]:

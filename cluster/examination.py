@@ -20,7 +20,6 @@ import httpx
 from cluster.config import Config
 from cluster.environment import gpu_lines
 from cluster.resources import machine_cores, machine_gpus, machine_memory
-from reward_server.service import TOKEN_VARIABLE
 
 PACKAGES = ("torch", "vllm", "deepspeed", "ray", "transformers", "wandb")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -82,8 +81,6 @@ class Facts:
     """name of a proxy variable that would catch requests to the loopback"""
     wandb_key: bool
     """whether there is a key; never the key"""
-    reward_token: bool
-    """whether there is a token for the reward service; never the token"""
     base: str | None
     """models.base"""
     base_here: bool
@@ -117,7 +114,6 @@ def examine(config: Config, run_dir: Path) -> Facts:
         loopback=_loopback(),
         proxy=_proxy(),
         wandb_key=_wandb_key(),
-        reward_token=bool(os.environ.get(TOKEN_VARIABLE)),
         base=base,
         base_here=base is not None and _model_is_here(base),
         hub=_reaches("huggingface.co", 443),
@@ -152,7 +148,7 @@ def cluster_at(address: str) -> Cluster:
             dashboard = worker.get_dashboard_url()
             return Cluster(
                 address=address,
-                machines="; ".join(f"{node.address} {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes),
+                machines="; ".join(f"{node.name} {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes),
                 ray_version=ray.__version__,  # Ray refuses to connect with another one
                 token=asks_for_token(dashboard),
                 dashboard=dashboard or None,

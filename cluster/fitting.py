@@ -1,21 +1,40 @@
 """Which process goes on which machine, and whether the memory there is enough."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
 
+from cluster.config import Config
 from cluster.hardware import GIB, Machine
 from cluster.memory import OBJECT_STORE, Held
-from cluster.resources import Process
+from cluster.resources import Plan, Process, plan_machine
 
 _CONTROLLER = int(1.2 * GIB)  # the command itself, with torch imported and the buffer's tokens
 _EPSILON = 1e-6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class Room(Protocol):
+    """A machine as far as bundles are concerned."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def cpus(self) -> float: ...
+
+    @property
+    def gpus(self) -> float: ...
+
+
+Somewhere = TypeVar("Somewhere", bound=Room)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Generic[Somewhere]):
     """Where processes go."""
 
-    at: Mapping[str, tuple[Process, Machine]]
+    at: Mapping[str, tuple[Process, Somewhere]]
     """process and machine by the process' name"""
     devices: Mapping[str, tuple[str, ...]]
     """names of the GPUs that it uses, by its name; none without GPUs"""
@@ -23,15 +42,44 @@ class Placed:
     """why a bundle has no place, one text a bundle"""
 
 
-def place_processes(processes: Sequence[Process], machines: Sequence[Machine], by_cpus: bool) -> Placed:
+def plan_cluster(config: Config, machines: Sequence[Room]) -> Plan:
+    """The plan of a run on a cluster, whose CPUs are reserved for as long as a process lives.
+
+    On several machines every process has cores of its own, as nobody knows who will be neighbours: at most as many
+    threads as let each bundle have a place (one, where there is no place even so). On a single machine processes take
+    turns, as without a cluster, and each reserves its share of the CPUs. Nothing is pinned, since other work may be
+    there. Raises ValueError for a cluster without CPUs.
+    """
+    cores = sum(int(machine.cpus) for machine in machines)
+    whole = plan_machine(config, cores, sum(int(machine.gpus) for machine in machines))
+    if len(machines) == 1:
+        share = min(1.0, cores / whole.cpus)
+        cpus = {one.name: math.floor(1e4 * one.cpus * share) / 1e4 for one in whole.processes}
+        return replace(whole, processes=tuple(replace(p, cpus=cpus[p.name], pin=None) for p in whole.processes))
+    most = min(max(int(machine.cpus) for machine in machines), max(process.threads for process in whole.processes))
+    for threads in range(most, 1, -1):
+        plan = _bounded(whole, threads)
+        if not place_processes(plan.processes, machines, by_cpus=True).unplaced:
+            return plan
+    return _bounded(whole, 1)
+
+
+def _bounded(plan: Plan, most: int) -> Plan:
+    """No process has more than `most` threads; each reserves those that it has."""
+    bounds = [min(process.threads, most) for process in plan.processes]
+    bounded = [replace(p, threads=n, cpus=n, pin=None) for p, n in zip(plan.processes, bounds, strict=True)]
+    return replace(plan, processes=tuple(bounded))
+
+
+def place_processes(processes: Sequence[Process], machines: Sequence[Somewhere], by_cpus: bool) -> Placed[Somewhere]:
     """Put each process on the first machine with room, the largest bundles first, as Ray's PACK does.
 
     A bundle is never split over machines, so the GPUs of one tensor-parallel generator are neighbours. `by_cpus`:
     cores are reserved too; on one machine of its own a run's processes take turns on them.
     """
-    free = {machine.name: dict.fromkeys(range(machine.gpus), 1.0) for machine in machines}
+    free = {machine.name: dict.fromkeys(range(int(machine.gpus)), 1.0) for machine in machines}
     cores = {machine.name: float(machine.cpus) for machine in machines}
-    at: dict[str, tuple[Process, Machine]] = {}
+    at: dict[str, tuple[Process, Somewhere]] = {}
     devices: dict[str, tuple[str, ...]] = {}
     unplaced = []
     for process in sorted(processes, key=lambda one: -one.gpus):
@@ -64,13 +112,13 @@ def _devices(free: Mapping[int, float], gpus: float) -> list[int] | None:
 
 def _no_room(
     process: Process,
-    machines: Sequence[Machine],
+    machines: Sequence[Room],
     free: Mapping[str, Mapping[int, float]],
     cores: Mapping[str, float] | None,
 ) -> str:
     left = "; ".join(
-        f"{machine.name}: {sum(free[machine.name].values()):g} of {machine.gpus} GPUs"
-        + (f", {cores[machine.name]:g} of {machine.cpus} CPUs" if cores else "")
+        f"{machine.name}: {sum(free[machine.name].values()):g} of {machine.gpus:g} GPUs"
+        + (f", {cores[machine.name]:g} of {machine.cpus:g} CPUs" if cores else "")
         for machine in machines[:8]
     )
     more = f"; and {len(machines) - 8} more machines" if len(machines) > 8 else ""
@@ -83,7 +131,7 @@ def _no_room(
     )
 
 
-def misfits(held: Sequence[Held], placed: Placed) -> Iterator[str]:
+def misfits(held: Sequence[Held], placed: Placed[Machine]) -> Iterator[str]:
     """Every device and machine whose processes need more memory than it has, in words."""
     by_device: dict[str, list[Held]] = {}
     by_machine: dict[str, list[Held]] = {}

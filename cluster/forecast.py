@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import Config
-from cluster.fitting import Placed, misfits, place_processes
+from cluster.fitting import Placed, misfits, place_processes, plan_cluster
 from cluster.hardware import Machine
 from cluster.memory import (
     Held,
@@ -17,7 +17,7 @@ from cluster.memory import (
 )
 from cluster.plan import Lengths, PPOPlan, StepsPlan, indivisible, plan_ppo, plan_reward, plan_sft
 from cluster.remedies import nearest_that_fits
-from cluster.resources import Plan, ResourceError, check, default_plan
+from cluster.resources import Plan, ResourceError, check, plan_machine
 from cluster.timing import Phase, iteration_seconds, ppo_phases
 
 STEPS = ("sft", "sample", "reward", "ppo")
@@ -60,7 +60,7 @@ class Forecast:
     """tokens that time and batches are counted with"""
     plan: Plan
     """processes with their threads, cores and GPUs"""
-    placed: Placed
+    placed: Placed[Machine]
     """where each of them goes"""
     steps: tuple[Step, ...]
     """what is done"""
@@ -125,22 +125,14 @@ def forecast(config: Config, site: Site, steps: Sequence[str], run_dir: Path) ->
 _NO_REMEDY = "No change of one or a few settings that this plan knows makes it fit: use more or larger machines"
 
 
-def processes(config: Config, site: Site) -> tuple[Plan, Placed]:
+def processes(config: Config, site: Site) -> tuple[Plan, Placed[Machine]]:
     """The processes of a run at a site, and where they go."""
-    plan = default_plan(
-        generators=config.cluster.generators,
-        cores=sum(machine.cpus for machine in site.machines),
-        gpus=sum(machine.gpus for machine in site.machines),
-        max_staleness=config.ppo.max_staleness,
-        learner_ranks=config.cluster.learner_ranks,
-        waves_in_flight=config.rollout.waves_in_flight,
-        tensor_parallel_size=config.generator.tensor_parallel_size,
-        largest=max(machine.cpus for machine in site.machines),
-    )
+    machine = site.machines[0]
+    plan = plan_machine(config, machine.cpus, machine.gpus) if site.local else plan_cluster(config, site.machines)
     return plan, place_processes(plan.processes, site.machines, by_cpus=not site.local)
 
 
-def held(config: Config, models: Models, plan: Plan, placed: Placed, step: str) -> tuple[Held, ...]:
+def held(config: Config, models: Models, plan: Plan, placed: Placed[Machine], step: str) -> tuple[Held, ...]:
     """What every process of a step holds; those without a place are left out."""
     found = []
     for process in plan.processes:
@@ -232,8 +224,8 @@ def _too_long(key: str, value: int, positions: int, name: str) -> str:
     return f"{key} = {value:,} is more than the {positions:,} positions of {name}. Nearest: {key} = {positions}"
 
 
-def _placement_problems(plan: Plan, placed: Placed, site: Site) -> Iterator[str]:
-    if site.local:
+def _placement_problems(plan: Plan, placed: Placed[Machine], site: Site) -> Iterator[str]:
+    if len(site.machines) == 1:
         machine = site.machines[0]
         try:
             check(plan, cores=machine.cpus, gpus=machine.gpus)

@@ -24,8 +24,10 @@ from types import FrameType
 from typing import Any
 
 import ray.cloudpickle
+import ray.util
 
 from cluster.reaping import watch
+from reward_server.address import ADDRESS_VARIABLE
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _Frames = list[tuple[FrameType, int]]
@@ -69,6 +71,7 @@ class Host:
         _die_with_parent()
         if pin is not None:
             _pin(pin)
+        os.environ[ADDRESS_VARIABLE] = ray.util.get_node_ip_address()
         self._watcher = watch(mark)
         self._threads = threads
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")

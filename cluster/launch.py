@@ -15,12 +15,12 @@ from cluster.build import Processes
 from cluster.console import Console
 from cluster.heldout import HeldOut
 from cluster.lineage import lineage_json, lineage_tree
-from cluster.placement import check_cluster
+from cluster.placement import place, plan_live
 from cluster.quickstart import complete
 from cluster.quickstart import quickstart as every_step
 from cluster.recipes import reward_stage, sample_stage, tuning_stage
 from cluster.report import summary, write_report
-from cluster.resources import plan_run
+from cluster.resources import KINDS, Kind, plan_run
 from cluster.rounds import Rounds
 from cluster.selection import read_contest, run_select
 from cluster.session import start_ray
@@ -68,7 +68,7 @@ def _fine_tune(job: Job, config: SFTConfig, name: str) -> None:
         async with processes.learner() as learner:
             await run_sft(job, learner, Path(base), data, config, stage=name, out=name)
 
-    _on_ray(job, work)
+    _on_ray(job, work, "learner")
 
 
 def sample(job: Job) -> None:
@@ -81,7 +81,7 @@ def sample(job: Job) -> None:
         async with processes.generators(job.config.generator, model) as generators:
             await run_sample(job, generators.serving, model)
 
-    _on_ray(job, work)
+    _on_ray(job, work, "generator")
 
 
 def rank(job: Job) -> None:
@@ -99,7 +99,7 @@ def reward(job: Job) -> None:
         async with processes.learner() as learner:
             await run_reward(job, learner, model)
 
-    _on_ray(job, work)
+    _on_ray(job, work, "learner")
 
 
 def select(job: Job) -> None:
@@ -115,7 +115,7 @@ def select(job: Job) -> None:
         async with processes.reward(job.config.scoring, reward_model) as rewards:
             await run_select(job, generators, rewards, contest)
 
-    _on_ray(job, work)
+    _on_ray(job, work, "generator", "reward")
 
 
 def ppo(job: Job) -> None:
@@ -194,18 +194,15 @@ def _connected(job: Job, what: Connected, model: Path, work: Callable[[Connected
     _on_ray(job, start)
 
 
-def _on_ray(job: Job, work: Callable[[Processes], Awaitable[None]]) -> None:
-    config, logs = job.config, job.run_dir / "logs"
-    plan = plan_run(
-        config.cluster,
-        config.ppo.max_staleness,
-        config.rollout.waves_in_flight,
-        config.generator.tensor_parallel_size,
-    )
-    with start_ray(config.cluster.address, cpus=plan.cpus, log_dir=logs) as session:
-        if not session.local:
-            check_cluster(plan.first(config.cluster.generators))
-        asyncio.run(_awaited(work(Processes(config.cluster, plan, logs))))
+def _on_ray(job: Job, work: Callable[[Processes], Awaitable[None]], *kinds: Kind) -> None:
+    """Run what starts processes of these kinds, all kinds where none is named, with a bundle reserved for each."""
+    config, logs = job.config.cluster, job.run_dir / "logs"
+    here = plan_run(job.config) if config.address == "local" else None
+    with start_ray(config.address, cpus=here.cpus if here else 0, log_dir=logs):
+        plan = here or plan_live(job.config)
+        processes = plan.first(kinds or KINDS, config.generators)
+        with place(processes, deadline_s=config.start_deadline_s) as placement:
+            asyncio.run(_awaited(work(Processes(config, plan, logs, placement))))
 
 
 async def _awaited(work: Awaitable[None]) -> None:

@@ -1,25 +1,39 @@
 """The machines of the connected cluster, and a bundle on them for each process: all, or one refused by name."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any, Self
 
 import ray
+import ray._private.state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.resources import Process, ResourceError
+from cluster.config import Config
+from cluster.fitting import place_processes, plan_cluster
+from cluster.resources import Plan, Process, ResourceError, check
 
 
 class Placement:
-    """Reserved bundles of a cluster, one for each process."""
+    """Reserved bundles of a cluster, one for each process, given back at the end of a `with` block."""
 
     def __init__(self, group: PlacementGroup, names: Sequence[str]) -> None:
         self._group = group
         self._names = list(names)
 
-    def bundle(self, name: str) -> PlacementGroupSchedulingStrategy:
-        """Where the process called `name` goes, for ActorOptions.placement. Raises: ValueError."""
-        return PlacementGroupSchedulingStrategy(self._group, self._names.index(name))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def bundle(self, name: str) -> PlacementGroupSchedulingStrategy | None:
+        """Where the process called `name` goes, for ActorOptions.placement; None for one that has no bundle.
+
+        Who comes after a process that has died goes to the same bundle. Ray moves it when its machine is lost.
+        """
+        return PlacementGroupSchedulingStrategy(self._group, self._names.index(name)) if name in self._names else None
 
     def release(self) -> None:
         """Give the bundles back; what still runs in them is killed."""
@@ -27,62 +41,72 @@ class Placement:
             remove_placement_group(self._group)
 
 
-def place(
-    processes: Sequence[Process], *, deadline_s: float, strategy: str = "PACK", autoscaling: bool = False
-) -> Placement:
-    """Reserve a bundle for every process on the connected cluster, all of them or none.
+def place(processes: Sequence[Process], *, deadline_s: float) -> Placement:
+    """Reserve a bundle for every process on the connected cluster, all of them or none, on few machines.
 
-    A bundle larger than every machine is refused at once, unless the cluster can grow (`autoscaling`).
-
-    Raises: ResourceError naming the bundle that cannot be placed and what the cluster has.
+    What the cluster could not hold if it were empty is refused at once. Raises: ResourceError naming the bundle that
+    has no place and what the cluster has.
     """
-    if not autoscaling:
-        _check_bundles(processes)
+    _check_size(processes)
     bundles = [{"CPU": p.cpus, "GPU": p.gpus} if p.gpus else {"CPU": p.cpus} for p in processes]
-    group = placement_group(bundles, strategy=strategy)
-    if not group.wait(deadline_s):
-        remove_placement_group(group)
-        _check_bundles(processes)
-        each = ", ".join(f"{p.name}: {p.cpus:g} CPUs, {p.gpus:g} GPUs" for p in processes)
-        raise ResourceError(
-            f"no room for the bundles ({each}) with strategy {strategy} within {deadline_s:g} s. The cluster "
-            f"has {_nodes_text()}; free now: {_free_text()}. Stop what else runs on it, ask for less, or add "
-            "machines"
-        )
-    return Placement(group, [process.name for process in processes])
+    group = placement_group(bundles, strategy="PACK")
+    placement, placed = Placement(group, [process.name for process in processes]), False
+    try:
+        placed = group.wait(deadline_s)
+        if not placed:
+            raise ResourceError(_no_room(processes, deadline_s))
+    finally:
+        if not placed:
+            placement.release()
+    return placement
 
 
-def check_cluster(processes: Sequence[Process]) -> None:
-    """Refuse processes that the connected cluster cannot hold, rather than wait for machines that will not come.
+def plan_live(config: Config) -> Plan:
+    """The plan of a run on the connected cluster. Raises ResourceError where one machine has too few cores for it."""
+    nodes = cluster_nodes()
+    plan = plan_cluster(config, nodes)
+    if len(nodes) == 1:
+        check(plan, cores=int(nodes[0].cpus), gpus=nodes[0].gpus)
+    return plan
 
-    Raises: ResourceError naming the process that no machine has room for, or the sum and what there is.
-    """
-    _check_bundles(processes)
-    nodes = _nodes()
+
+def _check_size(processes: Sequence[Process]) -> None:
+    nodes = cluster_nodes()
+    for process in processes:
+        if not any(node.cpus >= process.cpus and node.gpus >= process.gpus for node in nodes):
+            raise ResourceError(
+                f"the bundle of {process.name!r} needs {process.cpus:g} CPUs and {process.gpus:g} GPUs "
+                f"on one machine, and no machine has that. The cluster has {_text(nodes)}. Ask for less, or "
+                "add a larger machine"
+            )
     needs = sum(process.cpus for process in processes), sum(process.gpus for process in processes)
-    if needs[0] > sum(cpus for _, cpus, _ in nodes) or needs[1] > sum(gpus for _, _, gpus in nodes):
+    if needs[0] > sum(node.cpus for node in nodes) or needs[1] > sum(node.gpus for node in nodes):
         raise ResourceError(
-            f"the processes need {needs[0]:g} CPUs and {needs[1]:g} GPUs, and the cluster has {_nodes_text()}. Use "
+            f"the processes need {needs[0]:g} CPUs and {needs[1]:g} GPUs, and the cluster has {_text(nodes)}. Use "
             "fewer generators or learner ranks, or add machines"
         )
 
 
-def _check_bundles(processes: Sequence[Process]) -> None:
-    for process in processes:
-        if not any(cpus >= process.cpus and gpus >= process.gpus for _, cpus, gpus in _nodes()):
-            raise ResourceError(
-                f"the bundle of {process.name!r} needs {process.cpus:g} CPUs and {process.gpus:g} GPUs "
-                f"on one machine, and no machine has that. The cluster has {_nodes_text()}. Ask for less, or "
-                "add a larger machine"
-            )
+def _no_room(processes: Sequence[Process], deadline_s: float) -> str:
+    nodes = cluster_nodes()
+    free = _free(nodes)
+    without = place_processes(processes, free, by_cpus=True).unplaced
+    which = without[0] if without else "all bundles would fit by now, and Ray has not placed them"
+    each = ", ".join(f"{p.name}: {p.cpus:g} CPUs, {p.gpus:g} GPUs" for p in processes)
+    return (
+        f"no room for the bundles ({each}) within {deadline_s:g} s (cluster.start_deadline_s): {which}. The cluster "
+        f"has {_text(nodes)}; free now: {_text(free)}. Or stop what else runs on it"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """A live machine of the connected cluster."""
 
-    address: str
-    """where it is"""
+    id: str
+    """what Ray calls it"""
+    name: str
+    """its address, and the start of its id where several have the same"""
     cpus: float
     """logical CPUs that Ray was told of"""
     gpus: float
@@ -96,29 +120,37 @@ class Node:
 def cluster_nodes() -> list[Node]:
     """Every live machine of the connected cluster."""
     kind = "accelerator_type:"
+    live = [node for node in ray.nodes() if node["Alive"]]
+    at = Counter(node["NodeManagerAddress"] for node in live)
+
+    def name(node: dict[str, Any]) -> str:
+        address = node["NodeManagerAddress"]
+        return address if at[address] == 1 else f"{address} ({node['NodeID'][:8]})"
+
     return [
         Node(
-            address=node["NodeManagerAddress"],
+            id=node["NodeID"],
+            name=name(node),
             cpus=has.get("CPU", 0.0),
             gpus=has.get("GPU", 0.0),
             memory=has.get("memory", 0.0) + has.get("object_store_memory", 0.0),
             accelerator=next((name.removeprefix(kind) for name in has if name.startswith(kind)), None),
         )
-        for node in ray.nodes()
-        if node["Alive"]
+        for node in live
         for has in (node["Resources"],)
     ]
 
 
-def _nodes() -> list[tuple[str, float, float]]:
-    """(address, CPUs, GPUs) of every live machine of the cluster."""
-    return [(node.address, node.cpus, node.gpus) for node in cluster_nodes()]
+def _free(nodes: Sequence[Node]) -> list[Node]:
+    """The same machines with what nobody has reserved."""
+    state: Any = ray._private.state
+    free = state.available_resources_per_node()
+    return [
+        dataclasses.replace(node, cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0))
+        for node in nodes
+        for has in (free.get(node.id, {}),)
+    ]
 
 
-def _nodes_text() -> str:
-    return "; ".join(f"{address}: {cpus:g} CPUs, {gpus:g} GPUs" for address, cpus, gpus in _nodes())
-
-
-def _free_text() -> str:
-    free = ray.available_resources()
-    return f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
+def _text(nodes: Sequence[Node]) -> str:
+    return "; ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes)

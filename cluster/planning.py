@@ -84,12 +84,12 @@ def live_machines(address: str) -> list[Machine]:
         device = gpu_named(node.accelerator or "") if node.gpus else cores
         if device is None:
             raise ValueError(
-                f"nothing is known of the GPUs of {node.address} ({node.accelerator or 'of no named kind'}): describe "
+                f"nothing is known of the GPUs of {node.name} ({node.accelerator or 'of no named kind'}): describe "
                 "the machines with --plan.nodes '[{count = 1, cpus = 16, memory_gib = 64, gpus = 1, gpu = \"L4\"}]'"
             )
         found.append(
             Machine(
-                name=node.address,
+                name=node.name,
                 cpus=int(node.cpus),
                 memory=int(node.memory),
                 gpus=int(node.gpus),

@@ -9,10 +9,16 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
-from cluster.config import ClusterConfig
+from cluster.config import Config
 
 _GPU_PROCESS_THREADS = 8  # beyond this a process that computes on a GPU has no use for more
+
+
+Kind = Literal["generator", "learner", "reward"]
+"""What the names of processes begin with."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class ResourceError(ValueError):
@@ -64,10 +70,10 @@ class Plan:
         """GPUs of all processes together."""
         return sum(process.gpus for process in self.processes)
 
-    def first(self, generators: int) -> list[Process]:
-        """The processes with which a run starts, of generators only so many; more may join later."""
-        names = {f"generator-{index}" for index in range(generators)}
-        return [process for process in self.processes if process.name in names or "generator-" not in process.name]
+    def first(self, kinds: Sequence[Kind], generators: int) -> list[Process]:
+        """The processes of these kinds with which a run starts, of generators only so many; more may join later."""
+        later = {f"generator-{index}" for index in range(generators, len(self.processes))}
+        return [p for p in self.processes if p.name.partition("-")[0] in kinds and p.name not in later]
 
     def process(self, name: str) -> Process:
         """The process called `name`. Raises: KeyError."""
@@ -104,21 +110,25 @@ def machine_memory() -> int:
     return total if text == "max" else min(total, int(text))
 
 
-def plan_run(config: ClusterConfig, max_staleness: int, waves_in_flight: int, tensor_parallel_size: int = 1) -> Plan:
-    """Threads and cores of every process; raises ResourceError when they do not fit this machine."""
+def plan_run(config: Config) -> Plan:
+    """Threads and cores of every process on this machine; raises ResourceError when they do not fit."""
     cores, gpus = machine_cores(), machine_gpus()
-    plan = default_plan(
-        generators=max(config.generators, config.max_generators or 0),
+    plan = plan_machine(config, cores, gpus)
+    check(plan, cores=cores, gpus=gpus)
+    return plan
+
+
+def plan_machine(config: Config, cores: int, gpus: int) -> Plan:
+    """The default plan of a run on one machine, with the generators that may join later."""
+    return default_plan(
+        generators=max(config.cluster.generators, config.cluster.max_generators or 0),
         cores=cores,
         gpus=gpus,
-        max_staleness=max_staleness,
-        learner_ranks=config.learner_ranks,
-        waves_in_flight=waves_in_flight,
-        tensor_parallel_size=tensor_parallel_size,
+        max_staleness=config.ppo.max_staleness,
+        learner_ranks=config.cluster.learner_ranks,
+        waves_in_flight=config.rollout.waves_in_flight,
+        tensor_parallel_size=config.generator.tensor_parallel_size,
     )
-    if config.address == "local":
-        check(plan, cores=cores, gpus=gpus)
-    return plan
 
 
 def default_plan(
@@ -130,13 +140,11 @@ def default_plan(
     learner_ranks: int,
     waves_in_flight: int = 1,
     tensor_parallel_size: int = 1,
-    largest: int | None = None,
 ) -> Plan:
-    """The plan for one machine, or for several: processes "generator-0", ..., "learner-0", ..., "reward".
+    """The plan for one machine: processes "generator-0", ..., "learner-0", ..., "reward".
 
-    `cores` and `gpus` are those of all machines, `largest` the cores of the largest one where there are several: no
-    process has more threads than that. A generator has `tensor_parallel_size` GPUs, in one bundle, since vLLM's
-    workers for them are children of one process.
+    A generator has `tensor_parallel_size` GPUs, in one bundle, since vLLM's workers for them are children of one
+    process.
 
     Synchronous (`max_staleness` 0): the generators share the cores, then the learner has all of them.
     Asynchronous: learner and generators compute at the same time and get half of the cores each. With one
@@ -160,8 +168,6 @@ def default_plan(
     whole = gpus >= count or tensor_parallel_size > 1
     share = 0.0 if not gpus else 1.0 if whole else math.floor(1e4 / math.ceil(count / gpus)) / 1e4
     own = share * tensor_parallel_size
-    if largest is not None:
-        threads, learner_threads = min(threads, largest), min(learner_threads, largest)
     if gpus:
         threads, learner_threads = (min(_GPU_PROCESS_THREADS, n) for n in (threads, learner_threads))
 

@@ -24,17 +24,19 @@ class RewardService:
         self.threads = threads
         self._server: ScoreServer | None = None
 
-    def start(self, loopback: bool) -> str:
-        """Load, score a probe, and listen on a free port; returns the URL. Off the loopback a token is needed.
+    def start(self, loopback: bool, token: str | None = None) -> str:
+        """Load, score a probe, and listen on a free port; returns the URL.
+
+        Clients must send `token`, else that of the environment; off the loopback one is needed.
 
         Raises ValueError for a source that cannot load, or a missing token, and what the source raises: a function that
         fails is told at once, not by a client that tries again for minutes.
         """
         torch.set_num_threads(self.threads)
-        token = os.environ.get(TOKEN_VARIABLE)
-        source = build_source(self.config, self.model_path, token)
+        own = os.environ.get(TOKEN_VARIABLE)
+        source = build_source(self.config, self.model_path, own)
         source.score([PROBE])
-        self._server = serve(source, host=own_address(loopback), token=token)
+        self._server = serve(source, host=own_address(loopback), token=token or own)
         return self._server.url
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from cluster.resources import (
+    KINDS,
     Phase,
     Plan,
     Process,
@@ -117,7 +118,8 @@ def test_gpus_are_one_each_or_evenly_shared() -> None:
 
 
 def test_generators_that_may_join_later_are_not_asked_for_at_the_start() -> None:
-    assert [process.name for process in plan(generators=3).first(1)] == ["generator-0", "learner-0", "reward"]
+    assert [process.name for process in plan(generators=3).first(KINDS, 1)] == ["generator-0", "learner-0", "reward"]
+    assert [process.name for process in plan(generators=12).first(("generator",), 11)][-1] == "generator-10"
 
 
 def test_counts_below_one_and_unknown_processes_are_refused() -> None:
