@@ -1,7 +1,8 @@
 import pytest
 
+from cluster.config import ClusterConfig, Config
 from cluster.estimates import Bytes
-from cluster.fitting import misfits, place_processes
+from cluster.fitting import misfits, place_processes, plan_cluster
 from cluster.hardware import GIB, GPUS, Machine
 from cluster.memory import Held
 from cluster.resources import Process
@@ -46,6 +47,28 @@ def test_parts_of_a_gpu_fill_one_before_the_next():
     thirds = [process(name, 0.3333) for name in ("generator-0", "learner-0", "reward", "learner-1")]
     placed = place_processes(thirds, [machine("a", 2)], by_cpus=False)
     assert [placed.devices[one.name] for one in thirds] == [("a/gpu-0",)] * 3 + [("a/gpu-1",)]
+
+
+@pytest.mark.parametrize(
+    ("machines", "threads", "cpus"),
+    [
+        ([(0, 8), (0, 8)], 4, 4),  # four processes, two on each
+        ([(0, 9), (0, 3)], 3, 3),  # three and one; with four threads there would be room for two
+        ([(0, 1), (0, 1)], 1, 1),  # no room even so, which the reservation tells
+        ([(2, 32), (2, 32)], 8, 8),  # more is of no use to a process with a GPU
+        ([(4, 16)], 8, 4),  # alone they take turns on the CPUs
+    ],
+)
+def test_processes_of_several_machines_have_cores_of_their_own(
+    machines: list[tuple[int, int]], threads: int, cpus: float
+):
+    config = Config(cluster=ClusterConfig(address="10.0.0.1:6379", learner_ranks=2))
+    there = [machine(f"node-{index}", *sizes) for index, sizes in enumerate(machines)]
+    plan = plan_cluster(config, there)
+    assert {p.name for p in plan.processes} == {"generator-0", "learner-0", "learner-1", "reward"}
+    assert {(p.threads, p.cpus, p.pin) for p in plan.processes} == {(threads, cpus, None)}
+    fits = sum(p.cpus for p in plan.processes) <= sum(machine.cpus for machine in there)
+    assert fits == (not place_processes(plan.processes, there, by_cpus=True).unplaced)
 
 
 @pytest.mark.parametrize(
