@@ -31,7 +31,9 @@ class Machines:
     @property
     def address(self) -> str:
         """Of the head's control service."""
-        return self._cluster.address
+        address = self._cluster.address
+        assert address is not None, "no machine was added"
+        return address
 
     def add(self, cpus: int) -> str:
         """Start a machine; its address."""
