@@ -163,10 +163,12 @@ def test_the_run_goes_on_when_generators_die_come_and_go(job: Job, monkeypatch: 
     with start_ray("local", cpus=plan.cpus, log_dir=job.run_dir / "logs"):
         killed, left = asyncio.run(work())
 
-    rows = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
-    sizes = [row["fleet/size"] for row in rows]
+    logged = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in logged if "fleet/size" in row]  # a checkpoint's row has its own metrics alone
+    first, *sizes = [row["fleet/size"] for row in rows]
     assert len(rows) == ITERATIONS
-    assert sizes == [2, 1, 1, 2, 1, 1, 2, 2, 1, 1], sizes
+    assert first in (1, 2)  # generator-0 dies while version 1 is published, or just after it
+    assert sizes == [1, 1, 2, 1, 1, 2, 2, 1, 1], sizes
     assert rows[-1]["fleet/restarts"] == 2
     assert (len(killed), left) == (2, 1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in killed)
