@@ -153,7 +153,7 @@ def test_vllm_classifies_with_a_written_reward_model(exports: Exports, monkeypat
     for variable, value in VLLM.items():
         monkeypatch.setenv(variable, value)
     from vllm import LLM, PoolingParams
-    from vllm.inputs import tokens_input
+    from vllm.inputs import TokensPrompt
 
     engine = LLM(
         str(exports.root / "reward"),
@@ -168,7 +168,7 @@ def test_vllm_classifies_with_a_written_reward_model(exports: Exports, monkeypat
     )
     try:
         plain = PoolingParams(use_activation=False)
-        prompts = [tokens_input(ids) for ids in exports.sequences]
+        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in exports.sequences]
         found = [output.outputs.probs for output in engine.classify(prompts, pooling_params=plain, use_tqdm=False)]
     finally:
         engine.llm_engine.engine_core.shutdown()
