@@ -70,7 +70,8 @@ def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | Non
         "max_replicas": config.max_replicas,
         "target_ongoing_requests": config.posts_per_replica,
     }
-    deployment = serve.deployment(serve.ingress(app)()).options(
+    service: Any = serve.deployment(serve.ingress(app)())  # its stubs do not know a builder
+    deployment = service.options(
         name="scoring",
         max_ongoing_requests=config.limits.max_waiting,
         ray_actor_options={
