@@ -165,10 +165,10 @@ def test_the_run_goes_on_when_generators_die_come_and_go(job: Job, monkeypatch: 
 
     logged = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in logged if "fleet/size" in row]  # a checkpoint's row has its own metrics alone
-    first, *sizes = [row["fleet/size"] for row in rows]
+    sizes = {row["step"]: row["fleet/size"] for row in rows}
     assert len(rows) == ITERATIONS
-    assert first in (1, 2)  # generator-0 dies while version 1 is published, or just after it
-    assert sizes == [1, 1, 2, 1, 1, 2, 2, 1, 1], sizes
+    # A death is found during the publication that it falls into or after it; these sizes are the same either way.
+    assert {step: sizes[step] for step in (2, 3, 4, 6, 7, 10)} == {2: 1, 3: 1, 4: 2, 6: 1, 7: 2, 10: 1}, sizes
     assert rows[-1]["fleet/restarts"] == 2
     assert (len(killed), left) == (2, 1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in killed)
