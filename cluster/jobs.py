@@ -34,7 +34,9 @@ def submit(words: Sequence[str]) -> int:
     command, call = _checked(given.command, given.words)
     named = call.file is not None or call.preset is not None
     config = load(Config, call) if command.sections else None  # what is wrong with the settings is said here, not there
-    told = [given.command, *(f"--{call.variant}" for _ in [0] if call.variant)]
+    told = [given.command, *call.arguments, *(f"--{flag}" for flag in sorted(call.flags))]
+    if call.variant:
+        told.append(f"--{call.variant}")
     told += [] if named else [word for key, value in call.overrides for word in (f"--{key}", value or "")]
     if "cluster" in command.sections and not any(key == "cluster.address" for key, _ in call.overrides):
         told += ["--cluster.address", "auto"]

@@ -132,7 +132,8 @@ def submit(
             f"--run {run_dir} is relative, and a job's own folder is deleted with the job. Remedy: name an absolute "
             "path on storage that every machine of the cluster sees"
         )
-    command = ["python", "-m", "cluster.cli", *words, "--run", str(run_dir)]
+    # The run directory first: a command without settings takes the first word that stands alone for one.
+    command = ["python", "-m", "cluster.cli", words[0], "--run", str(run_dir), *words[1:]]
     if settings is not None:
         command += ["--config", SETTINGS]
     metadata = {"rayward_command": words[0], "rayward_run": str(run_dir)}

@@ -49,6 +49,32 @@ def test_a_run_directory_that_the_job_would_lose_is_refused():
         submit(None, ["ppo"], Path("runs/mine"))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("ppo --resume --ppo.seed 3", "ppo --run {run} --resume --ppo.seed 3 --cluster.address auto"),
+        (
+            "quickstart --tiny --restart",
+            f"quickstart --run {{run}} --restart --tiny --cluster.address auto --config {SETTINGS}",
+        ),
+        ("scale 4", "scale --run {run} 4"),
+    ],
+)
+def test_all_that_a_command_is_told_is_told_to_the_job(tmp_path, monkeypatch, capfd, words, told):
+    sent = []
+
+    class Client:
+        def submit_job(self, entrypoint, runtime_env, metadata):
+            sent.append(entrypoint)
+            return "raysubmit_1"
+
+    monkeypatch.setattr(commands, "connect", lambda address: Client())
+    name, *rest = words.split()
+    assert commands.submit(["--detach", name, "--run", str(tmp_path), *rest]) == 0
+    assert sent == [f"python -m cluster.cli {told.format(run=tmp_path)}"]
+    assert capfd.readouterr().out.startswith("raysubmit_1\n")
+
+
 def test_where_no_cluster_answers_the_address_and_the_remedy_are_told():
     port = free_port("127.0.0.1")
     with pytest.raises(JobError, match=rf"no Ray job server answers at http://127.0.0.1:{port}.*--address"):
