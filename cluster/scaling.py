@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.console import Console
+from reward_server.records import write_whole
 
 LOOK_S = 1.0
 """Seconds between two looks at the file."""
@@ -41,7 +41,7 @@ def scale(run_dir: Path, console: Console, wanted: str) -> None:
     if not wanted.isdecimal() or int(wanted) < 1:
         raise ValueError(f"{wanted!r} generators cannot be asked for: give a number from 1 on")
     file, ticket, end = run_dir / "scale.json", secrets.token_hex(8), time.monotonic() + ANSWER_S
-    _write(file, {"id": ticket, "generators": int(wanted)})
+    write_whole(file, json.dumps({"id": ticket, "generators": int(wanted)}))
     try:
         while "answer" not in (found := _read(file)) and found.get("id") == ticket and time.monotonic() < end:
             time.sleep(LOOK_S / 5)
@@ -85,7 +85,7 @@ async def _look(fleet: Scalable, file: Path) -> None:
             how = "newcomers take part from the next version on" if wanted > before else "who leaves finishes its work"
             answer = {"refused": False, "answer": f"from {before} to {wanted} generators; {how}"}
             log.warning("asked for %d generators instead of %d", wanted, before)
-        _write(file, request | answer)
+        write_whole(file, json.dumps(request | answer))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -95,10 +95,3 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """Write it as a whole: a reader never sees half of it."""
-    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(aside, file)

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from reward_server.config import LabelerConfig
 from reward_server.functions import call_function, load_function
-from reward_server.records import RecordError, read_records, row_conversation, row_id, row_text
+from reward_server.records import RecordError, read_records, row_conversation, row_id, row_text, write_whole
 from reward_server.schema import Message
 from reward_server.trees import is_tree, sibling_groups
 
@@ -97,25 +96,24 @@ def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> No
     """Write comparisons so that `read_comparisons` reads them back; a file appears whole or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        for comparison in comparisons:
-            row: dict[str, Any] = {
-                "id": comparison.id,
-                "prompt": [message.model_dump() for message in comparison.prompt],
-                "completions": [
-                    {"text": text, "ended": ended}
-                    for text, ended in zip(comparison.responses, comparison.ended, strict=True)
-                ],
-            }
-            if comparison.ranks is not None:
-                row["ranks"] = list(comparison.ranks)
-            if comparison.labeler is not None:
-                row["labeler"] = comparison.labeler
-            if comparison.group is not None:
-                row["group"] = comparison.group
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    aside.replace(target)
+    write_whole(target, "".join(json.dumps(_row(comparison), ensure_ascii=False) + "\n" for comparison in comparisons))
+
+
+def _row(comparison: Comparison) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": comparison.id,
+        "prompt": [message.model_dump() for message in comparison.prompt],
+        "completions": [
+            {"text": text, "ended": ended} for text, ended in zip(comparison.responses, comparison.ended, strict=True)
+        ],
+    }
+    if comparison.ranks is not None:
+        row["ranks"] = list(comparison.ranks)
+    if comparison.labeler is not None:
+        row["labeler"] = comparison.labeler
+    if comparison.group is not None:
+        row["group"] = comparison.group
+    return row
 
 
 def _comparison(name: str, row: dict[str, Any]) -> Comparison:

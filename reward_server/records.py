@@ -76,7 +76,7 @@ def kind_of(row: dict[str, Any]) -> str | None:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there with all of its text or, after a crash, as it was before."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

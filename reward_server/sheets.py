@@ -8,7 +8,6 @@ to be read; what is trained on are the texts that the sheet was made of.
 import csv
 import io
 import json
-import os
 import random
 import re
 import string
@@ -19,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from reward_server.labeling import Comparison
-from reward_server.records import RecordError, read_jsonl
+from reward_server.records import RecordError, read_jsonl, write_whole
 
 COLUMNS: tuple[str, ...] = ("comparison", "letter", "prompt", "completion", "rank")
 _DELIMITERS = ",;\t"  # spreadsheets of some countries save semicolons
@@ -140,9 +139,7 @@ def _unguarded(cell: str) -> str:
 
 def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(text.encode())
-    aside.replace(path)
+    write_whole(path, text)
     return path
 
 
