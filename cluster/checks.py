@@ -80,7 +80,7 @@ def _bad_inputs(config: Config, command: str, run_dir: Path, models: dict[str, M
             else:
                 yield from _model(config, "base", Path(config.models.base), models)
         wanted = [*_MODELS.get(command, ())]
-        if command in ("ppo", "evaluate") and _scores_with_own_model(config):
+        if command in ("ppo", "evaluate") and config.scoring.uses_own_model:
             wanted.append("reward")
         for name in ("sft", "init", "reward", "critic", "policy"):
             if name in wanted or getattr(config.models, name) is not None:
@@ -114,10 +114,6 @@ def _model(config: Config, name: str, path: Path, models: dict[str, Model]) -> I
             models[name] = model
     except ValueError as error:
         yield str(error)
-
-
-def _scores_with_own_model(config: Config) -> bool:
-    return any(part.kind == "model" and part.target is None for part in config.scoring.parts)
 
 
 def _not_finite(config: Config, sections: Iterable[str]) -> Iterator[str]:
@@ -209,7 +205,7 @@ def _too_long(config: Config, sections: Iterable[str], models: dict[str, Model])
 
 def _too_long_to_score(config: Config, longest: int, sum_: str, models: dict[str, Model]) -> Iterator[str]:
     scoring, rollout, model = config.scoring, config.rollout, models.get("reward")
-    if _scores_with_own_model(config):
+    if config.scoring.uses_own_model:
         limits = {"scoring.max_tokens": scoring.max_tokens, "the reward model's positions": model and model.positions}
         for what, limit in limits.items():
             if limit and longest > limit and not (scoring.truncate_prompt and rollout.max_new_tokens < limit):
@@ -275,7 +271,7 @@ def _memory(config: Config, command: str, parameters: int) -> dict[str, int]:
         cache = int(config.generator.kv_cache_gib * GIB)
         count = max(config.cluster.generators, config.cluster.max_generators or 0)
         needs["generators"] = count * (parameters * _NUMBER_BYTES[config.generator.dtype] + cache)
-    if "scoring" in COMMANDS[command].sections and _scores_with_own_model(config):
+    if "scoring" in COMMANDS[command].sections and config.scoring.uses_own_model:
         needs["reward service"] = parameters * _NUMBER_BYTES[config.scoring.dtype]
     return needs
 

@@ -18,6 +18,8 @@ from pydantic import BaseModel
 from rich.text import Text
 from rich.tree import Tree
 
+from learner.checkpoint import file_sha256
+
 FILE = "lineage.jsonl"
 State = Literal["whole", "changed", "missing"]
 log = logging.getLogger(__name__)
@@ -156,8 +158,7 @@ def _file_digest(path: Path) -> str:
 @lru_cache(maxsize=10_000)
 def _content_digest(path: str, *stamp: int) -> str:
     """The same file with the same stamp is read once; a command meets a model several times."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(Path(path))
 
 
 @cache

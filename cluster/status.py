@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,8 @@ from rich.text import Text
 
 from cluster.console import duration
 from cluster.handle import LIVE, Handle
+from cluster.repeating import repeating
+from cluster.run_files import read_metrics
 
 FILE = "status.json"
 INTERVAL_S = 2.0
@@ -70,7 +71,6 @@ def snapshot(command: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def reporting(run_dir: Path, command: str, interval_s: float = INTERVAL_S) -> Iterator[None]:
     """Keep RUN/status.json up to date until the block ends, and say there how it ended."""
-    over = threading.Event()
 
     def write(**more: str) -> None:
         aside = run_dir / f".{FILE}.{os.getpid()}"
@@ -78,23 +78,16 @@ def reporting(run_dir: Path, command: str, interval_s: float = INTERVAL_S) -> It
             aside.write_text(json.dumps(snapshot(command) | more))
             aside.replace(run_dir / FILE)
 
-    def work() -> None:
-        while not over.wait(interval_s):
-            write()
-
     write()
-    thread = threading.Thread(target=work, name="status", daemon=True)
-    thread.start()
     ended = "failed"
     try:
-        yield
+        with repeating(write, interval_s, "status"):
+            yield
         ended = "done"
     except (KeyboardInterrupt, SystemExit):
         ended = "stopped"
         raise
     finally:
-        over.set()
-        thread.join()
         write(ended=ended)
 
 
@@ -108,7 +101,7 @@ def read(run_dir: Path) -> dict[str, Any]:
     status = json.loads(path.read_text())
     status["silent_s"] = max(0.0, time.time() - status["time"])
     status["state"] = _state(status)
-    status["curves"] = _curves(run_dir / "metrics.jsonl")
+    status["curves"] = read_metrics(run_dir)
     return status
 
 
@@ -119,21 +112,6 @@ def _state(status: Mapping[str, Any]) -> str:
     if status["host"] == socket.gethostname() and not Path(f"/proc/{status['pid']}").exists():
         return "killed"
     return "running" if status["silent_s"] < _SILENT_S else "silent"
-
-
-def _curves(path: Path) -> dict[str, dict[str, dict[int, float]]]:
-    """stage -> metric -> step -> value; a step that was repeated counts as it was logged last."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    if not path.is_file():
-        return found
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a line that is being written
-            row = json.loads(line)
-            stage = found.setdefault(row["stage"], {})
-            for name, value in row.items():
-                if "/" in name:
-                    stage.setdefault(name, {})[row["step"]] = value
-    return found
 
 
 def render(status: Mapping[str, Any], run_dir: Path, curves: bool = False) -> RenderableType:

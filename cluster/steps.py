@@ -76,8 +76,7 @@ class Job:
 
     def reward_to_serve(self) -> Path | None:
         """The run's reward model, where scoring has a part that uses it."""
-        uses = any(part.kind == "model" and part.target is None for part in self.config.scoring.parts)
-        return self.model("reward") if uses else None
+        return self.model("reward") if self.config.scoring.uses_own_model else None
 
     def made(self, kind: str, path: Path, *inputs: str | Path) -> None:
         """Record in the lineage, and in W&B, that `path` was made of `inputs`."""

@@ -22,6 +22,7 @@ from cluster.config import TrackingConfig
 from cluster.console import Console
 from cluster.history import forget_stage, has_all, last_steps, remember_run
 from cluster.prometheus import Exporter
+from cluster.repeating import repeating
 from cluster.wandb_feed import WandbFeed
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Tracker:
             self._sinks.append(exporter.step)
         if self._config.tensorboard:
             self._sinks.append(self._closing.enter_context(_tensorboard(self.run_dir / "tensorboard")))
-        self._closing.enter_context(_ticking(self._alerts.tick))
+        self._closing.enter_context(repeating(self._alerts.tick, _TICK_S, "alerts"))
         if self._wandb is not None:
             remember_run(self.run_dir, self._start["job_type"], self.run_id, finished=False)
             self._wandb.start()
@@ -182,24 +183,6 @@ class Tracker:
     def _feed(self, item: Callable[[Any, Any], None]) -> None:
         if self._wandb is not None:
             self._wandb.put(item)
-
-
-@contextlib.contextmanager
-def _ticking(tick: Callable[[], None]) -> Iterator[None]:
-    """Call `tick` every few seconds, on a thread."""
-    over = threading.Event()
-
-    def work() -> None:
-        while not over.wait(_TICK_S):
-            tick()
-
-    thread = threading.Thread(target=work, name="alerts", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @contextlib.contextmanager

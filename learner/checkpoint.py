@@ -145,12 +145,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_sha256(folder: Path) -> str:
-    """The sha256 of the names and contents of all files in a folder."""
-    return hashlib.sha256(json.dumps(_contents(folder)).encode()).hexdigest()
-
-
-def _contents(folder: Path, without: str | None = None) -> dict[str, list[Any]]:
+def contents(folder: Path, without: str | None = None) -> dict[str, list[Any]]:
     """[size, sha256] of each file, by its path in the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / (without or ""))
     with ThreadPoolExecutor() as threads:
@@ -169,7 +164,7 @@ def _manifest(files: Mapping[str, list[Any]], version: int) -> str:
 def _seal(folder: Path, version: int, state: Mapping[str, Any]) -> int:
     """Write state and manifest; returns the bytes in the folder."""
     (folder / STATE).write_text(json.dumps(state))
-    files = _contents(folder)
+    files = contents(folder)
     (folder / MANIFEST).write_text(_manifest(files, version))
     return sum(size for size, _ in files.values())
 
@@ -180,7 +175,7 @@ def _damage(folder: Path, version: int) -> str | None:
         written = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    found = _contents(folder, without=MANIFEST)
+    found = contents(folder, without=MANIFEST)
     if written == _manifest(found, version).encode():
         return None
     try:

@@ -77,6 +77,11 @@ class SourceConfig(BaseModel):
     truncate_prompt: bool = False
     """Cut a prompt that is too long from its left, instead of stopping the run."""
 
+    @property
+    def uses_own_model(self) -> bool:
+        """Whether a part is the run's own reward model."""
+        return any(part.kind == "model" and part.target is None for part in self.parts)
+
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         names = [part.name for part in self.parts]
