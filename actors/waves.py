@@ -53,6 +53,10 @@ class Scorer(Protocol):
         """Score each response. Raises when there is no score; a missing score is never a number."""
         ...
 
+    async def ready(self) -> None:
+        """Return when scores can be had; at once, unless the scorer is paused."""
+        ...
+
 
 @dataclass(slots=True)
 class Waves:
@@ -77,6 +81,7 @@ class Waves:
         while not self.leave.is_set():
             tickets = await self._admit()
             try:
+                await self.scorer.ready()
                 last_attempts = [t for t in tickets if t.attempt + 1 >= self.config.max_attempts > 1]
                 together = [t for t in tickets if t not in last_attempts]
                 for wave in (together, *([ticket] for ticket in last_attempts)):

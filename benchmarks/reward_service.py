@@ -90,7 +90,7 @@ async def load(url: str, clients: int, seconds: float) -> tuple[float, list[floa
     waits: list[float] = []
 
     async def client(number: int) -> None:
-        one = RewardClient(url, deadline_s=300)
+        one = RewardClient(url, retry_s=300)
         post = 0
         while time.perf_counter() < end:
             batch = requests(POST, seed=hash((clients, number, post)) & 0xFFFFFF)

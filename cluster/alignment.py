@@ -146,6 +146,7 @@ class Alignment:
             ledger=ledger,
             batches=config.iterations,
             waiting=waiting,
+            paused_s=lambda: self.rewards.paused_s,
         )
         progress.restore(buffer, ledger)
         sequences = max(1, round(config.pretraining.sequences_per_episode * config.minibatch_size))

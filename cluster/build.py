@@ -74,7 +74,7 @@ class Processes:
             # process as a call's argument. What makes an actor (arguments, environment) Ray shows to the cluster.
             token = os.environ.get(TOKEN_VARIABLE) or (None if loopback else secrets.token_urlsafe(32))
             url = await service.call("start", loopback, token, deadline_s=self.config.start_deadline_s)
-            client = RewardClient(url, token=token, deadline_s=self.config.step_deadline_s)
+            client = RewardClient(url, token=token, retry_s=config.retry_s, pause_s=config.pause_s)
             try:
                 await client.healthy()
                 yield client

@@ -37,10 +37,12 @@ class Buffer:
         batches: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         waiting: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
+        paused_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """`batches`: how many the run takes in all, if that is known: nothing is sampled for a later one.
 
         `waiting`: entered whenever the learner has to wait for a batch, and so has no use for its processes.
+        `paused_s`: seconds for which the run has been paused so far; the deadline of a batch does not count them.
         """
         assert min(prompts_per_batch, samples_per_prompt) >= 1, (prompts_per_batch, samples_per_prompt)
         assert min(max_staleness, version) >= 0, (max_staleness, version)
@@ -52,6 +54,7 @@ class Buffer:
         self._ledger = ledger
         self._clock = clock
         self._waiting = waiting
+        self._paused_s = paused_s
         self._admitted = version * prompts_per_batch
         self._taken = version * prompts_per_batch
         self._again: list[Ticket] = []
@@ -131,14 +134,7 @@ class Buffer:
         first = self._taken
         assert first == self.version * self.prompts_per_batch, "advance() comes before the next batch"
         numbers = range(first, first + self.prompts_per_batch)
-        limit = asyncio.timeout(deadline_s)
-        try:
-            async with limit:
-                await self._complete(numbers)
-        except TimeoutError:
-            if not limit.expired():  # then it is what fail() was given
-                raise
-            raise TimeoutError(f"waited {deadline_s:g} s for batch {self.version}: {self._lack(numbers)}") from None
+        await self._complete_within(deadline_s, numbers)
         batch: list[Trajectory] = []
         for number in numbers:
             ticket, trajectories = self._ready.pop(number)
@@ -148,6 +144,21 @@ class Buffer:
         self._trained += self.prompts_per_batch
         assert self.version - min(t.oldest_version for t in batch) <= self.max_staleness, self.version
         return batch
+
+    async def _complete_within(self, deadline_s: float, numbers: range) -> None:
+        left = deadline_s
+        while True:
+            limit, paused_s = asyncio.timeout(left), self._paused_s()
+            try:
+                async with limit:
+                    return await self._complete(numbers)
+            except TimeoutError:
+                if not limit.expired():  # then it is what fail() was given
+                    raise
+            left = self._paused_s() - paused_s
+            if left <= 0:
+                raise TimeoutError(f"waited {deadline_s:g} s for batch {self.version}: {self._lack(numbers)}")
+            left = max(left, 1.0)
 
     def advance(self) -> None:
         """Count one more completed iteration; the next tickets may be admitted."""

@@ -76,6 +76,11 @@ class SourceConfig(BaseModel):
     """Longest prompt with response, in tokens. By default what the model has positions for."""
     truncate_prompt: bool = False
     """Cut a prompt that is too long from its left, instead of stopping the run."""
+    retry_s: float = Field(default=120.0, gt=0)
+    """Seconds for which scores that did not come are asked for again, before the run is paused."""
+    pause_s: float = Field(default=3600.0, ge=0)
+    """Seconds for which a paused run waits for the service; nothing is sampled meanwhile, and nothing is lost. Then the
+    run stops with the reason."""
 
     @property
     def uses_own_model(self) -> bool:

@@ -46,18 +46,21 @@ class FunctionSource:
 class RemoteSource:
     """Scores by another reward server. Not to be called from a thread that runs an event loop."""
 
-    def __init__(self, url: str, token: str | None = None, deadline_s: float = 120.0) -> None:
-        """Remember where it is; `token` is its bearer token, `deadline_s` bounds a call with its retries."""
+    def __init__(self, url: str, token: str | None = None, retry_s: float = 30.0) -> None:
+        """Remember where it is; `token` is its bearer token, `retry_s` bounds a call with its retries.
+
+        Whoever asked this source asks again, with the same ids: what the other server computes meanwhile is not lost.
+        """
         self.url = url
         self._token = token
-        self.deadline_s = deadline_s
+        self.retry_s = retry_s
 
     def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
         """Ask the server; raises RewardUnavailable or RewardRefused."""
         return asyncio.run(self._score(requests))
 
     async def _score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        client = RewardClient(self.url, token=self._token, deadline_s=self.deadline_s)
+        client = RewardClient(self.url, token=self._token, retry_s=self.retry_s)
         try:
             return await client.score(requests)
         finally:

@@ -112,6 +112,15 @@ class FakeScorer:
     """asked before each reply; what it returns is raised"""
     batches: list[list[ScoreRequest]] = field(default_factory=list)
     """requests of every call"""
+    paused_s: float = 0.0
+    working: asyncio.Event = field(default_factory=asyncio.Event)
+    """unset for as long as a test pauses it"""
+
+    def __post_init__(self) -> None:
+        self.working.set()
+
+    async def ready(self) -> None:
+        await self.working.wait()
 
     async def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
         self.batches.append(requests)

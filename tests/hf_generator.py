@@ -72,8 +72,13 @@ class HfGenerator:
 class SourceScorer:
     """A source of scores without the server around it."""
 
+    paused_s = 0.0
+
     def __init__(self, source: Source) -> None:
         self.source = source
+
+    async def ready(self) -> None:
+        """It is never paused."""
 
     async def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
         return self.source.score(requests)

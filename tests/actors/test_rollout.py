@@ -242,6 +242,23 @@ def test_without_a_score_the_run_stops_with_the_scorers_own_error() -> None:
     assert (counts["buffer/ready"], counts["buffer/in_flight"]) == (0, 0)
 
 
+def test_while_the_scorer_is_paused_nothing_is_sampled_and_nothing_is_lost() -> None:
+    generator, scorer = FakeGenerator(), FakeScorer()
+
+    async def pause() -> tuple[int, list[list[Trajectory]]]:
+        scorer.working.clear()
+        run = Run({"g": generator}, scorer)
+        training = asyncio.create_task(run.train(2))
+        await asyncio.sleep(0.1)
+        sampled = len(generator.waves)
+        scorer.working.set()
+        return sampled, await training
+
+    sampled, batches = asyncio.run(pause())
+    assert sampled == 0
+    assert [{t.key.attempt for t in batch} for batch in batches] == [{0}, {0}]
+
+
 def test_replies_to_other_requests_are_refused() -> None:
     class Shuffling(FakeScorer):
         async def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:

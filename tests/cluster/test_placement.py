@@ -147,9 +147,9 @@ def test_ranks_and_reward_service_of_different_machines_meet_at_their_addresses(
                 id="a", prompt=(Message(role="user", content="Hi"),), response="one two three", ended=True
             )
             assert [reply.score for reply in await rewards.score([ask])] == [3.0]
-            host = httpx.URL(rewards.url).host
+            host = httpx.URL(rewards.urls[0]).host
             assert host in (HEAD, OTHER)
-            assert httpx.get(f"{rewards.url}/health").status_code == 401
+            assert httpx.get(f"{rewards.urls[0]}/health").status_code == 401
 
     with place([TAKEN], deadline_s=30), place(plan.processes, deadline_s=30) as placement:
         asyncio.run(scenario(placement))

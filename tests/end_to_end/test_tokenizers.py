@@ -66,7 +66,7 @@ def other_reward_model(folder: Path) -> None:
 
 async def trajectories(policy: Path, url: str, config: RolloutConfig) -> list[Trajectory]:
     """Samples of every prompt, scored over HTTP."""
-    client, stream = RewardClient(url, deadline_s=30.0), PromptStream(PROMPTS, seed=0)
+    client, stream = RewardClient(url, retry_s=30.0), PromptStream(PROMPTS, seed=0)
     buffer = Buffer(len(PROMPTS), config.samples_per_prompt, 0, ledger=Ledger(None, stream))
     generator, leave = HfGenerator(policy), asyncio.Event()
     work = rollout(generator, client, stream, buffer, generator.encoding, config, 0, leave)

@@ -4,6 +4,7 @@ sample."""
 import asyncio
 import json
 import tempfile
+import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,27 @@ def test_a_missed_deadline_names_what_is_missing_and_for_how_long() -> None:
     assert "ticket 1 (prompt 'p0', epoch 1) with no actor" in str(caught.value)
     assert "ticket 2 (prompt 'p0', epoch 2) attempt 0, out for 12.5 s" in str(caught.value)
     assert "ticket 0 " not in str(caught.value)
+
+
+def test_the_deadline_of_a_batch_does_not_count_pauses() -> None:
+    """Paused from 0.1 s to 0.6 s: a batch that comes at 0.7 s is within 0.3 s, and one that never comes is not."""
+    started = time.monotonic()
+
+    def paused_s() -> float:
+        return min(max(time.monotonic() - started - 0.1, 0.0), 0.5)
+
+    async def wait(comes: bool) -> list[Trajectory]:
+        nonlocal started
+        buffer = Buffer(1, 1, 0, ledger=Ledger(None, PromptStream(prompts(1), seed=0)), paused_s=paused_s)
+        (ticket,) = await buffer.admit(1)
+        started = time.monotonic()
+        if comes:
+            asyncio.get_running_loop().call_later(0.7, buffer.put, ticket, samples(ticket))
+        return await buffer.take(0.3)
+
+    assert len(asyncio.run(wait(comes=True))) == 1
+    with pytest.raises(TimeoutError, match=r"waited 0\.3 s for batch 0"):
+        asyncio.run(asyncio.wait_for(wait(comes=False), 5))
 
 
 def test_a_long_list_of_missing_prompts_is_cut() -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from reward_server.app import Limits, create_app
+from reward_server import client as client_module
+from reward_server.app import Limits, create_app, serve
 from reward_server.client import RewardClient, RewardRefused, RewardUnavailable
 from reward_server.schema import Message, ScoreReply, ScoreRequest
 
@@ -21,12 +23,19 @@ REQUESTS = [
 SCORES = [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries without the patience of a run."""
+    monkeypatch.setattr(client_module, "_FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(client_module, "_MAX_DELAY_S", 0.05)
+
+
 class LengthSource:
     def __init__(self) -> None:
         self.seen: list[str] = []
 
     def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        self.seen += [request.id for request in requests]
+        self.seen += [request.id for request in requests if not request.id.startswith("health")]
         return [ScoreReply(id=request.id, score=float(len(request.response))) for request in requests]
 
 
@@ -36,11 +45,12 @@ class FaultyApp:
     def __init__(self, source: LengthSource, *faults: Any, token: str | None = None, limits: Limits | None = None):
         self.app = create_app(source, token, limits)
         self.faults = list(faults)
+        self.fault_of: Callable[[str], Any] = lambda path: self.faults.pop(0) if self.faults else None
         self.requests = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.requests += 1
-        fault = self.faults.pop(0) if self.faults else None
+        fault = self.fault_of(scope["path"])
         if fault is None:
             await self.app(scope, receive, send)
             return
@@ -78,18 +88,18 @@ def running(app: FaultyApp) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def connected(url: str, **options: Any) -> AsyncIterator[RewardClient]:
-    settings: dict[str, Any] = {"deadline_s": 10.0, "first_delay_s": 0.01, "max_delay_s": 0.05} | options
-    client = RewardClient(url, **settings)
+async def connected(*urls: str, **options: Any) -> AsyncIterator[RewardClient]:
+    settings: dict[str, Any] = {"retry_s": 10.0, "ask_s": 0.1} | options
+    client = RewardClient(urls, **settings)
     try:
         yield client
     finally:
         await client.close()
 
 
-def score(url: str, requests: list[ScoreRequest] = REQUESTS, **options: Any) -> list[ScoreReply]:
+def score(*urls: str, requests: list[ScoreRequest] = REQUESTS, **options: Any) -> list[ScoreReply]:
     async def ask() -> list[ScoreReply]:
-        async with connected(url, **options) as client:
+        async with connected(*urls, **options) as client:
             return await client.score(requests)
 
     return asyncio.run(ask())
@@ -152,47 +162,201 @@ def test_a_fault_that_lasts_is_unavailability_with_its_reason_and_never_a_score(
     app = FaultyApp(LengthSource(), *[FAULTS[name]] * 100)
     start = time.monotonic()
     with running(app) as url, pytest.raises(RewardUnavailable) as caught:
-        score(url, deadline_s=0.8, attempt_s=0.3)
-    assert 0.7 < time.monotonic() - start < 4
+        score(url, retry_s=1.5, attempt_s=0.6)
+    assert 1.4 < time.monotonic() - start < 6
     assert url in str(caught.value)
-    assert "within 0.8 s" in str(caught.value)
+    assert "within 1.5 s" in str(caught.value)
     assert REASONS[name] in str(caught.value)
-
-
-def test_retries_are_bounded_in_number() -> None:
-    app = FaultyApp(LengthSource(), *[500] * 100)
-    with running(app) as url, pytest.raises(RewardUnavailable, match="in 4 attempts"):
-        score(url, max_retries=3)
-    assert app.requests == 4
 
 
 def test_a_server_that_is_down_is_named_with_the_refused_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(RewardUnavailable, match=f"127.0.0.1:{port} .*ConnectError"):
-        score(f"http://127.0.0.1:{port}", deadline_s=0.3)
+        score(f"http://127.0.0.1:{port}", retry_s=1.0)
 
 
-def test_a_server_that_comes_back_is_found_again() -> None:
+PAUSES = {
+    "500": (500, "HTTP 500: overloaded"),
+    "NaN": (FAULTS["NaN"], r"malformed answer at replies\.1\.score"),
+    "one too few": (FAULTS["one too few"], "4 scores for 5 requests"),
+    "slow": ("hang", r"no answer within 0\.3 s"),
+}
+
+
+@pytest.mark.parametrize("name", PAUSES)
+def test_when_the_retries_are_used_up_the_call_is_paused_until_the_scores_are_right(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """/health may say "ok" all the time: only scores end a pause."""
+    fault, reason = PAUSES[name]
+    source = LengthSource()
+    app = FaultyApp(source)
+    app.fault_of = lambda path: fault if broken and path == "/score" else None
+    broken = True
+
+    async def ask(url: str) -> list[ScoreReply]:
+        nonlocal broken
+        async with connected(url, retry_s=0.5, pause_s=20.0, attempt_s=0.3 if name == "slow" else 5.0) as client:
+            assert client.paused is None
+            asking = asyncio.create_task(client.score(REQUESTS))
+            while client.paused is None:
+                await asyncio.sleep(0.01)
+            paused = client.paused
+            assert abs(paused.since - time.time()) < 1
+            assert re.search(reason, paused.reason), paused.reason
+            new = asyncio.create_task(client.ready())
+            await asyncio.sleep(0.5)
+            assert not asking.done(), "a pause takes longer than the retries"
+            assert not new.done(), "nothing new is to be sampled"
+            assert client.paused.since == paused.since
+            broken = False
+            replies = await asyncio.wait_for(asking, 10)
+            await asyncio.wait_for(new, 1)
+            assert client.paused is None
+            assert 0.5 < client.paused_s < 5
+            return replies
+
+    with running(app) as url:
+        assert [reply.score for reply in asyncio.run(ask(url))] == SCORES
+    assert len(source.seen) == len(set(source.seen)), "whatever was asked again counts once"
+    said = [record.getMessage() for record in caplog.records if record.name == "reward_server.client"]
+    assert len(said) == 2
+    assert said[0].startswith("paused: the reward service has given no scores for 0.5 s; it is asked again for 20 s")
+    assert re.search(reason, said[0])
+    assert said[1].startswith("the pause is over after")
+
+
+def test_a_server_that_dies_and_comes_back_on_its_port_ends_the_pause_of_all_who_wait() -> None:
+    """None of them loses what it has, and one that is answered wakes the others."""
     source = LengthSource()
 
-    async def down_then_up() -> list[ScoreReply]:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-        async with connected(f"http://127.0.0.1:{port}") as client:
-            asking = asyncio.create_task(client.score(REQUESTS))
-            await asyncio.sleep(0.4)
-            config = uvicorn.Config(create_app(source), port=port, log_level="critical", lifespan="off")
-            server = uvicorn.Server(config)
-            thread = threading.Thread(target=server.run, daemon=True)
-            thread.start()
+    async def die_and_live() -> list[list[ScoreReply]]:
+        first = serve(source)
+        port = int(first.url.rpartition(":")[2])
+        async with connected(first.url, retry_s=0.3, pause_s=30.0, ask_s=1.0) as client:
+            assert [reply.score for reply in await client.score(REQUESTS)] == SCORES
+            await asyncio.to_thread(first.close)
+            asking = [
+                asyncio.create_task(client.score([r.model_copy(update={"response": f"{n}"}) for r in REQUESTS]))
+                for n in range(3)
+            ]
+            while client.paused is None:
+                await asyncio.sleep(0.01)
+            assert "ConnectError" in client.paused.reason
+            second = serve(source, port=port)
             try:
-                return await asking
+                return await asyncio.wait_for(asyncio.gather(*asking), 20)
             finally:
-                server.should_exit = True
-                await asyncio.to_thread(thread.join, 10)
+                assert client.paused is None
+                await asyncio.to_thread(second.close)
 
-    assert [reply.score for reply in asyncio.run(down_then_up())] == SCORES
+    assert [[reply.score for reply in replies] for replies in asyncio.run(die_and_live())] == [[1.0] * 5] * 3
+
+
+def test_a_pause_has_a_bound_and_the_error_says_why() -> None:
+    async def ask(url: str) -> None:
+        async with connected(url, retry_s=0.2, pause_s=0.6) as client:
+            try:
+                await client.score(REQUESTS)
+            finally:
+                assert client.paused is None
+                assert 0.5 < client.paused_s < 4
+
+    with running(FaultyApp(LengthSource(), *[500] * 100)) as url:
+        started = time.monotonic()
+        said = "POST /score in [0-9]+ attempts within 0.2 s and a pause of 0.6 s; the last reason: HTTP 500: overloaded"
+        with pytest.raises(RewardUnavailable, match=said):
+            asyncio.run(ask(url))
+        assert 0.8 <= time.monotonic() - started < 5
+
+
+def test_a_post_that_always_fails_pauses_the_run_though_others_are_answered() -> None:
+    """Else its neighbours would end its pause again and again, and the run would never stop."""
+
+    class Picky(LengthSource):
+        def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+            if any(request.response == "poison" for request in requests):
+                raise RuntimeError("no such word")
+            return super().score(requests)
+
+    async def ask(url: str) -> None:
+        async with connected(url, retry_s=0.2, pause_s=0.8) as client:
+            poison = asyncio.create_task(client.score([REQUESTS[0].model_copy(update={"response": "poison"})]))
+            while client.paused is None:
+                await asyncio.sleep(0.01)
+            since = client.paused.since
+            for n in range(5):
+                await client.score([REQUESTS[1].model_copy(update={"response": "x" * n})])
+                assert client.paused is not None
+                assert client.paused.since == since
+            with pytest.raises(RewardUnavailable, match="no such word"):
+                await poison
+
+    with running(FaultyApp(Picky())) as url:
+        asyncio.run(ask(url))
+
+
+def test_a_call_that_is_given_up_ends_its_pause() -> None:
+    async def ask() -> None:
+        async with connected("http://127.0.0.1:1", retry_s=0.1, pause_s=30.0) as client:
+            asking = asyncio.create_task(client.score(REQUESTS))
+            while client.paused is None:
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            await asyncio.wait([asking])
+            assert client.paused is None
+            await asyncio.wait_for(client.ready(), 1)
+
+    asyncio.run(ask())
+
+
+def test_posts_go_to_the_replica_with_the_fewest_under_way() -> None:
+    sources = [LengthSource(), LengthSource()]
+    slow, fast = FaultyApp(sources[0], "hang"), FaultyApp(sources[1])
+
+    async def ask(*urls: str) -> list[ScoreReply]:
+        async with connected(*urls, batch_requests=1, max_in_flight=1) as client:
+            return await client.score(REQUESTS)
+
+    with running(slow) as one, running(fast) as other:
+        assert [reply.score for reply in asyncio.run(ask(one, other))] == SCORES
+    assert (slow.requests, fast.requests) == (1, 4), "while the first post hangs, the other replica takes the rest"
+
+
+def test_a_replica_that_fails_is_left_alone_and_its_posts_go_to_another() -> None:
+    source = LengthSource()
+    dead = FaultyApp(LengthSource(), *[500] * 100)
+
+    async def ask(*urls: str) -> float:
+        started = time.monotonic()
+        async with connected(*urls, batch_requests=1) as client:
+            assert [reply.score for reply in await client.score(REQUESTS)] == SCORES
+            assert client.paused is None
+        return time.monotonic() - started
+
+    with running(dead) as one, running(FaultyApp(source)) as other:
+        assert asyncio.run(ask(one, other)) < 5
+        assert asyncio.run(ask("http://127.0.0.1:1", other)) < 5
+    assert 1 <= dead.requests <= 4, "only posts that were under way together"
+
+
+def test_with_all_replicas_down_all_of_them_are_named() -> None:
+    with pytest.raises(
+        RewardUnavailable, match=r"127.0.0.1:1 and http://127.0.0.1:2 gave no .*127.0.0.1:[12]: Connect"
+    ):
+        score("http://127.0.0.1:1", "http://127.0.0.1:2", retry_s=1.0)
+
+
+def test_at_the_start_every_replica_has_to_be_healthy() -> None:
+    async def ask(*urls: str) -> None:
+        async with connected(*urls, retry_s=0.5) as client:
+            await client.healthy()
+
+    with running(FaultyApp(LengthSource())) as one, running(FaultyApp(LengthSource(), 503)) as other:
+        asyncio.run(ask(one, other))
+        with pytest.raises(RewardUnavailable, match=r"GET /health .*127.0.0.1:1: ConnectError"):
+            asyncio.run(ask(one, "http://127.0.0.1:1"))
 
 
 def test_what_the_server_refuses_is_not_asked_again() -> None:
@@ -220,14 +384,14 @@ def test_many_requests_are_split_into_posts_and_keep_their_order() -> None:
     ]
     app = FaultyApp(source, None, 500, None, limits=Limits(max_requests=10))
     with running(app) as url:
-        replies = score(url, requests, batch_requests=10, max_in_flight=2)
+        replies = score(url, requests=requests, batch_requests=10, max_in_flight=2)
     assert [reply.id for reply in replies] == [str(n) for n in range(103)]
     assert [reply.score for reply in replies] == [float(n * 37 % 50) for n in range(103)]
     assert app.requests == 12
 
 
 def test_no_requests_need_no_server() -> None:
-    assert score("http://127.0.0.1:1", []) == []
+    assert score("http://127.0.0.1:1", requests=[]) == []
 
 
 def test_the_same_key_may_be_scored_again_with_another_text() -> None:
@@ -244,7 +408,7 @@ def test_the_same_key_may_be_scored_again_with_another_text() -> None:
 
 def test_health_waits_for_a_server_that_can_score() -> None:
     async def ask(url: str) -> None:
-        async with connected(url, deadline_s=2.0) as client:
+        async with connected(url, retry_s=2.0) as client:
             await client.healthy()
 
     with running(FaultyApp(LengthSource(), 503, 503)) as url:

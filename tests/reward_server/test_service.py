@@ -38,7 +38,7 @@ def lengths(tmp_path, monkeypatch) -> SourceConfig:
 
 def score(url: str, token: str | None = None) -> ScoreReply:
     async def ask() -> ScoreReply:
-        client = RewardClient(url, token=token, deadline_s=10.0, max_retries=1)
+        client = RewardClient(url, token=token, retry_s=2.0)
         try:
             return (await client.score([REQUEST]))[0]
         finally:
