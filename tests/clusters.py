@@ -63,13 +63,13 @@ def machines(folder: Path) -> Iterator[Machines]:
     token.touch(0o600)
     token.write_text(secrets.token_hex(32))
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **_HEALTH}
-    with pytest.MonkeyPatch.context() as environment:
+    Path("/tmp/ray").mkdir(exist_ok=True)  # Cluster notes its address there, wherever its own files are
+    with contextlib.ExitStack() as stack:
+        stack.callback(reset_auth_token_state)  # last of all, however it ends: Ray keeps the token that it has read
+        environment = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in settings.items():
             environment.setenv(name, value)
         reset_auth_token_state()  # Ray has read the environment when it was imported
         found = Machines(f"/tmp/r{secrets.token_hex(4)}")
-        try:
-            yield found
-        finally:
-            found.close()
-    reset_auth_token_state()
+        stack.callback(found.close)
+        yield found
