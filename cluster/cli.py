@@ -19,14 +19,13 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 
-from cluster.commands import COMMANDS, DRY_RUN, PRESETS, Command, help_text, overview, presets
+from cluster.commands import COMMANDS, PRESETS, Command, dry_flags, help_text, overview, presets
 from cluster.console import Console
 from cluster.settings import ConfigError, compose, nearest, read_overrides, read_toml, save_toml
 from reward_server.records import write_whole
 
 Config = TypeVar("Config", bound=BaseModel)
 OPTIONS = ("run", "config", "preset")
-PLAN = "cluster.planning:plan"
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 # Their text alone says what happened; of any other error the type belongs to it.
 _TOLD = (ValueError, OSError, RuntimeError)
@@ -92,7 +91,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
     flags: set[str] = set()
     arguments: list[str] = []
     overrides: list[tuple[str, str | None]] = []
-    known = {**command.flags, **(DRY_RUN if command.sections and not command.inspects else {})}
+    known = {**dry_flags(command), **command.flags}
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -187,9 +186,12 @@ def _checked(config: Any, name: str, run_dir: Path) -> Sequence[str]:
 
 def _inspect(name: str, command: Command, call: Call, config: Any) -> int:
     """Print what would be done, or how things stand: nothing is started, and nothing written."""
-    module, _, function = (command.entry if command.inspects else PLAN).partition(":")
     try:
-        good = getattr(importlib.import_module(module), function)(config, call.run_dir, name, "json" in call.flags)
+        if command.inspects:
+            good = _entry(command)(config, call.run_dir, name, "json" in call.flags)
+        else:
+            dry_run = importlib.import_module("cluster.planning").dry_run
+            good = dry_run(config, call.run_dir, name, call.flags, call.arguments)
     except _TOLD as error:
         sys.stderr.write("".join(f"error: {reason}\n" for reason in _reasons(error)))
         return FAILED

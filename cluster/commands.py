@@ -45,10 +45,10 @@ class Command:
 
 
 DRY_RUN = {
-    "dry-run": "print the plan of this command as `rayward plan` does, and start nothing",
-    "json": "with --dry-run, the plan as JSON",
+    "dry-run": "say what this command would start, read and write, and what would stop it; exit code 1 then",
+    "json": "with --dry-run, the same as JSON",
 }
-"""Flags of every command that takes settings."""
+"""Flags of every command that does something."""
 _TRAINING = ("models", "data", "cluster")
 _SAMPLING = ("rollout", "generator")
 STAGE_FLAGS = {
@@ -251,6 +251,11 @@ COMMANDS = {
 }
 
 
+def dry_flags(command: Command) -> dict[str, str]:
+    """The flags for a dry run, of a command that does not only look."""
+    return {} if command.inspects or command.own else DRY_RUN
+
+
 def overview() -> str:
     """The help of `rayward` itself."""
     lines = [
@@ -285,7 +290,7 @@ def help_text(name: str, config: type[BaseModel] | None) -> str:
     if config is None:
         lines += [f"  RUN, --run DIR   the run directory; {command.run} when not named"]
         lines += [f"  {name:<17}{what}" for name, what in command.arguments.items()]
-        lines += [f"  --{flag:<15}{what}" for flag, what in command.flags.items()]
+        lines += [f"  --{flag:<15}{what}" for flag, what in {**dry_flags(command), **command.flags}.items()]
     else:
         lines += _options(command)
         shown = [setting for setting in settings(config) if setting.key.split(".")[0] in command.sections]
@@ -311,7 +316,7 @@ def _options(command: Command) -> list[str]:
         "--config FILE": "settings from a TOML file",
         "--preset NAME": f"settings that come with rayward ({', '.join(presets())}), under those of a file",
         **{f"--{flag}": what for flag, what in command.variants.items()},
-        **{f"--{flag}": what for flag, what in {**({} if command.inspects else DRY_RUN), **command.flags}.items()},
+        **{f"--{flag}": what for flag, what in {**dry_flags(command), **command.flags}.items()},
         "--KEY VALUE": "one of the settings below, e.g. --tracking.mode disabled; in TOML: [tracking] mode = "
         '"disabled". A list: --tracking.tags \'["a", "b"]\'. Nothing at all: none',
     }

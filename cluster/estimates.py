@@ -16,12 +16,40 @@ NORM_PART = 2**22
 """Numbers of a gradient whose squares are added up at once, in float64, for a norm."""
 LIVE_PARAMETERS = 10**9
 """Parameters that ZeRO-3 gathers at once at most (DeepSpeed's stage3_max_live_parameters)."""
+ADAM_TRAFFIC = 28
+"""Bytes of memory traffic a parameter in an Adam step: gradient, master weight and two means read, three written."""
+TIME_FACTOR = 2.0
+"""How far a phase on a CPU may be from what is expected of it, either way; tests/cluster/test_memory.py holds it."""
 GPU_CONTEXT = 2**30
 """Of a GPU process before any tensor: CUDA context, cuBLAS and NCCL buffers, fragments. A guess of common size."""
 ENGINE_OVERHEAD = 2 * 2**30
 """Of a vLLM engine on a GPU beside weights and cached keys: activations of a step, CUDA context. A guess too."""
 HOST_PROCESS = int(1.2 * 2**30)
 """Main memory of any process once torch, DeepSpeed or vLLM are imported; measured 0.5 to 1.2 GiB on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What a process reaches of its device's peak, and what an engine's step costs beside that."""
+
+    forward: float
+    """share of the peak rate in passes without gradients"""
+    training: float
+    """in forward and backward passes"""
+    decode: float
+    """in the products of few rows of a decoding step"""
+    read: float
+    """share of the memory's bandwidth"""
+    step: float
+    """seconds of a decoding step beside its computing"""
+    sequence: float
+    """and of every sequence in it: sampling, log-probs, and telling what was sampled"""
+    source: str
+    """where these are from"""
+
+    def step_s(self, sequences: float) -> float:
+        """Seconds of a step of so many sequences beside its computing."""
+        return self.step + sequences * self.sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +127,11 @@ def activation_bytes(shape: Shape, tokens: int, weight_bytes: int, checkpointing
     layer = 2 * (norm + b * shape.hidden) + attention + (4 if shape.gated else 5) * b * shape.inner
     kept = layers * b * shape.hidden + layer if checkpointing else layers * layer
     return float(tokens * (kept + norm))
+
+
+def read_bytes(shape: Shape, tokens: int, weight_bytes: int) -> float:
+    """What a layer holds while it reads `tokens` without gradients: residual, norms and the feed-forward block."""
+    return float(tokens * (weight_bytes * (6 * shape.hidden + 3 * shape.inner) + 8 * shape.hidden))
 
 
 def logits_bytes(shape: Shape, chunk: int, weight_bytes: int, head_trained: bool) -> float:

@@ -6,80 +6,98 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
+from cluster.batches import Batches
+from cluster.estimates import TIME_FACTOR
 from cluster.forecast import Forecast, Step
 from cluster.hardware import GIB
 from cluster.memory import Held
-from cluster.plan import PPOPlan, StepsPlan
+from cluster.plan import PPOPlan, SamplingPlan, StepsPlan
 
-TITLES = {"sft": "Step 1, SFT", "sample": "Step 2, sampling", "reward": "Step 2, reward model", "ppo": "Step 3, PPO"}
+TITLES = {
+    "sft": "Step 1, SFT",
+    "baseline": "Step 1, baseline",
+    "sample": "Step 2, sampling",
+    "reward": "Step 2, reward model",
+    "select": "Choice of an epoch",
+    "ppo": "Step 3, PPO",
+    "evaluate": "Evaluation",
+    "serve": "Reward service",
+}
+_LEGEND = "N parameters, b bytes of each, T tokens, F operations and W bytes a second: cluster/estimates.py"
 
 
-def tables(found: Forecast) -> RenderableType:
-    """Everything, as it is printed."""
+def tables(found: Forecast, files: str | None = None) -> RenderableType:
+    """Everything but notes and problems, as it is printed; `files`: what the command reads and writes."""
     parts: list[RenderableType] = [_heading(found)]
-    parts += [_batches(step) for step in found.steps if step.batches is not None]
+    parts += [files] if files else []
+    parts += [_batches(step.name, step.batches) for step in found.steps if step.batches is not None]
     parts.append(_processes(found))
-    parts += [_memory(found, step) for step in found.steps]
-    if found.phases:
-        parts.append(_phases(found))
-    return Group(*(part for one in parts for part in (one, "")), _verdict(found))
+    parts += [_memory(found, step) for step in found.steps if step.held]
+    if any(step.phases for step in found.steps):
+        parts.append(_times(found))
+    return Group(*(part for one in parts for part in (one, "")))
 
 
 def _heading(found: Forecast) -> RenderableType:
-    models, device = found.models, found.site.machines[0].device
+    models, device, lengths = found.models, found.site.machines[0].device, found.lengths
     shapes = [f"{models.policy.name}: {models.policy.parameters:,} parameters"]
     if models.reward != models.policy:
         shapes.append(f"reward model and critic {models.reward.name}: {models.reward.value_parameters:,}")
-    return "\n".join(
-        [
-            f"Planned for {found.site.title}",
-            f"Device: {device.name}, {device.flops / 1e12:.3g} Tflop/s in bfloat16, {device.bandwidth / 1e9:.3g} GB/s, "
-            f"{device.memory / GIB:.1f} GiB ({device.source})",
-            f"Model: {'; '.join(shapes)}",
-            f"Counted with prompts of {found.lengths.prompt:,} and responses of {found.lengths.response:,} tokens",
-        ]
-    )
+    rows = {
+        "plan of": f"rayward {found.command}",
+        "for": found.site.title,
+        "device": f"{device.name}: {device.flops / 1e12:.3g} Tflop/s in bfloat16, {device.bandwidth / 1e9:,.0f} GB/s, "
+        f"{device.memory / GIB:.1f} GiB ({device.source})",
+        "model": "; ".join(shapes) if models.policy.parameters else "none: nothing of the score is a reward model",
+        "tokens": f"{lengths.prompt:,} of a prompt, {lengths.response:,} of a response on average, "
+        f"{lengths.longest:,} at most ({lengths.source})",
+    }
+    if found.command == "serve":
+        del rows["tokens"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+def _table(*columns: str) -> Table:
+    table = Table(header_style="dim", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
 
 
-def _batches(step: Step) -> RenderableType:
-    table = _table(f"{TITLES[step.name]}: batches")
+def _batches(name: str, batches: Batches) -> RenderableType:
+    table = _table("", "", "")
     table.show_header = False
-    table.add_column()
-    table.add_column()
-    rows = _ppo_rows(step.batches) if isinstance(step.batches, PPOPlan) else _step_rows(step.batches)
-    for name, number, how in rows:
-        table.add_row(name, f"{number:,}", how)
-    table.columns[1].justify = "right"
-    table.columns[2].justify = "left"
-    return table
+    table.columns[2].justify, table.columns[2].no_wrap = "left", False
+    rows = {PPOPlan: _ppo_rows, StepsPlan: _step_rows, SamplingPlan: _sampling_rows}[type(batches)]
+    for row, number, how in rows(batches):  # pyright: ignore[reportArgumentType]  # the one of its type
+        table.add_row(row, f"{number:,}", how)
+    return _under(f"{TITLES[name]}: batches", table)
 
 
 def _ppo_rows(plan: PPOPlan) -> Iterator[tuple[str, int, str]]:
     yield "episodes a batch", plan.episodes, f"{plan.prompts:,} prompts x {plan.samples} samples, each a trajectory"
-    yield "waves of a generator", plan.waves, "that it samples one after the other for a batch"
+    yield "waves of a generator", plan.waves, "one after the other, for a batch"
     yield "minibatches", plan.minibatches, f"of {plan.minibatch:,} episodes, x {plan.epochs} epochs"
     yield "micro-batches", plan.microbatches, "of a rank in a minibatch"
     if plan.pretraining_sequences:
         yield "pretraining sequences", plan.pretraining_sequences, "beside each minibatch"
         yield "their micro-batches", plan.pretraining_microbatches, "of a rank in a minibatch"
-    yield "optimizer steps", plan.steps, "an iteration, of the policy and of the critic"
-    yield "tokens of episodes", plan.episode_tokens, f"a batch, of which {plan.response_tokens:,} are sampled"
+    yield "optimizer steps", plan.steps, "an iteration, of policy and critic each"
+    yield "tokens of episodes", plan.episode_tokens, f"a batch, {plan.response_tokens:,} of them sampled"
     yield "tokens of pretraining", plan.pretraining_tokens, "an iteration"
     yield "iterations", plan.iterations, "batches in all"
     yield "optimizer steps in all", plan.total_steps, f"{plan.total_episodes:,} episodes"
     yield "tokens trained in all", plan.total_tokens, "episodes x epochs + pretraining"
 
 
-def _step_rows(plan: StepsPlan | None) -> Iterator[tuple[str, int, str]]:
-    assert plan is not None
+def _step_rows(plan: StepsPlan) -> Iterator[tuple[str, int, str]]:
     yield "rows", plan.rows, f"x {plan.epochs} epochs"
     mixed = f", {plan.pretraining:.0%} of them pretraining text" if plan.pretraining else ""
     yield "optimizer steps", plan.steps, f"of {plan.batch} each{mixed}"
@@ -87,18 +105,27 @@ def _step_rows(plan: StepsPlan | None) -> Iterator[tuple[str, int, str]]:
     yield "tokens in all", plan.total_tokens, f"{plan.step_tokens:,} a step"
 
 
+def _sampling_rows(plan: SamplingPlan) -> Iterator[tuple[str, int, str]]:
+    yield "responses", plan.episodes, f"{plan.prompts:,} prompts x {plan.samples} samples"
+    yield "waves of a generator", plan.waves, "one after the other"
+    if plan.times > 1:
+        yield "models", plan.times, "one after the other"
+    yield "tokens sampled in all", plan.total_tokens, ""
+
+
 def _processes(found: Forecast) -> RenderableType:
-    table = _table("Who runs where", "process", "on", "GPUs", "CPUs", "threads", "pinned to")
+    pinned = found.site.local and any(process.pin for process in found.plan.processes)
+    table = _table("process", "on", "GPUs", "CPUs", "threads", *["cores"] * pinned)
     rows = []
     for process in found.plan.processes:
         at = found.placed.at.get(process.name)
-        pin = ",".join(map(str, process.pin)) if process.pin and found.site.local else ""
+        pin = [",".join(map(str, process.pin or ()))] * pinned
         where = at[1].name if at else "no place"
-        rows.append((process.name, where, f"{process.gpus:g}", f"{process.cpus:g}", str(process.threads), pin))
-    for row in grouped(rows, lambda row: row[0], lambda row: row[1:]):
-        table.add_row(row[0], *row[1])
-    table.add_row("controller", found.site.machines[0].name, "0", "", "1", "")
-    return table
+        rows.append((process.name, where, f"{process.gpus:g}", f"{process.cpus:g}", str(process.threads), *pin))
+    for name, rest in grouped(rows, lambda row: row[0], lambda row: row[1:]):
+        table.add_row(name, *rest)
+    table.add_row("the command itself", found.site.machines[0].name, "0", "0", "1", *[""] * pinned)
+    return _under("Who runs where", table)
 
 
 def grouped(
@@ -120,56 +147,75 @@ def _memory(found: Forecast, step: Step) -> RenderableType:
     kinds: dict[str, Held] = {}
     for one in step.held:
         kinds.setdefault(one.process.name.partition("-")[0], one)
-    gpu = any(found.placed.at[one.process.name][1].gpus for one in kinds.values())
-    heads = [f"{kind}\n{place}" for kind in kinds for place in (("GPU", "main") if gpu else ("main",))]
-    table = _table(f"{TITLES[step.name]}: memory of each process, GiB (an estimate)", "", *heads)
-    for column in table.columns:
-        column.no_wrap = True
-    items = dict.fromkeys(name for one in kinds.values() for name in one.items)
-    for item in items:
-        sizes = [one.items.get(item) for one in kinds.values()]
-        table.add_row(item, *_cells([(size.device, size.host) if size else (0.0, 0.0) for size in sizes], gpu))
-    table.add_row("together", *_cells([(one.device, one.host) for one in kinds.values()], gpu), style="bold")
     machines = [found.placed.at[one.process.name][1] for one in kinds.values()]
-    limits = [(float(machine.device.memory), float(machine.memory)) for machine in machines]
-    table.add_row("there is", *_cells(limits, gpu), style="dim")
-    return table
+    table = _table("", *kinds)
+    on_gpu = [one.process.gpus > 0 for one in kinds.values()]
+    for item in dict.fromkeys(name for one in kinds.values() for name in one.items):
+        sizes = [one.items.get(item) for one in kinds.values()]
+        if any(size and size.device for size in sizes):
+            table.add_row(item, *(_gib(size.device if size else 0) for size in sizes))
+        if any(size and size.host for size in sizes):
+            where = " (main memory)" if any(on_gpu) else ""
+            table.add_row(f"{item}{where}", *(_gib(size.host if size else 0) for size in sizes))
+    if any(on_gpu):
+        table.add_row("together, on a GPU", *(_gib(one.device) for one in kinds.values()), style="bold")
+        has = (machine.device.memory if gpu else 0 for machine, gpu in zip(machines, on_gpu, strict=True))
+        table.add_row("a GPU has", *map(_gib, has), style="dim")
+    table.add_row("together, in main memory", *(_gib(one.host) for one in kinds.values()), style="bold")
+    table.add_row("the machine has", *(_gib(machine.memory) for machine in machines), style="dim")
+    return _under(f"{TITLES[step.name]}: memory of each process in GiB (an estimate)", table)
 
 
-def _cells(sizes: Sequence[tuple[float, float]], gpu: bool) -> list[str]:
-    return [
-        f"{size / GIB:.2f}" if size else "" for device, host in sizes for size in ((device, host) if gpu else (host,))
-    ]
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size else ""
 
 
-def _phases(found: Forecast) -> RenderableType:
-    table = _table("Time of one PPO iteration, seconds (an estimate)", "phase", "at least", "expect", "from")
-    table.columns[-1].justify = "left"
-    for phase in found.phases:
-        table.add_row(phase.name, f"{phase.least:.3g}", f"{phase.expected:.3g}", phase.formula)
-    least, expected = found.seconds
-    table.add_row("an iteration", f"{least:.3g}", f"{expected:.3g}", "", style="bold")
-    hours = f"{found.iterations:,} iterations: at least {_span(least * found.iterations)}"
-    table.add_row("all", "", "", f"{hours}, expect {_span(expected * found.iterations)}")
-    return table
+def _times(found: Forecast) -> RenderableType:
+    table = _table("phase", "at least", "expect", "from")
+    table.columns[3].justify, table.columns[3].no_wrap = "left", False
+    for step in found.steps:
+        for phase in step.phases:
+            seconds = (_seconds(phase.least), _seconds(phase.expected))
+            table.add_row(f"{step.name}: {phase.name}", *seconds, phase.formula)
+        least, expected = step.seconds
+        if len(step.phases) > 1 and step.name == "ppo":
+            table.add_row("ppo: an iteration", _seconds(least), _seconds(expected), "", style="bold")
+        if step.times != 1:
+            name = f"{step.name}: {step.times:g} times"
+            table.add_row(name, _span(step.times * least), _span(step.times * expected), "")
+    least, expected = (sum(step.times * step.seconds[which] for step in found.steps) for which in (0, 1))
+    table.add_row("all of it", _span(least), _span(expected), "", style="bold")
+    return Group(
+        _under("Time in seconds (an estimate; without starting processes, saving and held-out measurements)", table),
+        Text(f"{_LEGEND}. {_tolerance(found)}", style="dim"),
+    )
+
+
+def _tolerance(found: Forecast) -> str:
+    if any(machine.gpus for machine in found.site.machines):
+        return "On GPUs none of this has been measured."
+    return f"On a CPU phases have been within a factor of {TIME_FACTOR:g} of what was expected."
+
+
+def _under(title: str, table: Table) -> RenderableType:
+    return Group(Text(title, style="bold"), table)
+
+
+def _seconds(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _span(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _verdict(found: Forecast) -> RenderableType:
-    lines = [f"note: {note}" for note in found.notes]
-    lines += [f"cannot work: {problem}" for problem in found.problems]
-    return "\n".join([*lines, "This plan cannot work as it stands." if found.problems else "This plan fits."])
+    return f"{seconds:.3g} s"
 
 
 def as_json(found: Forecast) -> dict[str, Any]:
     """The same as data: bytes, seconds, counts."""
     return {
+        "command": found.command,
         "works": not found.problems,
         "problems": list(found.problems),
         "notes": list(found.notes),
@@ -187,18 +233,17 @@ def as_json(found: Forecast) -> dict[str, Any]:
                 "memory": {
                     one.process.name: {name: asdict(size) for name, size in one.items.items()} for one in step.held
                 },
+                "phases": [asdict(phase) for phase in step.phases],
+                "least_s": step.seconds[0],
+                "expected_s": step.seconds[1],
+                "times": step.times,
             }
             for step in found.steps
-        },
-        "iteration": {
-            "phases": [asdict(phase) for phase in found.phases],
-            "least_s": found.seconds[0],
-            "expected_s": found.seconds[1],
         },
     }
 
 
-def _counts(plan: PPOPlan | StepsPlan | None) -> dict[str, Any] | None:
+def _counts(plan: Batches | None) -> dict[str, Any] | None:
     if plan is None:
         return None
     derived = {"total_tokens": plan.total_tokens}

@@ -9,6 +9,8 @@ from cluster.environment import gpu_lines
 from cluster.resources import machine_cores, machine_gpus, machine_memory
 
 GIB = 2**30
+MEASURED = "measured here"
+"""Source of the figures of this machine's cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +147,7 @@ def this_machine() -> Machine:
     )
 
 
-def measured_cores(seconds: float = 0.5) -> Device:
+def measured_cores(seconds: float = 0.25) -> Device:
     """All cores that this process may use: the best bf16 matrix product and the best read of about `seconds` each."""
     import torch
 
@@ -154,9 +156,9 @@ def measured_cores(seconds: float = 0.5) -> Device:
     try:
         left, right = (torch.randn(1024, 1024).bfloat16() for _ in range(2))
         block = torch.ones(2**26)  # 256 MiB: no cache holds it
-        flops = 2 * 1024**3 / _best(lambda: left @ right, seconds)
-        bandwidth = block.nbytes / _best(lambda: block.sum(), seconds)
-        copied = block.nbytes / _best(lambda: block.clone(), seconds)
+        flops = 2 * 1024**3 / best_seconds(lambda: left @ right, seconds)
+        bandwidth = block.nbytes / best_seconds(lambda: block.sum(), seconds)
+        copied = block.nbytes / best_seconds(lambda: block.clone(), seconds)
     finally:
         torch.set_num_threads(before)
     return Device(
@@ -165,11 +167,11 @@ def measured_cores(seconds: float = 0.5) -> Device:
         bandwidth=bandwidth,
         memory=machine_memory(),
         link=copied,
-        source="measured here",
+        source=MEASURED,
     )
 
 
-def _best(work: Callable[[], object], seconds: float) -> float:
+def best_seconds(work: Callable[[], object], seconds: float) -> float:
     """Seconds of the fastest call within about `seconds`, after one to warm up."""
     work()
     best, end = float("inf"), time.perf_counter() + seconds

@@ -16,11 +16,12 @@ from cluster.estimates import (
     kv_bytes,
     logits_bytes,
     network_memory,
+    read_bytes,
     trained_parameters,
 )
 from cluster.hardware import GIB, Machine
 from cluster.resources import Process
-from cluster.shapes import SIZES, Shape, UnknownShape, shape_of
+from cluster.shapes import NO_MODEL, SIZES, Shape, UnknownShape, shape_of
 from learner.config import NetworkConfig, OptimizerConfig
 
 OBJECT_STORE = 256 * 2**20
@@ -37,12 +38,15 @@ class Models:
     """reward model and critic"""
 
     @classmethod
-    def of(cls, config: Config, run_dir: Path) -> "Models":
+    def of(cls, config: Config, run_dir: Path, serves: bool = False) -> "Models":
         """Of the configured or the run's own folders; where those are not here, of the sizes in plan.
 
-        Raises UnknownShape.
+        `serves`: a reward model is all that is needed, and none where no part of the score is one. Raises
+        UnknownShape.
         """
         models, plan = config.models, config.plan
+        if serves:
+            return cls._served(config, run_dir)
         policy = _first_known((models.sft, _own(run_dir, "sft"), models.base, plan.model))
         if policy is None:
             raise UnknownShape(
@@ -52,6 +56,19 @@ class Models:
         return cls(
             policy=policy, reward=_first_known((models.reward, _own(run_dir, "reward"), plan.reward_model)) or policy
         )
+
+    @classmethod
+    def _served(cls, config: Config, run_dir: Path) -> "Models":
+        parts = [part for part in config.scoring.parts if part.kind == "model"]
+        plan, own = config.plan, (config.models.reward, _own(run_dir, "reward"))
+        sources = [*(part.target for part in parts), *own, plan.reward_model, plan.model]
+        shape = _first_known(sources) if parts else NO_MODEL
+        if shape is None:
+            raise UnknownShape(
+                "the size of the reward model is not known: set models.reward to a folder, or plan.reward_model to a "
+                f"size ({', '.join(SIZES)})"
+            )
+        return cls(policy=shape, reward=shape)
 
 
 def _own(run_dir: Path, name: str) -> Path | None:
@@ -93,7 +110,7 @@ class Held:
 
 
 def learner_memory(config: Config, models: Models, stage: str, gpu: bool) -> dict[str, Bytes]:
-    """What a learner rank holds in the step "sft", "reward" or "ppo"."""
+    """What a learner rank holds in the step "sft", "baseline", "reward", "ppo" or "evaluate"."""
     found: dict[str, Bytes] = {"process": Bytes(device=GPU_CONTEXT, host=HOST_PROCESS) if gpu else _host(HOST_PROCESS)}
     copies = Bytes()
     for network in networks(config, models, stage):
@@ -103,14 +120,17 @@ def learner_memory(config: Config, models: Models, stage: str, gpu: bool) -> dic
             elif size.device + size.host > copies.device + copies.host:
                 copies = size  # one network is stepped at a time
     found["copies in a step"] = copies
-    settings, shape = _network_config(config, stage), models.policy
+    settings, shape = (config.ppo if stage == "evaluate" else getattr(config, stage)).network, models.policy
     tokens = microbatch_tokens(config, stage)
-    used = [(settings, shape), *([(config.ppo.critic, models.reward)] if stage == "ppo" else [])]
-    found["activations"] = Bytes(device=max(_activations(network, one, tokens) for network, one in used))
+    wide = 4 if settings.dtype == "float32" else 2
+    if stage == "evaluate":
+        found["activations"] = Bytes(device=read_bytes(shape, tokens, wide))
+    else:
+        used = [(settings, shape), *([(config.ppo.critic, models.reward)] if stage == "ppo" else [])]
+        found["activations"] = Bytes(device=max(_activations(network, one, tokens) for network, one in used))
     if stage != "reward":
-        head_trained = not settings.lora_rank and not settings.last_layers
+        head_trained = stage != "evaluate" and not settings.lora_rank and not settings.last_layers
         chunk = min(settings.logprob_chunk, tokens)
-        wide = 4 if settings.dtype == "float32" else 2
         found["logits"] = Bytes(device=logits_bytes(shape, chunk, wide, head_trained))
     if not gpu:
         return {name: _host(size.device + size.host) for name, size in found.items()}
@@ -151,10 +171,14 @@ def networks(config: Config, models: Models, stage: str) -> list[Training]:
             offload_weights=optimizer.offload_param is not None,
         )
 
-    if stage == "sft":
-        return [one("policy", False, config.sft.network, config.sft.optimizer)]
+    if stage in ("sft", "baseline"):
+        section = config.sft if stage == "sft" else config.baseline
+        return [one("policy", False, section.network, section.optimizer)]
     if stage == "reward":
         return [one("reward", True, config.reward.network, config.reward.optimizer)]
+    if stage == "evaluate":
+        both = ("policy", "reference")
+        return [one(name, False, ppo.network, ppo.policy_optimizer, read=True) for name in both]
     return [
         one("policy", False, ppo.network, ppo.policy_optimizer, ema=True),
         one("reference", False, ppo.network, ppo.policy_optimizer, read=True),  # laid out as the policy is
@@ -165,8 +189,8 @@ def networks(config: Config, models: Models, stage: str) -> list[Training]:
 def longest_sequence(config: Config, stage: str) -> int:
     """Tokens of the longest sequence that a step's forward pass may meet."""
     turn = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    if stage == "sft":
-        return config.sft.max_tokens
+    if stage in ("sft", "baseline"):
+        return getattr(config, stage).max_tokens
     if stage == "reward":
         return turn
     text = config.ppo.pretraining
@@ -179,8 +203,9 @@ def microbatch_tokens(config: Config, stage: str) -> int:
     Sequences are not cut, nor are a prompt's completions parted; a rank's whole share may be less than the budget.
     """
     longest, ranks = longest_sequence(config, stage), config.cluster.learner_ranks
-    if stage == "sft":
-        unit, count, budget = longest, config.sft.batch_size, config.sft.max_tokens_per_microbatch
+    if stage in ("sft", "baseline"):
+        section = config.sft if stage == "sft" else config.baseline
+        unit, count, budget = longest, section.batch_size, section.max_tokens_per_microbatch
     elif stage == "reward":
         unit, count = longest * config.sample.completions_per_prompt, config.reward.prompts_per_batch
         budget = config.reward.max_tokens_per_microbatch
@@ -220,17 +245,12 @@ def reward_memory(config: Config, shape: Shape, gpu: bool) -> dict[str, Bytes]:
     width = 4 if config.scoring.dtype == "float32" else 2
     models = sum(part.kind == "model" for part in config.scoring.parts)
     tokens = config.scoring.max_batch_tokens
-    # Without gradients a layer's states live only while it computes: residual, norms and the feed-forward block.
-    states = tokens * (width * (6 * shape.hidden + 3 * shape.inner) + 8 * shape.hidden) if models else 0
+    states = read_bytes(shape, tokens, width) if models else 0
     items = {"weights": width * shape.value_parameters * models, "activations": states}
     if gpu:
         base = {"process": Bytes(device=GPU_CONTEXT if models else 0, host=HOST_PROCESS)}
         return base | {name: Bytes(device=size) for name, size in items.items()}
     return {"process": _host(HOST_PROCESS)} | {name: _host(size) for name, size in items.items()}
-
-
-def _network_config(config: Config, stage: str) -> NetworkConfig:
-    return {"sft": config.sft.network, "reward": config.reward.network, "ppo": config.ppo.network}[stage]
 
 
 def _host(size: float) -> Bytes:

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Tokens that a plan counts with."""
+    """Tokens that time and batches are counted with. Memory is for the longest that the settings allow."""
 
     prompt: int
-    """of a prompt"""
+    """of a prompt, on average"""
     response: int
-    """of a response"""
+    """of a response, on average"""
+    longest: int
+    """of the longest response, for which the others of its wave are waited for"""
+    source: str = "given"
+    """where they are from, in words"""
 
     @property
     def sequence(self) -> int:
@@ -116,6 +120,48 @@ def plan_ppo(
         episode_tokens=episodes * lengths.sequence,
         response_tokens=episodes * lengths.response,
         pretraining_tokens=sequences * pretraining_tokens * minibatches * epochs,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingPlan:
+    """Prompts that are answered, and not trained on."""
+
+    prompts: int
+    """different ones"""
+    samples: int
+    """responses to each"""
+    waves: int
+    """that one generator samples, one after the other"""
+    response_tokens: int
+    """that are sampled"""
+    sequence_tokens: int
+    """of prompts and responses, a prompt counted with each of its responses"""
+    times: int = 1
+    """how often, each time by another model"""
+
+    @property
+    def episodes(self) -> int:
+        """Responses."""
+        return self.prompts * self.samples
+
+    @property
+    def total_tokens(self) -> int:
+        """Sampled by all models."""
+        return self.times * self.response_tokens
+
+
+def plan_sampling(
+    *, prompts: int, samples: int, generators: int, prompts_per_wave: int, lengths: Lengths, times: int = 1
+) -> SamplingPlan:
+    """The arithmetic of `actors.sampling`."""
+    return SamplingPlan(
+        prompts=prompts,
+        samples=samples,
+        waves=math.ceil(prompts / (prompts_per_wave * generators)),
+        response_tokens=prompts * samples * lengths.response,
+        sequence_tokens=prompts * samples * lengths.sequence,
+        times=times,
     )
 
 

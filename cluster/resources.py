@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cluster.config import Config
+from reward_server.config import ServeConfig
 
 _GPU_PROCESS_THREADS = 8  # beyond this a process that computes on a GPU has no use for more
 
@@ -75,6 +76,13 @@ class Plan:
         later = {f"generator-{index}" for index in range(generators, len(self.processes))}
         return [p for p in self.processes if p.name.partition("-")[0] in kinds and p.name not in later]
 
+    def of(self, kinds: Sequence[Kind]) -> "Plan":
+        """The same plan for processes of these kinds alone, and the phases in which any of them computes."""
+        kept = tuple(one for one in self.processes if one.name.partition("-")[0] in kinds)
+        names = {one.name for one in kept}
+        parts = [Phase(name=p.name, processes=tuple(n for n in p.processes if n in names)) for p in self.phases]
+        return Plan(processes=kept, phases=tuple(part for part in parts if part.processes))
+
     def process(self, name: str) -> Process:
         """The process called `name`. Raises: KeyError."""
         for process in self.processes:
@@ -131,6 +139,15 @@ def plan_machine(config: Config, cores: int, gpus: int) -> Plan:
     )
 
 
+def plan_replicas(serve: ServeConfig, gpus: int) -> Plan:
+    """The copies of `rayward serve`: as many as Ray Serve may start, or the one that the command itself is."""
+    own = serve.gpus if serve.on_ray else min(1, gpus)
+    names = [f"reward-{index}" for index in range(max(serve.replicas, serve.max_replicas or 1))]
+    cpus = serve.threads if serve.on_ray else 0
+    found = [Process(name=name, threads=serve.threads, cpus=cpus, gpus=own) for name in names]
+    return Plan(processes=tuple(found), phases=(Phase(name="score", processes=tuple(names)),))
+
+
 def default_plan(
     *,
     generators: int,
@@ -184,7 +201,7 @@ def default_plan(
         for i in range(learner_ranks)
     ]
     reward = Process(name="reward", threads=threads, cpus=threads, gpus=share)
-    return Plan(processes=(*rollout, *learner, reward), phases=_phases(rollout, learner, reward, together, borrowing))
+    return Plan(processes=(*learner, *rollout, reward), phases=_phases(rollout, learner, reward, together, borrowing))
 
 
 def _phases(

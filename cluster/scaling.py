@@ -38,10 +38,9 @@ def scale(run_dir: Path, console: Console, wanted: str) -> None:
 
     Raises ValueError with the run's reason when it refuses, TimeoutError when nobody answers.
     """
-    if not wanted.isdecimal() or int(wanted) < 1:
-        raise ValueError(f"{wanted!r} generators cannot be asked for: give a number from 1 on")
+    number = number_of(wanted)
     file, ticket, end = run_dir / "scale.json", secrets.token_hex(8), time.monotonic() + ANSWER_S
-    write_whole(file, json.dumps({"id": ticket, "generators": int(wanted)}))
+    write_whole(file, json.dumps({"id": ticket, "generators": number}))
     try:
         while "answer" not in (found := _read(file)) and found.get("id") == ticket and time.monotonic() < end:
             time.sleep(LOOK_S / 5)
@@ -55,6 +54,13 @@ def scale(run_dir: Path, console: Console, wanted: str) -> None:
     if found["refused"]:
         raise ValueError(f"the run in {run_dir} refuses: {found['answer']}")
     console.line(found["answer"])
+
+
+def number_of(wanted: str) -> int:
+    """A number of generators. Raises ValueError for what is none."""
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise ValueError(f"{wanted!r} generators cannot be asked for: give a number from 1 on")
+    return int(wanted)
 
 
 @contextlib.asynccontextmanager

@@ -127,6 +127,19 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
+NO_MODEL = Shape(
+    name="none",
+    **dict.fromkeys(
+        ("parameters", "head", "layer", "adapter_width", "layers", "hidden", "inner", "heads", "kv_heads"), 0
+    ),
+    gated=False,
+    head_dim=0,
+    vocabulary=0,
+    positions=0,
+)
+"""Where no model is needed."""
+
+
 def shape_of(source: str | Path | Mapping[str, Any], name: str | None = None) -> Shape:
     """The shape of a Hugging Face folder or hub id in the cache, a named size, or the fields of a config.json.
 

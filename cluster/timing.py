@@ -1,11 +1,14 @@
-"""How long each phase of a PPO iteration takes at least, and about how long to expect."""
+"""How long each phase of a step takes at least, and about how long to expect."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.batches import Batches
 from cluster.config import Config
 from cluster.estimates import (
+    ADAM_TRAFFIC,
+    Rates,
     Training,
     decode_seconds,
     forward_seconds,
@@ -15,25 +18,27 @@ from cluster.estimates import (
 )
 from cluster.hardware import Machine
 from cluster.memory import Models, networks
-from cluster.plan import Lengths, PPOPlan
+from cluster.plan import Lengths, PPOPlan, StepsPlan
 from cluster.resources import Process
+from cluster.shapes import Shape
+from learner.config import NetworkConfig
 
-_ADAM_TRAFFIC = 28
-"""Bytes of memory traffic a parameter in an Adam step: gradient, master weight and two means read, three written."""
+Pace = Callable[[Shape, Process, Machine, bool], Rates]
+"""(shape, process, machine, wide) -> what the process reaches of its peak with such a model; wide: in float32"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """One phase of an iteration."""
+    """One phase of a step."""
 
     name: str
     """what happens"""
     least: float
     """seconds at the device's peak"""
     expected: float
-    """seconds at the share of the peak that plan.efficiency states"""
+    """seconds at the share of the peak that a run is expected to reach"""
     formula: str
-    """what it was computed from"""
+    """what it was computed from, in the words of cluster.estimates"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,59 +61,7 @@ def speed(process: Process, machine: Machine, wide: bool) -> Speed:
     return Speed(flops=device.flops * part / (2 if wide else 1), bandwidth=device.bandwidth * part)
 
 
-def ppo_phases(
-    config: Config,
-    models: Models,
-    batches: PPOPlan,
-    lengths: Lengths,
-    at: Mapping[str, tuple[Process, Machine]],
-    cached: int,
-) -> list[Phase]:
-    """The phases of one iteration, in order; `at`: where each process is, `cached`: tokens an engine can hold.
-
-    Formulas: decoding and passes as in cluster.estimates; sums over networks, divided by the ranks.
-    """
-    generator, learner = (_speed(config, at, name) for name in ("generator-0", "learner-0"))
-    ranks = config.cluster.learner_ranks
-    link = _learner_link(config, at)
-    policy, reference, critic = networks(config, models, "ppo")
-    found = [_generate(config, models, batches, lengths, generator, cached)]
-    if scorers := sum(part.kind == "model" for part in config.scoring.parts):
-        process, machine = at["reward"]
-        scoring = speed(process, machine, config.scoring.dtype == "float32")
-        size = scorers * models.reward.value_parameters
-        seconds = forward_seconds(size, batches.episode_tokens, scoring.flops)
-        found.append(_computed("score", seconds, config, "2 N T / F of the reward model"))
-    evaluated = policy.parameters + reference.parameters + critic.parameters
-    seconds = forward_seconds(evaluated, batches.episode_tokens / ranks, learner.flops)
-    seconds_link = sum(
-        _gathering(n, batches.minibatches * batches.microbatches, link) for n in (policy, reference, critic)
-    )
-    found.append(_computed("evaluate", seconds, config, "2 N T / F of policy, reference, critic", seconds_link))
-    tokens = batches.episode_tokens * batches.epochs
-    text = batches.pretraining_microbatches if batches.pretraining_sequences else 0
-    for network, shape, trains, extra, passes in (
-        (policy, models.policy, config.ppo.network, batches.pretraining_tokens, batches.microbatches + text),
-        (critic, models.reward, config.ppo.critic, 0, batches.microbatches),
-    ):
-        reached = network.parameters * (trains.last_layers or shape.layers) / shape.layers
-        seconds = training_seconds(
-            network.parameters, network.trained, reached, (tokens + extra) / ranks, learner.flops
-        )
-        if trains.gradient_checkpointing:
-            seconds += forward_seconds(reached, (tokens + extra) / ranks, learner.flops)
-        share = ranks if network.stage else 1
-        seconds += batches.steps * _ADAM_TRAFFIC * network.trained / share / learner.bandwidth
-        moved = batches.steps * ring_seconds(4 * network.trained, ranks, link)
-        moved += _gathering(network, 2 * batches.steps * passes, link)
-        what = "with pretraining, " if extra else ""
-        found.append(_computed(f"update {network.name}", seconds, config, f"6 N T / F {what}and Adam's memory", moved))
-    size = models.policy.parameters * (4 if config.ppo.network.dtype == "float32" else 2)
-    found.append(_moved("publish", transfer_seconds(size, _publish_link(config, at)), "N b / link"))
-    return found
-
-
-def iteration_seconds(phases: list[Phase], max_staleness: int) -> tuple[float, float]:
+def iteration_seconds(phases: Sequence[Phase], max_staleness: int) -> tuple[float, float]:
     """(least, expected) seconds of an iteration: the sum, or where rollout and learning overlap the longer of both."""
 
     def total(which: str) -> float:
@@ -119,22 +72,161 @@ def iteration_seconds(phases: list[Phase], max_staleness: int) -> tuple[float, f
     return total("least"), total("expected")
 
 
-def _generate(
-    config: Config, models: Models, batches: PPOPlan, lengths: Lengths, generator: Speed, cached: int
-) -> Phase:
-    """Rounds of prefill and decoding: as many sequences at once as waves, engine and its cache allow."""
-    rollout, shape = config.rollout, models.policy
-    each = -(-batches.episodes // config.cluster.generators)
-    wave = rollout.prompts_per_wave * rollout.samples_per_prompt * rollout.waves_in_flight
-    at_once = max(1, min(wave, config.generator.max_num_seqs, each, cached // max(1, lengths.sequence)))
-    rounds = math.ceil(each / at_once)
-    width = 4 if config.generator.dtype == "float32" else 2
-    context = lengths.prompt + lengths.response / 2
-    step = decode_seconds(shape, width, at_once, context, generator.flops, generator.bandwidth)
-    prefill = forward_seconds(shape.parameters, at_once * lengths.prompt, generator.flops)
-    seconds = rounds * (prefill + lengths.response * step)
-    formula = f"{rounds} x (2 N P B / F + R max((N b + B c kv) / W, 2 N B / F)), B = {at_once}"
-    return _computed("generate", seconds, config, formula)
+class Clock:
+    """What the seconds of a run's phases depend on."""
+
+    def __init__(
+        self,
+        config: Config,
+        models: Models,
+        lengths: Lengths,
+        at: Mapping[str, tuple[Process, Machine]],
+        cached: int,
+        pace: Pace,
+    ) -> None:
+        """`at`: where each process is; `cached`: tokens whose keys and values an engine can hold."""
+        self.config = config
+        self.models = models
+        self.lengths = lengths
+        self.at = at
+        self.cached = cached
+        self.pace = pace
+
+    def phases(self, step: str, batches: Batches) -> list[Phase]:
+        """The phases of a step, in order: of one PPO iteration, of one model's turn in `select`, else of all of it."""
+        if isinstance(batches, PPOPlan):
+            return self._iteration(batches)
+        if isinstance(batches, StepsPlan):
+            return [self._tuning(step, batches)]
+        scored = self._score(batches.sequence_tokens) if step != "sample" else []
+        found = [self._generate(batches.episodes, batches.samples), *scored]
+        if step == "evaluate":
+            found.append(self._read("log-probs", "evaluate", batches.sequence_tokens, 1))
+        return found
+
+    def batch_of_scores(self) -> list[Phase]:
+        """A full batch of the reward service; nothing where no model computes."""
+        return self._score(self.config.scoring.max_batch_tokens)
+
+    def _iteration(self, batches: PPOPlan) -> list[Phase]:
+        policy, _, critic = networks(self.config, self.models, "ppo")
+        ppo = self.config.ppo
+        text = batches.pretraining_microbatches if batches.pretraining_sequences else 0
+        tokens = batches.episode_tokens * batches.epochs
+        return [
+            self._generate(batches.episodes, batches.samples),
+            *self._score(batches.episode_tokens),
+            self._read("evaluate", "ppo", batches.episode_tokens, batches.minibatches * batches.microbatches),
+            self._update(
+                policy,
+                self.models.policy,
+                ppo.network,
+                tokens + batches.pretraining_tokens,
+                batches.steps,
+                batches.steps * (batches.microbatches + text),
+            ),
+            self._update(
+                critic, self.models.reward, ppo.critic, tokens, batches.steps, batches.steps * batches.microbatches
+            ),
+            self._publish(),
+        ]
+
+    def _tuning(self, step: str, batches: StepsPlan) -> Phase:
+        section = getattr(self.config, step)
+        (network,) = networks(self.config, self.models, step)
+        shape = self.models.reward if step == "reward" else self.models.policy
+        passes = batches.steps * batches.microbatches
+        return self._update(network, shape, section.network, batches.total_tokens, batches.steps, passes)
+
+    def _generate(self, episodes: int, samples: int) -> Phase:
+        """Rounds of prefill and decoding: as many sequences at once as waves, engine and its cache allow."""
+        config, shape, lengths = self.config, self.models.policy, self.lengths
+        process, machine = self.at["generator-0"]
+        wide = config.generator.dtype == "float32"
+        device, rates = speed(process, machine, wide), self.pace(shape, process, machine, wide)
+        each = -(-episodes // config.cluster.generators)
+        wave = config.rollout.prompts_per_wave * samples * config.rollout.waves_in_flight
+        room = self.cached // max(1, lengths.prompt + lengths.longest)
+        at_once = max(1, min(wave, config.generator.max_num_seqs, each, room))
+        rounds = math.ceil(each / at_once)
+        context, width = lengths.prompt + lengths.response / 2, 4 if wide else 2
+        # Responses end one by one, so fewer sequences are decoded in a step on average than at first.
+        running = at_once * lengths.response / lengths.longest
+        prefill = forward_seconds(shape.parameters, at_once * lengths.prompt, device.flops)
+
+        def seconds(flops: float, bandwidth: float) -> float:
+            return lengths.longest * decode_seconds(shape, width, running, context, flops, bandwidth)
+
+        least = rounds * (prefill + seconds(device.flops, device.bandwidth))
+        decode = seconds(device.flops * rates.decode, device.bandwidth * rates.read)
+        beside = lengths.longest * rates.step_s(running)
+        return Phase(
+            name="generate",
+            least=least,
+            expected=rounds * (prefill / rates.forward + decode + beside),
+            formula=f"{rounds} x ({at_once} prompts, then {lengths.longest} steps of decoding)",
+        )
+
+    def _score(self, tokens: int) -> list[Phase]:
+        scoring, shape = self.config.scoring, self.models.reward
+        size = sum(part.kind == "model" for part in scoring.parts) * shape.value_parameters
+        process, machine = self.at["reward" if "reward" in self.at else "reward-0"]
+        if not size or (machine.gpus and not process.gpus):  # how fast the cores of such a machine are, nobody knows
+            return []
+        wide = scoring.dtype == "float32"
+        seconds = forward_seconds(size, tokens, speed(process, machine, wide).flops)
+        share = self.pace(shape, process, machine, wide).forward
+        return [Phase(name="score", least=seconds, expected=seconds / share, formula="2 N T / F: reward model")]
+
+    def _read(self, name: str, step: str, tokens: int, passes: int) -> Phase:
+        """A forward pass of all networks on the learner, without gradients."""
+        found = networks(self.config, self.models, step)
+        ranks, link = self.config.cluster.learner_ranks, self._learner_link()
+        process, machine = self.at["learner-0"]
+        wide = self.config.ppo.network.dtype == "float32"
+        flops = speed(process, machine, wide).flops
+        seconds = forward_seconds(sum(one.parameters for one in found), tokens / ranks, flops)
+        moved = sum(_gathering(one, passes, link) for one in found)
+        share = self.pace(self.models.policy, process, machine, wide).forward
+        formula = f"2 N T / F: {', '.join(one.name for one in found)}"
+        return Phase(name=name, least=seconds + moved, expected=seconds / share + moved, formula=formula)
+
+    def _update(
+        self, network: Training, shape: Shape, trains: NetworkConfig, tokens: float, steps: int, passes: int
+    ) -> Phase:
+        ranks, link = self.config.cluster.learner_ranks, self._learner_link()
+        process, machine = self.at["learner-0"]
+        wide = trains.dtype == "float32"
+        device, rates = speed(process, machine, wide), self.pace(shape, process, machine, wide)
+        reached = network.parameters * (trains.last_layers or shape.layers) / shape.layers
+        seconds = training_seconds(network.parameters, network.trained, reached, tokens / ranks, device.flops)
+        if trains.gradient_checkpointing:
+            seconds += forward_seconds(reached, tokens / ranks, device.flops)
+        adam = steps * ADAM_TRAFFIC * network.trained / (ranks if network.stage else 1) / device.bandwidth
+        moved = steps * ring_seconds(4 * network.trained, ranks, link) + _gathering(network, 2 * passes, link)
+        return Phase(
+            name=f"update {network.name}",
+            least=seconds + adam + moved,
+            expected=seconds / rates.training + adam / rates.read + moved,
+            formula="6 N T / F where all is trained; Adam's memory",
+        )
+
+    def _publish(self) -> Phase:
+        size = self.models.policy.parameters * (4 if self.config.ppo.network.dtype == "float32" else 2)
+        least = transfer_seconds(size, self._publish_link())
+        return Phase(name="publish", least=least, expected=least, formula="N b / link")
+
+    def _learner_link(self) -> float:
+        return self._link([machine for name, (_, machine) in self.at.items() if name.startswith("learner-")])
+
+    def _publish_link(self) -> float:
+        names = ("generator-", "learner-0")
+        return self._link([machine for name, (_, machine) in self.at.items() if name.startswith(names)])
+
+    def _link(self, machines: Sequence[Machine]) -> float:
+        """Bytes a second between neighbours of one machine, or over the network where there are several."""
+        alone = len({machine.name for machine in machines}) == 1
+        return machines[0].device.link if alone else self.config.plan.network_gb_s * 1e9
 
 
 def _gathering(network: Training, passes: int, link: float) -> float:
@@ -142,32 +234,3 @@ def _gathering(network: Training, passes: int, link: float) -> float:
     if network.stage < 3 or network.ranks == 1:
         return 0.0
     return passes * transfer_seconds(network.weight_bytes * network.parameters * (1 - 1 / network.ranks), link)
-
-
-def _speed(config: Config, at: Mapping[str, tuple[Process, Machine]], name: str) -> Speed:
-    process, machine = at[name]
-    dtype = config.ppo.network.dtype if name.startswith("learner") else config.generator.dtype
-    return speed(process, machine, dtype == "float32")
-
-
-def _learner_link(config: Config, at: Mapping[str, tuple[Process, Machine]]) -> float:
-    machines = [machine for name, (_, machine) in at.items() if name.startswith("learner-")]
-    alone = len({machine.name for machine in machines}) == 1
-    return machines[0].device.link if alone else config.plan.network_gb_s * 1e9
-
-
-def _publish_link(config: Config, at: Mapping[str, tuple[Process, Machine]]) -> float:
-    sender = at["learner-0"][1]
-    receivers = [machine for name, (_, machine) in at.items() if name.startswith("generator-")]
-    alone = all(machine.name == sender.name for machine in receivers)
-    return sender.device.link if alone else config.plan.network_gb_s * 1e9
-
-
-def _computed(name: str, seconds: float, config: Config, formula: str, moved: float = 0.0) -> Phase:
-    """`moved`: seconds on a link, which no efficiency of the device changes."""
-    expected = seconds / config.plan.efficiency + moved
-    return Phase(name=name, least=seconds + moved, expected=expected, formula=formula)
-
-
-def _moved(name: str, seconds: float, formula: str) -> Phase:
-    return Phase(name=name, least=seconds, expected=seconds, formula=formula)

@@ -6,19 +6,23 @@ from typing import Any
 
 import pytest
 
+from cluster.batches import rows_of
 from cluster.commands import PRESETS, presets
 from cluster.config import Config
-from cluster.forecast import STEPS, Forecast, Site, forecast, rows_of
+from cluster.estimates import Rates
+from cluster.forecast import RUN, Forecast, Site, forecast
 from cluster.hardware import GIB, GPUS, Device, Machine
 from cluster.plan import PPOPlan
 from cluster.planning import foresee
 from cluster.settings import compose, read_overrides, read_toml
 
 CORES = Device(name="2 cores", flops=4e11, bandwidth=3e10, memory=24 * GIB, link=15e9, source="given")
+HALF = Rates(forward=0.5, training=0.5, decode=0.5, read=0.5, step=0.01, sequence=0.0, source="given")
 LAPTOP = Site(
     title="a laptop",
     machines=(Machine(name="here", cpus=2, memory=24 * GIB, gpus=0, device=CORES),),
     local=True,
+    pace=lambda *who: HALF,
 )
 
 
@@ -26,7 +30,7 @@ def gpus(count: int, kind: str = "A100", machines: int = 1) -> Site:
     found = [
         Machine(name=f"node-{i}", cpus=64, memory=512 * GIB, gpus=count, device=GPUS[kind]) for i in range(machines)
     ]
-    return Site(title="described", machines=tuple(found), local=False)
+    return Site(title="described", machines=tuple(found), local=False, pace=lambda *who: HALF)
 
 
 def config(preset: str | None = None, **values: Any) -> Config:
@@ -35,31 +39,36 @@ def config(preset: str | None = None, **values: Any) -> Config:
     return compose(Config, [*given, *read_overrides(Config, pairs)])
 
 
-def found(site: Site = LAPTOP, preset: str | None = "quickstart", steps=STEPS, **values: Any) -> Forecast:
-    return forecast(config(preset, **values), site, steps, Path("no/such/run"))
+def found(site: Site = LAPTOP, preset: str | None = "quickstart", command: str = "plan", **values: Any) -> Forecast:
+    return forecast(config(preset, **values), site, command, Path("no/such/run"))
+
+
+def phases(plan: Forecast, name: str = "ppo") -> dict[str, float]:
+    """Least seconds of each phase of a step."""
+    (step,) = [step for step in plan.steps if step.name == name]
+    return {phase.name: phase.least for phase in step.phases}
 
 
 def test_the_quickstart_fits_a_laptop():
     plan = found()
     assert plan.problems == ()
-    assert [step.name for step in plan.steps] == list(STEPS)
+    assert [step.name for step in plan.steps] == list(RUN)
     ppo = plan.steps[-1].batches
     assert isinstance(ppo, PPOPlan)
     assert (ppo.episodes, ppo.minibatches, ppo.pretraining_sequences) == (64, 2, 8)
     assert {one.process.name for one in plan.steps[-1].held} == {"generator-0", "generator-1", "learner-0", "reward"}
-    assert [phase.name for phase in plan.phases] == [
-        *("generate", "score", "evaluate", "update policy", "update critic", "publish")
-    ]
-    least, expected = plan.seconds
-    assert least == pytest.approx(sum(phase.least for phase in plan.phases))
+    assert list(phases(plan)) == ["generate", "score", "evaluate", "update policy", "update critic", "publish"]
+    least, expected = plan.steps[-1].seconds
+    assert least == pytest.approx(sum(phases(plan).values()))
     assert least < expected
+    assert plan.steps[-1].times == 12
 
 
 def test_overlapping_phases_count_once():
     plan = found(ppo__max_staleness=1, cluster__generators=1)
-    rollout = sum(phase.least for phase in plan.phases if phase.name in ("generate", "score"))
-    learner = sum(phase.least for phase in plan.phases) - rollout
-    assert plan.seconds[0] == pytest.approx(max(rollout, learner))
+    seconds = phases(plan)
+    rollout = seconds["generate"] + seconds["score"]
+    assert plan.steps[-1].seconds[0] == pytest.approx(max(rollout, sum(seconds.values()) - rollout))
 
 
 @pytest.mark.parametrize(
@@ -88,49 +97,54 @@ def test_nearest_settings_work_when_they_are_taken():
         title="tight",
         machines=(Machine(name="here", cpus=2, memory=int(12.5 * GIB), gpus=0, device=CORES),),
         local=True,
+        pace=lambda *who: HALF,
     )
     full: dict[str, Any] = {"ppo__network__lora_rank": 0, "ppo__network__last_layers": 0}
-    (problem,) = found(tight, steps=("ppo",), **full).problems
+    (problem,) = found(tight, command="ppo", **full).problems
     assert "the main memory of here has 12.5 GiB" in problem
     remedy = problem.split("Nearest that fits: ")[1]
     values = dict(pair.split(" = ") for pair in remedy.split(", "))
     taken = {key.replace(".", "__"): value for key, value in values.items()}
-    assert found(tight, steps=("ppo",), **full | taken).problems == ()
+    assert found(tight, command="ppo", **full | taken).problems == ()
     # and nothing of it is more than is needed
     for key in taken:
-        assert found(tight, steps=("ppo",), **full | {k: v for k, v in taken.items() if k != key}).problems
+        assert found(tight, command="ppo", **full | {k: v for k, v in taken.items() if k != key}).problems
 
 
 def test_what_nothing_can_make_fit_is_said():
-    small = Site(title="small", machines=(Machine(name="x", cpus=2, memory=GIB, gpus=0, device=CORES),), local=True)
-    assert "use more or larger machines" in found(small, steps=("ppo",)).problems[0]
+    small = Site(
+        title="small",
+        machines=(Machine(name="x", cpus=2, memory=GIB, gpus=0, device=CORES),),
+        local=True,
+        pace=lambda *who: HALF,
+    )
+    assert "use more or larger machines" in found(small, command="ppo").problems[0]
 
 
 def test_more_processes_than_gpus_name_the_bundle():
     plan = found(
-        gpus(4), cluster__generators=2, generator__tensor_parallel_size=3, rollout__prompts_per_wave=8, steps=("ppo",)
+        gpus(4), cluster__generators=2, generator__tensor_parallel_size=3, rollout__prompts_per_wave=8, command="ppo"
     )
     assert any("the bundle of 'generator-1' needs 3 GPUs" in problem for problem in plan.problems)
-    assert plan.phases == ()
+    assert all(step.phases == () for step in plan.steps)
 
 
 def test_ranks_shard_and_machines_slow_the_gradients_down():
-    values = {"plan__model": "llama-3.1-8b", "cluster__learner_ranks": 6, "steps": ("ppo",)}
+    values = {"plan__model": "llama-3.1-8b", "cluster__learner_ranks": 6, "command": "ppo"}
     together = found(gpus(8), preset=None, **values)
     apart = found(gpus(4, machines=2), preset=None, **values)
-    one = {phase.name: phase.least for phase in together.phases}
-    two = {phase.name: phase.least for phase in apart.phases}
+    one, two = phases(together), phases(apart)
     assert two["update policy"] > one["update policy"]
     assert two["generate"] == one["generate"]
 
 
 def test_unknown_rows_leave_their_arithmetic_out(tmp_path: Path):
-    plan = found(preset=None, plan__model="smollm2-135m", steps=("sft", "reward"))
-    assert [step.batches for step in plan.steps] == [None, None]
+    plan = found(preset=None, plan__model="smollm2-135m", command="plan")
+    assert [step.batches is None for step in plan.steps] == [True, True, True, False]
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"a": 1}\n\n{"a": 2}\n')
-    assert rows_of(rows, tmp_path / "none") == 2
-    assert rows_of(None, tmp_path / "none") is None
+    assert rows_of(config(data__demonstrations=rows), "demonstrations", tmp_path) == 2
+    assert rows_of(config(), "demonstrations", tmp_path) is None
 
 
 def test_notes_tell_of_idlers_and_rounding():
@@ -139,7 +153,7 @@ def test_notes_tell_of_idlers_and_rounding():
         ppo__minibatch_size=1,
         rollout__prompts_per_wave=64,
         ppo__pretraining__sequences_per_episode=1.4,
-        steps=("ppo",),
+        command="ppo",
     )
     assert [note.split(" ")[0] for note in plan.notes] == ["a", "2", "ppo.pretraining.sequences_per_episode"]
 
@@ -157,4 +171,4 @@ def test_a_preset_fits_the_machine_it_is_for(preset: str):
     else:
         plan = found(preset=preset)
     assert plan.problems == ()
-    assert all(step.batches is not None for step in plan.steps if step.name != "sample")
+    assert all(step.batches is not None for step in plan.steps)

@@ -32,7 +32,7 @@ PPO: dict[str, Any] = {
     "max_tokens": 4096,
     "pretraining_per_episode": 8.0,
     "pretraining_tokens": 2048,
-    "lengths": Lengths(prompt=512, response=512),
+    "lengths": Lengths(prompt=512, response=512, longest=512),
 }
 
 

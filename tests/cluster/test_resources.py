@@ -15,7 +15,9 @@ from cluster.resources import (
     default_plan,
     machine_cores,
     machine_gpus,
+    plan_replicas,
 )
+from reward_server.config import ServeConfig
 
 
 def plan(**changes: Any) -> Plan:
@@ -108,7 +110,7 @@ def test_gpus_are_one_each_or_evenly_shared() -> None:
     assert {process.pin for process in whole.processes} == {None}
     assert max(threads(whole).values()) == 8
     check(whole, cores=32, gpus=4)
-    with pytest.raises(ResourceError, match=r"need 4 GPUs and there are 2 \(generator-0: 1, .*reward: 1\)"):
+    with pytest.raises(ResourceError, match=r"need 4 GPUs and there are 2 \(learner-0: 1, .*reward: 1\)"):
         check(whole, cores=32, gpus=2)
     two = plan(generators=2, learner_ranks=1, gpus=2, cores=32)  # 4 processes, 2 on each GPU
     assert {process.gpus for process in two.processes} == {0.5}
@@ -118,8 +120,21 @@ def test_gpus_are_one_each_or_evenly_shared() -> None:
 
 
 def test_generators_that_may_join_later_are_not_asked_for_at_the_start() -> None:
-    assert [process.name for process in plan(generators=3).first(KINDS, 1)] == ["generator-0", "learner-0", "reward"]
+    assert [process.name for process in plan(generators=3).first(KINDS, 1)] == ["learner-0", "generator-0", "reward"]
     assert [process.name for process in plan(generators=12).first(("generator",), 11)][-1] == "generator-10"
+
+
+def test_some_kinds_alone_keep_the_phases_in_which_they_compute() -> None:
+    some = plan(generators=2).of(["learner", "reward"])
+    assert [process.name for process in some.processes] == ["learner-0", "reward"]
+    assert {phase.name: phase.processes for phase in some.phases} == {"score": ("reward",), "update": ("learner-0",)}
+
+
+def test_a_single_copy_of_the_reward_service_is_the_command_itself() -> None:
+    (alone,) = plan_replicas(ServeConfig(threads=2), gpus=1).processes
+    assert (alone.cpus, alone.gpus, alone.threads) == (0, 1, 2)
+    copies = plan_replicas(ServeConfig(replicas=2, max_replicas=3, threads=2, gpus=0.5), gpus=1).processes
+    assert [(one.name, one.cpus, one.gpus) for one in copies] == [(f"reward-{i}", 2, 0.5) for i in range(3)]
 
 
 def test_counts_below_one_and_unknown_processes_are_refused() -> None:
