@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.batches import Batches
-from cluster.estimates import TIME_FACTOR
 from cluster.forecast import Forecast, Step
 from cluster.hardware import GIB
 from cluster.memory import Held
@@ -194,7 +193,7 @@ def _times(found: Forecast) -> RenderableType:
 def _tolerance(found: Forecast) -> str:
     if any(machine.gpus for machine in found.site.machines):
         return "On GPUs none of this has been measured."
-    return f"On a CPU phases have been within a factor of {TIME_FACTOR:g} of what was expected."
+    return "How near this comes on a CPU: docs/cluster.md."
 
 
 def _under(title: str, table: Table) -> RenderableType:

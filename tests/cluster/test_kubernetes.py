@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from cluster.cli import parse
-from cluster.commands import COMMANDS
+from cluster.commands import COMMANDS, presets
 from cluster.config import Config
 from cluster.settings import read_overrides
 
@@ -35,8 +36,8 @@ def manifest(request):
     return yaml.safe_load(request.param.read_text())
 
 
-def test_there_is_a_cluster_and_a_job():
-    assert [path.stem for path in MANIFESTS] == ["raycluster", "rayjob"]
+def test_there_are_clusters_of_gpus_and_of_cpus_and_a_job():
+    assert [path.stem for path in MANIFESTS] == ["raycluster-cpu", "raycluster", "rayjob"]
 
 
 def test_a_manifest_has_kuberays_fields_only(manifest):
@@ -49,6 +50,9 @@ def test_a_manifest_has_kuberays_fields_only(manifest):
         (("spec", "rayClusterSpecs"), {}),
         (("kind",), "RayService"),
         (("metadata", "generateName"), "Rayward_"),
+        (("spec", "shutdownAfterJobFinishes"), False),
+        (("spec", "rayClusterSpec", "authOptions", "mode"), "password"),
+        (("spec", "rayClusterSpec", "autoscalerOptions"), {"idleTimeout": 1}),
     ],
 )
 def test_the_schema_refuses_what_kuberay_would(path, value):
@@ -90,12 +94,43 @@ def test_rays_version_is_the_locks(manifest):
         assert cluster_of(manifest)["rayVersion"] == found[1]
 
 
-def test_the_jobs_entrypoint_is_a_command_line_that_parses():
+def command_lines() -> Iterator[tuple[str, str]]:
+    """Every `rayward ...` in a manifest, the batch script and the page about clusters, with the file's name."""
+    for file in (*MANIFESTS, ROOT / "cluster/slurm/rayward.sbatch", ROOT / "docs/cluster.md"):
+        text = file.read_text(encoding="utf-8").replace("sbatch --nodes 2 --gpus-per-node 8 cluster/slurm/", "")
+        for line in re.findall(r"^(?:#? *|  entrypoint: )rayward(?:\.sbatch)? ([a-z].*)$", text, re.MULTILINE):
+            yield file.name, re.split(r"  +", line)[0]
+
+
+@pytest.mark.parametrize(("file", "line"), command_lines())
+def test_every_command_line_parses_with_a_preset_that_exists(file, line):
+    name, *words = shlex.split(line, comments=True)
+    if name == "submit":
+        name, *words = words
+    if COMMANDS[name].own:
+        return
+    call = parse(COMMANDS[name], words)
+    if COMMANDS[name].sections:
+        read_overrides(Config, call.overrides)
+        assert call.preset is None or call.preset in presets()
+
+
+def test_the_jobs_entrypoint_names_shared_storage_and_goes_on_after_a_retry():
     words = shlex.split(yaml.safe_load((FOLDER / "rayjob.yaml").read_text())["spec"]["entrypoint"])
-    assert words[0] == "rayward"
     call = parse(COMMANDS[words[1]], words[2:])
-    read_overrides(Config, call.overrides)
     assert call.run_dir.is_absolute()
+    assert "resume" in call.flags
+
+
+def test_images_are_of_the_locks_that_there_are():
+    found = {
+        c["image"] for path in MANIFESTS for pod in pods(yaml.safe_load(path.read_text())) for c in containers(pod)
+    }
+    assert found == {f"REGISTRY/rayward:{kind}" for kind in ("cpu", "cuda")}
+
+
+def containers(pod):
+    return pod["template"]["spec"]["containers"]
 
 
 def test_the_image_copies_what_exists_and_all_that_is_needed():
