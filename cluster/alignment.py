@@ -63,7 +63,7 @@ class Alignment:
             "rollout": sampling_settings(settings),
             "scoring": settings.scoring.model_dump(mode="json", include={"parts"}),
             "labeler": settings.labeler.model_dump(mode="json"),
-            "evaluation": settings.evaluation.model_dump(mode="json"),
+            "evaluation": settings.evaluation.model_dump(mode="json", exclude={"every"}),
             "order of prompts": PromptStream(self.prompts, config.seed).fingerprint,
             "order of pretraining": self.text.fingerprint if self.text else None,
         }
@@ -101,17 +101,24 @@ class Alignment:
         start = "sft" if name == "ppo" and job.config.models.init is None else f"{name}-start"
         if not progress.version:
             with tracker.phase(f"{name}: held-out responses before", name):
-                job.summarise("ppo", name, **_figures(await self.heldout.measure(start, config), "before"))
+                before = await self._measure(config, name, start, 0)
+                job.summarise("ppo", name, **_figures(before, "before"))
         with tracker.phase(f"{name}: {config.iterations - progress.version} iterations", name):
             await self._train(config, name, progress)
         with tracker.phase(f"{name}: held-out responses after", name):
-            after = await self.heldout.measure(name, config)
+            after = await self._measure(config, name, name, config.iterations)
         await self.learner.save("policy", stage.result)
         await self.learner.save("policy", stage.result.with_name(f"{stage.result.name}_ema"), ema=True)
         await self.learner.unload()
         job.summarise("ppo", name, iterations=config.iterations, kl=after.kl, **_figures(after, "after"))
         self._record(stage.result.name, name, start)
         stage.finish(iterations=config.iterations)
+
+    async def _measure(self, config: PPOConfig, stage: str, label: str, version: int) -> Held:
+        """A point of the stage's held-out curves."""
+        held = await self.heldout.measure(label, config, stage, version)
+        self.job.tracker.log(stage, version, held.metrics())
+        return held
 
     def _record(self, name: str, stage: str, start: str) -> None:
         """What the policy was made of, and what was measured on, in the lineage."""
@@ -163,6 +170,12 @@ class Alignment:
         async def save(version: int, beta: float) -> None:
             await progress.save(version, beta, buffer, ledger, self.learner)
 
+        async def measure(version: int) -> dict[str, float]:
+            every = job.config.evaluation.every
+            if not every or version % every or version == config.iterations:  # the last one is measured after PPO
+                return {}
+            return (await self.heldout.measure(f"{name}-{version:06d}", config, name, version)).metrics()
+
         try:
             async with obeying(self.fleet, job.run_dir), self.fleet.rollouts(work, buffer.fail):
                 await ppo(
@@ -178,6 +191,7 @@ class Alignment:
                     ),
                     save,
                     progress.beta,
+                    measure,
                 )
         finally:
             buffer.close()

@@ -186,10 +186,12 @@ class RoundsConfig(BaseModel):
 
 
 class EvaluationConfig(BaseModel):
-    """Held-out measurements before and after PPO."""
+    """Held-out measurements before PPO, while it works, and after it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    every: int = Field(default=25, ge=0)
+    """PPO iterations between two measurements, which training waits for; 0 measures before and after alone."""
     prompts: int = Field(default=128, ge=1)
     """Held-out prompts to answer at most."""
     seed: int = 1234

@@ -30,6 +30,7 @@ HEADLINES = (
     ("score/mean", "score", "6.2f"),
     ("select/score", "score", "6.2f"),
     ("gold/mean", "gold (simulated)", "6.2f"),
+    ("heldout/gold", "held-out gold (simulated)", "5.2f"),
     ("kl/mean", "KL", "5.2f"),
     ("response/length", "length", "5.1f"),
     ("time/iteration", "seconds", "5.1f"),

@@ -84,7 +84,8 @@ class Fleet:
     @property
     def serving(self) -> list[Member]:
         """The generators that have the published weights and take work."""
-        return [place.member for place in self._places.values() if place.member and place.serving and not place.leaving]
+        seated = [place for place in self._places.values() if place.serving and not place.leaving]
+        return [place.member for place in seated if place.member and not place.member.gone]
 
     def metrics(self) -> dict[str, float]:
         """How many there are, how many there should be, and how many were replaced so far."""

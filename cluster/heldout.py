@@ -1,21 +1,27 @@
 """What a model does on prompts and text that it was not trained on."""
 
 import json
+import logging
 import random
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Self
 
+import torch
+
 from actors.prompts import Prompt
 from actors.sampling import sample
 from actors.trajectory import Completion, SampleKey, Trajectory
+from actors.waves import GeneratorFailed
 from cluster.fleet import Fleet
 from cluster.steps import Job, heldout_prompts, packed_text
 from learner.batch import collate
 from learner.config import PPOConfig
 from learner.group import LearnerGroup
+from learner.intervals import bootstrap_interval
 from learner.kl import kl_per_response
 from learner.publish import Probe
 from reward_server.client import RewardClient
@@ -25,6 +31,7 @@ from reward_server.records import write_whole
 from reward_server.schema import ScoreRequest
 
 _PROBES = 8  # replies that the parity probe compares
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +40,35 @@ class Held:
 
     gold: float
     """mean verdict of the labeler"""
+    gold_ci: tuple[float, float]
+    """95 % bootstrap interval of it over the prompts"""
     score: float
     """mean score of the reward model"""
     kl: float
     """mean KL to the SFT model, nats a response"""
     pretraining_loss: float
     """of held-out text, nats a token"""
+    length: float
+    """mean length of the responses, tokens"""
+    eos_rate: float
+    """share of the responses that ended by themselves"""
+    seconds: float
+    """that the measurement took"""
+
+    def metrics(self) -> dict[str, float]:
+        """A point of the held-out curves."""
+        low, high = self.gold_ci
+        return {
+            "heldout/gold": self.gold,
+            "heldout/gold_low": low,
+            "heldout/gold_high": high,
+            "heldout/score": self.score,
+            "heldout/kl": self.kl,
+            "heldout/pretraining_loss": self.pretraining_loss,
+            "heldout/length": self.length,
+            "heldout/eos_rate": self.eos_rate,
+            "heldout/seconds": self.seconds,
+        }
 
 
 class HeldOut:
@@ -69,13 +99,13 @@ class HeldOut:
         replies = [self.encoding.response(prompt.reference or "Yes, I do.", ended=True) for prompt in prompts]
         return [Probe(ids=query + reply, first=len(query)) for query, reply in zip(queries, replies, strict=True)]
 
-    async def measure(self, name: str, config: PPOConfig) -> Held:
-        """Answer the held-out prompts with the present weights; writes RUN/evaluations/<name>.jsonl."""
-        job, evaluation = self.job, self.job.config.evaluation
-        groups = await sample(
-            await self.fleet.crew(), self.prompts, self.encoding, job.config.rollout, samples=1, seed=evaluation.seed
-        )
-        completions = [group[0] for group in groups]
+    async def measure(self, name: str, config: PPOConfig, stage: str | None = None, step: int = 0) -> Held:
+        """Answer the held-out prompts with the present weights; writes RUN/evaluations/<name>.jsonl.
+
+        `stage` and `step` are where on the curves of a stage it belongs; None for a model by itself.
+        """
+        job, evaluation, started = self.job, self.job.config.evaluation, time.monotonic()
+        completions = await self._answers()
         golds = self.labeler.verdicts([c.text for c in completions])
         scores = await self._scores(name, self.prompts, completions)
         kls = await self._kl(completions, config)
@@ -96,9 +126,32 @@ class HeldOut:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         shown = telling(rows, evaluation.shown, evaluation.seed)
-        job.tracker.table(f"heldout/{name}", [{**row, "prompt": row["prompt"][-1]["content"]} for row in shown])
+        table = [{**row, "prompt": row["prompt"][-1]["content"]} for row in shown]
+        figures = {"gold": golds, "score": scores, "kl": kls}
+        job.tracker.samples(stage or name, step, table, figures)
         loss = await self.learner.language_model_loss("policy", self.text, config.max_tokens_per_microbatch)
-        return Held(gold=fmean(golds), score=fmean(scores), kl=fmean(kls), pretraining_loss=loss)
+        return Held(
+            gold=fmean(golds),
+            gold_ci=bootstrap_interval(torch.tensor(golds), torch.ones(len(golds), dtype=torch.long), 1000, seed=0),
+            score=fmean(scores),
+            kl=fmean(kls),
+            pretraining_loss=loss,
+            length=fmean(len(c.response_ids) for c in completions),
+            eos_rate=fmean(c.ended for c in completions),
+            seconds=time.monotonic() - started,
+        )
+
+    async def _answers(self) -> list[Completion]:
+        """A response to each prompt. Generators that are lost meanwhile are waited for, as the fleet does."""
+        rollout, seed = self.job.config.rollout, self.job.config.evaluation.seed
+        while True:
+            crew = await self.fleet.crew()
+            try:
+                groups = await sample(crew, self.prompts, self.encoding, rollout, samples=1, seed=seed)
+            except GeneratorFailed as error:
+                log.warning("the held-out prompts are answered anew: %s", error)
+            else:
+                return [group[0] for group in groups]
 
     async def _scores(self, name: str, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
         nonce = secrets.token_hex(6)  # a server that lives longer than this process must not know the ids

@@ -25,13 +25,19 @@ def remember_run(run_dir: Path, command: str, run_id: str, finished: bool) -> No
     write_whole(run_dir / _FILE, json.dumps(runs, indent=2) + "\n")
 
 
-def last_steps(run_dir: Path) -> dict[str, int]:
-    """The last step of each stage in metrics.jsonl."""
-    path, last = run_dir / "metrics.jsonl", dict[str, int]()
+def area(name: str) -> str:
+    """The part of a metric's name before its last slash: metrics of one area are logged together."""
+    return name.rpartition("/")[0]
+
+
+def last_steps(run_dir: Path) -> dict[tuple[str, str], int]:
+    """The last step of each area of metrics of each stage in metrics.jsonl, by (stage, area)."""
+    path, last = run_dir / "metrics.jsonl", dict[tuple[str, str], int]()
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         try:
             row = json.loads(line)
-            last[row["stage"]] = max(row["step"], last.get(row["stage"], row["step"]))
+            for key in {(row["stage"], area(name)) for name in row if "/" in name}:
+                last[key] = max(row["step"], last.get(key, row["step"]))
         except (ValueError, LookupError, TypeError):
             continue  # a line that its writer had no time to finish
     return last

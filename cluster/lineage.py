@@ -21,6 +21,7 @@ from rich.tree import Tree
 from learner.checkpoint import file_sha256
 
 FILE = "lineage.jsonl"
+_DEEPEST = 3  # folders from a run directory down to what is made in it: RUN/round-1/data/comparisons.jsonl
 State = Literal["whole", "changed", "missing"]
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,15 @@ def read_lineage(run_dir: Path) -> list[Artefact]:
 def latest(records: Iterable[Artefact]) -> dict[str, Artefact]:
     """The last record of each path."""
     return {one.path: one for one in records}
+
+
+def origin(run_dir: Path, place: str) -> tuple[Path, Artefact] | None:
+    """The run directory in which something in a record was made, this one or another, and its record there."""
+    path = run_dir / place
+    for folder in (run_dir, *path.parents[:_DEEPEST]):
+        if found := latest(read_lineage(folder)).get(_place(folder, path)):
+            return folder, found
+    return None
 
 
 def state(run_dir: Path, artefact: Artefact) -> State:

@@ -81,6 +81,26 @@ def gold(run: Run) -> Iterator[Picture]:
     yield from _by_arm(run, (("gold/mean", f"Gold score, {run.labeler}"),))
 
 
+def held_out(run: Run) -> Iterator[Picture]:
+    """What was measured on held-out prompts and text before PPO, on its way, and after it."""
+    names, shades = arm_names(run), colours(run)
+    for metric, title in (
+        ("gold", f"Gold on held-out prompts, {run.labeler}; 95% CI"),
+        ("score", "Score on held-out prompts"),
+        ("kl", "KL on held-out prompts, nats a response"),
+        ("pretraining_loss", "Loss on held-out pretraining text, nats a token"),
+    ):
+        curves = []
+        for arm in run.arms:
+            series = run.series(arm, f"heldout/{metric}")
+            low, high = (run.series(arm, f"heldout/{metric}_{end}") for end in ("low", "high"))
+            if len(series) > 2:  # before and after are told elsewhere
+                half = {step: (high[step] - low[step]) / 2 for step in series if step in low and step in high}
+                curves.append(_curve(names[arm], shades[arm], series, half))
+        if curves:
+            yield plots.lines(title, "PPO iterations done", curves)
+
+
 def learning(run: Run) -> Iterator[Picture]:
     """What PPO is told, and how far it went for it."""
     metrics = (

@@ -7,6 +7,7 @@ without any of the files is an error. Texts come from models and strangers: cont
 
 import json
 import math
+import re
 import statistics
 import tomllib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ Series = dict[int, float]
 
 _FILES = ("config.toml", "environment.json", "metrics.jsonl", "phases.jsonl", "summary.json", "evaluations")
 _VADER = "simulated:vader"
+_ON_THE_WAY = re.compile(r"-\d{6}$")  # ppo-000010: after iteration 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ class Run:
     phases: tuple[Phase, ...]
     """in the order in which they ended"""
     evaluations: dict[str, tuple[Sample, ...]]
-    """held-out samples by label (sft, ppo, ..), sorted by id"""
+    """held-out samples by label (sft, ppo, ..), sorted by id; of what was measured on the way the curves tell"""
     calibration: dict[str, Any]
     """of the reward model"""
     unreadable: tuple[str, ...]
@@ -168,7 +170,7 @@ def read_run(path: Path) -> Run:
     except tomllib.TOMLDecodeError as error:
         config = {}
         unreadable.append(f"config.toml: {error}")
-    files = sorted((path / "evaluations").glob("*.jsonl"))
+    files = [file for file in sorted((path / "evaluations").glob("*.jsonl")) if not _ON_THE_WAY.search(file.stem)]
     evaluations = {visible(file.stem): _samples(file, unreadable) for file in files}
     return Run(
         path=path,

@@ -52,6 +52,11 @@ def sections(run: Run) -> list[Section]:
             ),
         ),
         Section(
+            title="Held-out measurements on the way",
+            lead=f"Prompts and text that none of the models was trained on, measured while PPO worked. {verdicts}",
+            pictures=tuple(pictures.held_out(run)),
+        ),
+        Section(
             title="What it cost",
             lead="The alignment tax is the loss on held-out pretraining text that PPO added. A point of the "
             "curve is an iteration: where more KL buys no more gold, the policy exploits the reward model.",

@@ -80,9 +80,8 @@ class Job:
 
     def made(self, kind: str, path: Path, *inputs: str | Path) -> None:
         """Record in the lineage, and in W&B, that `path` was made of `inputs`."""
-        made = record(self.root or self.run_dir, kind, path, inputs, self.command, self.config)
-        facts = {"sha256": made.sha256, "command": made.command, "config": made.config, "commit": made.commit}
-        self.tracker.artefact(made.path, kind, path, [one.path for one in made.inputs], facts)
+        root = self.root or self.run_dir
+        self.tracker.artefact(record(root, kind, path, inputs, self.command, self.config), root)
 
     def stage(
         self,

@@ -9,21 +9,32 @@ import contextlib
 import copy
 import json
 import logging
-import re
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from cluster.alerts import Alert, Alerts
 from cluster.config import TrackingConfig
 from cluster.console import Console
-from cluster.history import forget_stage, has_all, last_steps, remember_run
+from cluster.event_files import EventFiles, event_files
+from cluster.history import area, forget_stage, has_all, last_steps, remember_run
+from cluster.lineage import Artefact
 from cluster.prometheus import Exporter
 from cluster.repeating import repeating
 from cluster.wandb_feed import WandbFeed
+from cluster.wandb_records import (
+    Record,
+    artefact_record,
+    phases_record,
+    samples_record,
+    seconds_record,
+    step_record,
+)
 
 log = logging.getLogger(__name__)
 _TICK_S = 5.0
@@ -72,6 +83,9 @@ class Tracker:
         self._wandb = None if config.mode == "disabled" else WandbFeed(config, self._start, wandb)
         self._alerts = Alerts(config.alerts, self._alert)
         self._closing = contextlib.ExitStack()
+        self._axes: set[str] = set()
+        self._phases: list[tuple[str, str, float]] = []
+        self._events: EventFiles | None = None
         self._sinks: list[Callable[[str, int, Mapping[str, float]], None]] = [self.console.metrics, self._alerts.step]
 
     def part(self, name: str) -> Self:
@@ -93,7 +107,7 @@ class Tracker:
             self._closing.callback(exporter.close)
             self._sinks.append(exporter.step)
         if self._config.tensorboard:
-            self._sinks.append(self._closing.enter_context(_tensorboard(self.run_dir / "tensorboard")))
+            self._events = self._closing.enter_context(event_files(self.run_dir / "tensorboard"))
         self._closing.enter_context(repeating(self._alerts.tick, _TICK_S, "alerts"))
         if self._wandb is not None:
             remember_run(self.run_dir, self._start["job_type"], self.run_id, finished=False)
@@ -104,10 +118,14 @@ class Tracker:
         self.close()
 
     def close(self) -> None:
-        """Let W&B finish, within its deadline."""
+        """Let W&B finish, within its deadline, and say how to send what is not there."""
         self._closing.close()
         if self._wandb is not None:
-            self._wandb.close()
+            if self._phases:
+                self._wandb.put(phases_record(self._phases))
+            if not self._wandb.close():
+                folders = f"{shlex.quote(str(self.run_dir))}/wandb/*run-*-{self.run_id}"
+                self.console.line(f"To send this run to W&B: wandb sync {folders}")
             remember_run(self.run_dir, self._start["job_type"], self.run_id, finished=True)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -115,12 +133,13 @@ class Tracker:
         values = {name: float(value) for name, value in metrics.items()}
         self._append("metrics.jsonl", {"stage": stage, "step": step, "time": time.time(), **values})
         for sink in self._sinks:
-            try:
+            with _harmless():
                 sink(stage, step, values)
-            except Exception:  # nobody who watches may stop the run
-                log.exception("a step could not be shown")
-        if step > self._sent.get(stage, -1):  # else its curves would go back and forth
-            self._feed(lambda wandb, run: _log_step(run, self._prefix + stage, step, values))
+        if self._events is not None:
+            with _harmless():
+                self._events.step(self._prefix + stage, step, values)
+        if new := {name: value for name, value in values.items() if self._is_new(stage, step, name)}:
+            self._feed(step_record(self._prefix + stage, step, new, self._axes))
 
     @contextlib.contextmanager
     def phase(self, name: str, stage: str | None = None) -> Iterator[None]:
@@ -132,47 +151,42 @@ class Tracker:
         finally:
             seconds = time.monotonic() - started
             self._append("phases.jsonl", {"phase": name, "stage": stage or name, "seconds": seconds})
-            self._feed(lambda wandb, run: run.log({f"{self._prefix}phase/{name}": seconds}))
+            self._phases.append((self._prefix + (stage or name), name, seconds))
+            spent: dict[str, float] = {}
+            for one, _, took in self._phases:
+                spent[one] = spent.get(one, 0.0) + took
+            self._feed(seconds_record(spent))
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show rows of plain values, which have the same columns, as a table in W&B."""
-        columns = list(rows[0]) if rows else []
-        cells = [[row[column] for column in columns] for row in rows]
-        self._feed(lambda wandb, run: run.log({self._prefix + name: wandb.Table(columns=columns, data=cells)}))
-
-    def artefact(
-        self, name: str, kind: str, path: Path, inputs: Sequence[str], facts: Mapping[str, str | None]
+    def samples(
+        self, stage: str, step: int, shown: Sequence[Mapping[str, Any]], distributions: Mapping[str, Sequence[float]]
     ) -> None:
-        """Put a file or folder into W&B's lineage, by reference: nothing is uploaded.
+        """Show held-out samples, rows with the same columns, and how figures of all of them are distributed."""
+        if self._events is not None:
+            with _harmless():
+                self._events.samples(self._prefix + stage, step, shown, distributions)
+        if self._is_new(stage, step, "heldout/samples"):
+            self._feed(samples_record(self._prefix + stage, step, shown, distributions, self._axes))
 
-        `name` and `inputs` are paths relative to the run directory; what was not made in it is left out.
-        """
-
-        def log_it(wandb: Any, run: Any) -> None:
-            artifact = wandb.Artifact(self._artefact(name), type=kind, metadata={**facts, "inputs": list(inputs)})
-            artifact.add_reference(path.resolve().as_uri(), checksum=False)
-            for one in inputs if self._config.mode == "online" else ():  # W&B has to be asked which version it is
-                if not one.startswith("/") and (self.run_dir / one).exists():
-                    run.use_artifact(f"{self._artefact(one)}:latest")
-            run.log_artifact(artifact)
-
-        self._feed(log_it)
-
-    def _artefact(self, name: str) -> str:
-        return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self._start['group']}-{name}")
+    def artefact(self, made: Artefact, run_dir: Path) -> None:
+        """Put something that was made, as it stands in the lineage of a run directory, into that of W&B."""
+        self._feed(artefact_record(made, run_dir))
 
     def image(self, name: str, path: Path) -> None:
         """Show a picture file in W&B."""
         self._feed(lambda wandb, run: run.log({self._prefix + name: wandb.Image(str(path))}))
 
     def _alert(self, alert: Alert) -> None:
-        self._append("alerts.jsonl", {"time": time.time(), "kind": alert.kind, "text": alert.text})
-        self.console.warning(alert.text)
-        self._feed(lambda wandb, run: run.alert(title=f"{self._start['name']}: {alert.kind}", text=alert.text))
+        self._append("alerts.jsonl", {"time": time.time(), **asdict(alert)})
+        if alert.over:
+            self.console.line(alert.text)
+        else:
+            self.console.warning(alert.text)
+        title = f"{self._start['name']}: {alert.kind}{' is over' if alert.over else ''}"
+        self._feed(lambda wandb, run: run.alert(title, alert.text, "INFO" if alert.over else "WARN"))
 
     def forget(self, stage: str) -> None:
         """Take a stage that starts over out of the JSONL files, whose readers would mix it with the new one."""
-        self._sent.pop(stage, None)
+        self._sent = {key: step for key, step in self._sent.items() if key[0] != stage}
         with self._lock:
             forget_stage(self.run_dir, stage)
 
@@ -180,35 +194,19 @@ class Tracker:
         with self._lock, (self.run_dir / file).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
 
-    def _feed(self, item: Callable[[Any, Any], None]) -> None:
+    def _is_new(self, stage: str, step: int, name: str) -> bool:
+        """Whether W&B has not been sent it before a stop: else its curves would go back and forth."""
+        return step > self._sent.get((stage, area(name)), -1)
+
+    def _feed(self, item: Record) -> None:
         if self._wandb is not None:
             self._wandb.put(item)
 
 
 @contextlib.contextmanager
-def _tensorboard(folder: Path) -> Iterator[Callable[[str, int, Mapping[str, float]], None]]:
-    """Write event files; raises ValueError where TensorBoard is not installed."""
+def _harmless() -> Iterator[None]:
+    """Nobody who watches may stop the run."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            f"tracking.tensorboard is set, and TensorBoard cannot be imported ({error}). Remedy: install tensorboard"
-        ) from error
-    writer = SummaryWriter(str(folder), flush_secs=10)
-
-    def step(stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(f"{stage}/{name}", value, step)
-
-    try:
-        yield step
-    finally:
-        writer.close()
-
-
-def _log_step(run: Any, stage: str, step: int, values: Mapping[str, float]) -> None:
-    """Each stage counts its own steps, so the stage's step is the axis of its metrics."""
-    prefix = stage + "/"
-    run.define_metric(prefix + "*", step_metric=prefix + "step")
-    named = {name if name.startswith(prefix) else prefix + name: value for name, value in values.items()}
-    run.log({prefix + "step": step, **named})
+        yield
+    except Exception:
+        log.exception("a step could not be shown")

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import logging
+import os
 import queue
 import secrets
 import threading
@@ -26,6 +27,7 @@ class WandbFeed:
         self._wandb = wandb
         self._items: queue.Queue[Callable[[Any, Any], None] | None] = queue.Queue(config.queue_size)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._online = False
         self._lost = 0
         self._warned = False
 
@@ -40,24 +42,23 @@ class WandbFeed:
         except queue.Full:
             self._lose(f"W&B is {self._items.maxsize} steps behind")
 
-    def close(self) -> None:
-        """Let W&B finish, within its deadline; warn of what it has not got."""
+    def close(self) -> bool:
+        """Let W&B finish, within its deadline; whether its server has it all. Warns of what the run has not got."""
         deadline = time.monotonic() + self._config.close_deadline_s
         with contextlib.suppress(queue.Full):
             self._items.put(None, timeout=self._config.close_deadline_s)
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        where = Path(self._start["dir"]) / "wandb"
-        if self._thread.is_alive():
-            log.warning(
-                "W&B did not finish within %g s; what is in %s can be sent later with `wandb sync`",
-                self._config.close_deadline_s,
-                where,
-            )
+        late = self._thread.is_alive()
+        if late:
+            log.warning("W&B did not finish within %g s", self._config.close_deadline_s)
         if self._lost:
             log.warning("%d records are not in W&B; metrics.jsonl has every step", self._lost)
+        return self._online and not late
 
     def _work(self) -> None:
         wandb, run = self._wandb, None
+        # Tables wait here to be sent, offline perhaps for long; W&B's own default is in the home directory.
+        os.environ.setdefault("WANDB_DATA_DIR", str(Path(self._start["dir"], "wandb").resolve()))
         try:
             wandb = wandb or importlib.import_module("wandb")
             with SPAWNING:  # W&B's own process must not be taken for one of Ray's
@@ -83,7 +84,9 @@ class WandbFeed:
         modes = ("online", "offline") if self._config.mode == "online" else ("offline",)
         for mode in modes:
             try:
-                return wandb.init(mode=mode, settings=self._settings(wandb), **self._start)
+                run = wandb.init(mode=mode, settings=self._settings(wandb), **self._start)
+                self._online = mode == "online"
+                return run
             except Exception as error:
                 if mode == "offline":
                     raise

@@ -106,8 +106,9 @@ def _padded(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) ->
 def staleness(batch: Batch, version: int) -> dict[str, float]:
     """Return how far behind the learner's version the tokens are.
 
-    Mean and maximum over trajectories, each as old as its oldest token; `staleness/n` is the share of all tokens
-    that are n versions old, for each n up to the oldest; and the share of responses with tokens of several versions.
+    Mean and maximum over trajectories, each as old as its oldest token; `staleness/age_n` is the share of all
+    tokens that are n versions old, for each n up to the oldest; and the share of responses with tokens of several
+    versions.
     """
     oldest = batch.versions.masked_fill(~batch.mask, torch.iinfo(torch.long).max).min(dim=1).values
     newest = batch.versions.masked_fill(~batch.mask, torch.iinfo(torch.long).min).max(dim=1).values
@@ -117,7 +118,7 @@ def staleness(batch: Batch, version: int) -> dict[str, float]:
         "staleness/mean": age.float().mean().item(),
         "staleness/max": float(age.max()),
         "staleness/mixed": (newest > oldest).float().mean().item(),
-        **{f"staleness/{n}": share for n, share in enumerate((counts / counts.sum()).tolist())},
+        **{f"staleness/age_{n}": share for n, share in enumerate((counts / counts.sum()).tolist())},
     }
 
 

@@ -50,12 +50,14 @@ async def ppo(
     log: Log,
     save: Callable[[int, float], Awaitable[None]],
     beta: float,
+    measure: Callable[[int], Awaitable[dict[str, float]]],
 ) -> None:
     """Train until `config.iterations` batches are done. The whole algorithm of the paper's section 3.5 is here.
 
     `publish(version)` gives the actors the weights, `pretraining(i, n)` the text of iteration i for n minibatches, and
     `observe` looks at the samples for the log only. Time is in seconds, KL in nats a response. It starts from the
     buffer's version and the KL coefficient `beta`, which `save(version, beta)` keeps whenever a checkpoint is due.
+    `measure(version)` tries the new weights on held-out prompts when that is due, before any more is sampled for them.
     """
     skips = Skips("ppo", config.max_skipped_steps)
     while (i := buffer.version) < config.iterations:
@@ -91,9 +93,10 @@ async def ppo(
         lap("update")
         published = await publish(i + 1)
         lap("publish")
+        heldout = await measure(i + 1)
         buffer.advance()
-        metrics = iteration_metrics(batch, i, targets, beta, sums)
-        log("ppo", i + 1, metrics | drift | skipped | published | observe(trajectories) | buffer.counts() | lap.times())
+        metrics = iteration_metrics(batch, i, targets, beta, sums) | drift | skipped | published | heldout
+        log("ppo", i + 1, metrics | observe(trajectories) | buffer.counts() | lap.times())
         if config.kl.target:
             kl = kl_per_response(old.logprobs, old.ref_logprobs, batch.mask).mean().item()
             beta = adapted_coefficient(beta, kl, config.kl.target, config.kl.horizon, len(batch))

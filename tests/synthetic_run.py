@@ -155,6 +155,12 @@ def _ppo(random_: random.Random, arms: Sequence[str], iterations: int) -> Iterab
             if arm != "ppo-noptx":
                 row["loss/pretraining"] = 3.98 + 0.03 * done + random_.gauss(0, 0.02)
             yield {"stage": arm, "step": step, "time": 200.0 + 10 * step, **row}
+        for step in range(0, iterations + 1, 6):
+            gold = 0.12 + 0.5 * step / iterations
+            loss = 3.97 + (0.74 if arm == "ppo-noptx" else 0.04) * step / iterations
+            measured = {"gold": gold, "score": 1.6 * gold, "kl": 6.4 * step / iterations, "pretraining_loss": loss}
+            found = {**measured, "gold_low": gold - 0.07, "gold_high": gold + 0.07}
+            yield {"stage": arm, "step": step, "time": 500.0, **{f"heldout/{key}": one for key, one in found.items()}}
 
 
 def _phases(arms: Sequence[str]) -> Iterable[dict[str, Any]]:

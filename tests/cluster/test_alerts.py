@@ -54,10 +54,20 @@ def test_a_step_out_of_bounds_is_told_with_its_place_and_value(alerts, told, met
     assert words in told[0].text
 
 
-def test_it_is_told_once_until_it_is_over(alerts, told):
-    for kl in (11, 12, 13, 9, 11):
-        alerts.step("ppo", 1, {"kl/mean": float(kl)})
-    assert kinds(told) == ["kl", "kl"]
+def test_what_comes_and_goes_is_told_once_and_once_when_it_is_over(alerts, told):
+    for step, kl in enumerate((11, 9, 12, 9, 9, 11, 9, 9, 9, 9, 9, 9, 11), start=1):
+        alerts.step("ppo", step, {"kl/mean": float(kl)})
+        alerts.step("ppo", step, {"checkpoint/seconds": 1.0})  # tells nothing of the KL
+    assert [(alert.kind, alert.over) for alert in told] == [("kl", False), ("kl", True), ("kl", False)]
+    assert [alert.text.split(":")[0] for alert in told] == [f"step {n} of ppo" for n in (1, 9, 13)]
+    assert "kl is within its bounds again" in told[1].text
+
+
+def test_generators_that_stay_away_are_told_and_those_that_are_on_their_way_are_not(alerts, told):
+    for size in (2, 1, 1, 2, 1, 1, 1, 1, 2, 2, 2):
+        alerts.step("ppo", 1, {"fleet/size": float(size), "fleet/wanted": 2.0})
+    assert [(alert.kind, alert.over) for alert in told] == [("fleet", False), ("fleet", True)]
+    assert "1 of 2 generators have been at work for 3 steps" in told[0].text
 
 
 def test_silence_is_told_once_and_ends_with_a_step(alerts, told, clock):
@@ -68,9 +78,11 @@ def test_silence_is_told_once_and_ends_with_a_step(alerts, told, clock):
     assert kinds(told) == ["stalled"]
     assert "no step was logged for 61 s since step 3 of ppo" in told[0].text
     alerts.step("ppo", 4, {})
+    assert told[1].over
+    assert "step 4 of ppo was logged, after 562 s" in told[1].text
     clock.now += 61
     alerts.tick()
-    assert kinds(told) == ["stalled", "stalled"]
+    assert kinds(told) == ["stalled", "stalled", "stalled"]
 
 
 def test_a_rule_that_is_off_tells_nothing(told, clock):

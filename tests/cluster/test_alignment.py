@@ -41,8 +41,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "critic_optimizer": {"lr": 5e-3},
     },
     "rollout": {"prompts_per_wave": 3, "max_prompt_tokens": 40, "max_new_tokens": 5},
-    "evaluation": {"prompts": 4},
+    "evaluation": {"prompts": 4, "every": 1},
 }
+
+
+_TIMES = ("time", "checkpoint/", "heldout/seconds")
 
 
 class Killed(BaseException):
@@ -137,7 +140,7 @@ def results(run: Path) -> dict[str, Any]:
     steps: dict[int, dict[str, Any]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        kept = {name: value for name, value in row.items() if not name.startswith(("time", "checkpoint/"))}
+        kept = {name: value for name, value in row.items() if not name.startswith(_TIMES)}
         steps.setdefault(row["step"], {}).update(kept)
     files = [*run.glob("policy*/model.safetensors"), *run.glob("evaluations/*"), run / "summary.json"]
     return {"steps": steps} | {str(path.relative_to(run)): path.read_bytes() for path in files}
@@ -161,6 +164,12 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(worker: LearnerWorker
         assert found[name] == value, name
     counts = audit(parts / "ledger-ppo.jsonl")
     assert (counts.violations, counts.trained, counts.twice, counts.resumed) == ((), 24, 0, 2)
+    # measured before, after each iteration, and after
+    curve = {step: row["heldout/gold"] for step, row in expected["steps"].items()}
+    assert curve.keys() == {0, 1, 2, 3, 4}
+    for step, label in enumerate(("sft", "ppo-000001", "ppo-000002", "ppo-000003", "ppo")):
+        golds = [row["gold"] for row in map(json.loads, expected[f"evaluations/{label}.jsonl"].splitlines())]
+        assert curve[step] == pytest.approx(sum(golds) / 4)
     # complete: nothing more happens, unless it is to be longer
     assert align(worker, made, parts, "resume") == ([], "ppo: complete, and left as it is\n")
     assert align(worker, made, parts, "resume", iterations=5)[0] == [4, 5]

@@ -16,13 +16,18 @@ def test_each_command_has_its_own_wandb_run(tmp_path: Path):
     assert [has_all(tmp_path, name) for name in ("ppo", "sft", "reward")] == [False, True, False]
 
 
-def test_the_last_step_of_each_stage_is_found_behind_a_torn_line(tmp_path: Path):
+def test_the_last_step_of_each_area_of_a_stage_is_found_behind_a_torn_line(tmp_path: Path):
     assert last_steps(tmp_path) == {}
-    rows = [{"stage": "sft", "step": 3}, {"stage": "ppo", "step": 7}, {"stage": "ppo", "step": 5}, {"step": 9}]
+    rows = [
+        {"stage": "sft", "step": 3, "sft/loss": 1.0},
+        {"stage": "ppo", "step": 7, "score/mean": 1.0, "score/std": 1.0},
+        {"stage": "ppo", "step": 5, "score/mean": 1.0, "heldout/gold": 0.5},
+        {"step": 9, "score/mean": 1.0},
+    ]
     write_rows(tmp_path / "metrics.jsonl", rows)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "ppo", "st')
-    assert last_steps(tmp_path) == {"sft": 3, "ppo": 7}
+    assert last_steps(tmp_path) == {("sft", "sft"): 3, ("ppo", "score"): 7, ("ppo", "heldout"): 5}
 
 
 def test_a_stage_is_forgotten_and_the_others_are_not(tmp_path: Path):

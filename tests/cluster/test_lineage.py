@@ -21,6 +21,7 @@ from cluster.lineage import (
     latest,
     lineage_json,
     lineage_tree,
+    origin,
     read_lineage,
     record,
     state,
@@ -46,6 +47,17 @@ def shown(run: Path) -> str:
 
 def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_where_something_was_made_is_found_in_this_run_and_in_another(tmp_path):
+    ours, theirs, outside = tmp_path / "ours", tmp_path / "theirs", tmp_path / "prompts.jsonl"
+    outside.write_text("hello")
+    mine = made(ours, "data/a.jsonl")
+    deep = made(theirs, "round-1/data/b.jsonl")
+    assert origin(ours, "data/a.jsonl") == (ours, mine)
+    assert origin(ours, str(theirs / "round-1" / "data" / "b.jsonl")) == (theirs, deep)
+    assert origin(ours, str(outside)) is None
+    assert origin(ours, "data/c.jsonl") is None
 
 
 def test_a_record_says_what_was_made_of_what_by_whom(tmp_path):

@@ -32,6 +32,12 @@ def test_a_run_with_one_arm_gives_every_section(one: Run):
             "KL to the SFT model, nats a response",
             "Reward: score minus the KL penalty",
         ],
+        "Held-out measurements on the way": [
+            f"Gold on held-out prompts, {CAPTION}; 95% CI",
+            "Score on held-out prompts",
+            "KL on held-out prompts, nats a response",
+            "Loss on held-out pretraining text, nats a token",
+        ],
         "What it cost": ["Alignment tax: loss on pretraining text", f"Gold bought with KL, {CAPTION}"],
         "Held-out responses": [f"Gold score of responses, {CAPTION}", "Does the score still mean gold?"],
         "The reward model": [
@@ -60,6 +66,14 @@ def test_the_reward_model_is_shown_by_pairs_by_prompts_and_by_rank_gap(one: Run)
     accuracy, gaps, *_ = pictures.reward_model(one)
     assert "reward model 0.807; the same, mean of prompts 0.796" in accuracy.alt
     assert "1 apart, 480 pairs 0.790; 2 apart, 240 pairs 0.880; 3 apart, 160 pairs 0.970" in gaps.alt
+
+
+def test_held_out_curves_go_from_before_to_after_and_two_points_are_no_curve(one: Run, tmp_path: Path):
+    gold, _, kl, _ = pictures.held_out(one)
+    assert "PPO-ptx from 0.120 to 0.620 over 5 points" in gold.alt
+    assert "PPO-ptx from 0 to 6.40 over 5 points" in kl.alt
+    write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": n, "heldout/gold": 0.5} for n in (0, 8)])
+    assert list(pictures.held_out(read_run(tmp_path))) == []
 
 
 def test_two_arms_are_compared_first_in_the_same_axes(one: Run, two: Run):

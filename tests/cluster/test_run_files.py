@@ -18,6 +18,13 @@ def test_a_whole_run_is_read(tmp_path: Path):
     assert run.unreadable == ()
 
 
+def test_what_was_measured_on_the_way_is_no_model_of_its_own(tmp_path: Path):
+    run = write_run(tmp_path)
+    write_rows(run / "evaluations" / "ppo-000010.jsonl", evaluation("ppo-000010", 96, 0.4, 0))
+    assert read_run(run).evaluations.keys() == {"sft", "ppo"}
+    assert read_run(run).arms == ("ppo",)
+
+
 def test_a_step_logged_twice_counts_as_it_was_logged_last(tmp_path: Path):
     rows = [
         {"stage": "sft", "step": 2, "sft/loss": 5.0},

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -21,11 +22,12 @@ from reward_server.address import free_port
 class FakeRun:
     def __init__(self) -> None:
         self.logged: list[dict[str, Any]] = []
-        self.axes: dict[str, str] = {}
+        self.axes: list[tuple[str, str]] = []
+        self.summary: dict[str, Any] = {}
         self.finished = False
 
     def define_metric(self, name: str, step_metric: str) -> None:
-        self.axes[name] = step_metric
+        self.axes.append((name, step_metric))
 
     def log(self, values: dict[str, Any]) -> None:
         self.logged.append(values)
@@ -42,6 +44,8 @@ class FakeWandb:
         self.inits: list[dict[str, Any]] = []
         self.Settings = SimpleNamespace
         self.Table = lambda columns, data: (columns, data)
+        self.Histogram = lambda values=None, np_histogram=None: ("histogram", values or np_histogram)
+        self.plot = SimpleNamespace(bar=lambda table, label, value, title: (label, value, table))
         self.Image = lambda path: path
 
     def setup(self, settings: Any) -> None:
@@ -108,18 +112,30 @@ def test_wandb_gets_every_step_on_the_axis_of_its_stage(tmp_path: Path):
     with tracker(tmp_path / "mine", fake, project="p", tags=("t",)) as found:
         found.log("sft", 7, {"sft/loss": 2.0})
         found.log("ppo", 1, {"score/mean": 0.5})
-        found.table("samples", [{"prompt": "hi", "gold": 1.0}])
+        found.log("ppo", 2, {"score/mean": 0.6, "staleness/age_0": 0.25, "staleness/age_2": 0.75})
+        found.samples("ppo", 2, [{"prompt": "hi", "gold": 1.0}], {"gold": [1.0, 0.5]})
         found.image("curve", Path("curve.png"))
     (start,) = fake.inits
     assert (start["mode"], start["project"], start["tags"]) == ("offline", "p", ["t"])
     assert (start["group"], start["job_type"], start["dir"]) == ("mine", "ppo", str(tmp_path / "mine"))
     assert (start["config"], start["id"]) == ({"ppo": {"seed": 0}}, found.run_id)
     assert start["settings"].silent
-    assert fake.run.axes == {"sft/*": "sft/step", "ppo/*": "ppo/step"}
+    assert fake.run.axes == [("sft/*", "sft/step"), ("ppo/*", "ppo/step")]
     assert fake.run.logged == [
         {"sft/step": 7, "sft/loss": 2.0},
         {"ppo/step": 1, "ppo/score/mean": 0.5},
-        {"samples": (["prompt", "gold"], [["hi", 1.0]])},
+        {
+            "ppo/step": 2,
+            "ppo/score/mean": 0.6,
+            "ppo/staleness/age_0": 0.25,
+            "ppo/staleness/age_2": 0.75,
+            "ppo/staleness/ages": ("histogram", ([0.25, 0.0, 0.75], [-0.5, 0.5, 1.5, 2.5])),
+        },
+        {
+            "ppo/step": 2,
+            "ppo/heldout/samples": (["prompt", "gold"], [["hi", 1.0]]),
+            "ppo/heldout/gold_histogram": ("histogram", [1.0, 0.5]),
+        },
         {"curve": "curve.png"},
     ]
     assert fake.run.finished
@@ -223,7 +239,7 @@ def test_the_real_wandb_keeps_an_offline_run_without_secrets_and_without_a_word(
     monkeypatch.delitem(sys.modules, "openai", raising=False)  # vLLM's import of it makes W&B recommend a product
     with tracker(tmp_path, None) as found:
         found.log("ppo", 1, {"score/mean": 0.5})
-        found.table("samples", [{"prompt": "hi", "gold": 1.0}])
+        found.samples("ppo", 1, [{"prompt": "hi", "gold": 1.0}], {"gold": [1.0]})
     shown = capfd.readouterr()
     assert shown.out + shown.err == ""
     (run,) = (tmp_path / "wandb").glob(f"offline-run-*-{found.run_id}/run-{found.run_id}.wandb")
@@ -237,26 +253,18 @@ def test_the_real_wandb_keeps_an_offline_run_without_secrets_and_without_a_word(
 
 def test_an_alert_goes_to_the_console_a_file_and_wandb(tmp_path: Path):
     fake, alerted = FakeWandb(), []
-    fake.run.alert = lambda title, text: alerted.append((title, text))  # pyright: ignore[reportAttributeAccessIssue]
+    fake.run.alert = lambda *told: alerted.append(told)  # pyright: ignore[reportAttributeAccessIssue]
     shown = io.StringIO()
     config = TrackingConfig(alerts=AlertsConfig(kl_above=1.0))
     with Tracker(tmp_path, config, "ppo", console=Console(stream=shown), wandb=fake) as found:
-        found.log("ppo", 4, {"kl/mean": 2.0})
-    (row,) = rows(tmp_path / "alerts.jsonl")
-    assert (row["kind"], row["text"][:13]) == ("kl", "step 4 of ppo")
+        for step, kl in enumerate((2.0, 0.5, 0.5, 0.5), start=4):
+            found.log("ppo", step, {"kl/mean": kl})
+    row, over = rows(tmp_path / "alerts.jsonl")
+    assert (row["kind"], row["text"][:13], row["over"], over["over"]) == ("kl", "step 4 of ppo", False, True)
     assert "warning: step 4 of ppo: the KL" in shown.getvalue()
-    assert alerted == [(f"{tmp_path.name} ppo: kl", row["text"])]
-
-
-def test_tensorboard_gets_every_metric(tmp_path: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with tracker(tmp_path, None, mode="disabled", tensorboard=True) as found:
-        for step in (1, 2):
-            found.log("ppo", step, {"score/mean": step / 2})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("ppo/score/mean")] == [(1, 0.5), (2, 1.0)]
+    assert "\nstep 7 of ppo: kl is within its bounds again" in shown.getvalue()
+    name = f"{tmp_path.name} ppo: kl"
+    assert alerted == [(name, row["text"], "WARN"), (f"{name} is over", over["text"], "INFO")]
 
 
 def test_prometheus_can_scrape_a_run_while_it_works(tmp_path: Path):
@@ -310,30 +318,51 @@ def test_a_stage_that_starts_over_is_sent_again(tmp_path: Path):
     assert [row["score/mean"] for row in rows(tmp_path / "metrics.jsonl")] == [2.0]
 
 
-class FakeArtifact:
-    def __init__(self, name: str, type: str, metadata: dict[str, Any]) -> None:
-        self.name, self.type, self.metadata = name, type, metadata
-        self.references: list[str] = []
+def test_what_was_not_sent_before_a_stop_is_sent_after_it(tmp_path: Path):
+    with tracker(tmp_path, FakeWandb()) as found:
+        found.log("ppo", 1, {"score/mean": 1.0, "kl/mean": 0.5})
+    wandb = FakeWandb()
+    with Tracker(tmp_path, TrackingConfig(), "ppo", run_id=found.run_id, wandb=wandb) as again:
+        again.log("ppo", 1, {"score/mean": 1.0, "heldout/gold": 0.5})
+        again.samples("ppo", 1, [], {})
+    assert [row.keys() for row in wandb.run.logged] == [
+        {"ppo/step", "ppo/heldout/gold"},
+        {"ppo/step", "ppo/heldout/samples"},
+    ]
 
-    def add_reference(self, uri: str, checksum: bool) -> None:
-        self.references.append(uri)
+
+def test_the_seconds_of_stages_are_columns_to_compare_and_those_of_phases_a_chart(tmp_path: Path):
+    fake = FakeWandb()
+    with tracker(tmp_path, fake) as found:
+        for phase in ("ppo: load", "ppo: 20 iterations"):
+            with found.phase(phase, "ppo"):
+                time.sleep(0.05)
+        (tmp_path / "round-1").mkdir()
+        with found.part("round-1").phase("rank"):
+            pass
+    assert fake.run.summary.keys() == {"seconds/ppo", "seconds/round-1/rank"}
+    assert 0.1 <= fake.run.summary["seconds/ppo"] < 5
+    ((label, value, (columns, data)),) = [row["phases"] for row in fake.run.logged]
+    assert (label, value, columns) == ("phase", "seconds", ["stage", "phase", "seconds"])
+    assert [row[:2] for row in data] == [["ppo", "ppo: load"], ["ppo", "ppo: 20 iterations"], ["round-1/rank", "rank"]]
 
 
-@pytest.mark.parametrize(("mode", "used"), [("online", ["mine-sft:latest"]), ("offline", [])])
-def test_what_was_made_is_an_artefact_with_what_it_was_made_of(tmp_path: Path, mode: str, used: list[str]):
-    fake, run_dir = FakeWandb(), tmp_path / "mine"
-    logged: list[FakeArtifact] = []
-    asked: list[str] = []
-    fake.Artifact = FakeArtifact  # pyright: ignore[reportAttributeAccessIssue]
-    fake.run.log_artifact = logged.append  # pyright: ignore[reportAttributeAccessIssue]
-    fake.run.use_artifact = asked.append  # pyright: ignore[reportAttributeAccessIssue]
-    (run_dir / "sft").mkdir(parents=True)
-    with tracker(run_dir, fake, mode=mode) as found:
-        found.artefact(
-            "round-1/policy", "policy", run_dir / "policy", ["sft", "/data/p.jsonl", "hub/id"], {"sha256": "1f"}
-        )
-    (one,) = logged
-    assert (one.name, one.type) == ("mine-round-1-policy", "policy")
-    assert one.metadata == {"sha256": "1f", "inputs": ["sft", "/data/p.jsonl", "hub/id"]}
-    assert one.references == [(run_dir / "policy").resolve().as_uri()]
-    assert asked == used
+def test_an_offline_run_ends_with_the_command_that_sends_it(tmp_path: Path):
+    run_dir, shown = tmp_path / "my run", io.StringIO()
+    with Tracker(run_dir, TrackingConfig(), "ppo", console=Console(stream=shown)) as found:
+        found.log("ppo", 1, {"score/mean": 0.5})
+    told = shown.getvalue().splitlines()[-1]
+    start, command = told.split(": ", 1)
+    assert start == "To send this run to W&B"
+    # the shell and W&B read it as it stands there
+    command = f"{Path(sys.executable).parent}/{command} --dry-run"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, "offline-run-" in done.stdout + done.stderr) == (0, True), done
+    assert found.run_id in done.stdout + done.stderr
+
+
+def test_an_online_run_that_is_sent_needs_no_command(tmp_path: Path):
+    shown = io.StringIO()
+    with Tracker(tmp_path, TrackingConfig(mode="online"), "ppo", console=Console(stream=shown), wandb=FakeWandb()):
+        pass
+    assert shown.getvalue() == ""

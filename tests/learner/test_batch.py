@@ -103,7 +103,7 @@ def test_rows_of_a_batch_equal_the_batch_of_the_rows() -> None:
 
 def test_staleness_is_the_age_of_the_oldest_token() -> None:
     # oldest versions 3, 4, 2 at version 5: ages 2, 1, 3; of the six tokens one is 2 and one is 3 versions old
-    shares = {"staleness/0": 0.0, "staleness/1": 4 / 6, "staleness/2": 1 / 6, "staleness/3": 1 / 6}
+    shares = {"staleness/age_0": 0.0, "staleness/age_1": 4 / 6, "staleness/age_2": 1 / 6, "staleness/age_3": 1 / 6}
     expected = {"staleness/mean": 2.0, "staleness/max": 3.0, "staleness/mixed": 1 / 3, **shares}
     assert staleness(batch(), version=5) == pytest.approx(expected)
 

@@ -63,6 +63,7 @@ class RecordingLearner:
     updates: list[Any] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     saved: list[tuple[int, float]] = field(default_factory=list)
+    pause_s: float = 0.0
 
     async def evaluate(self, batch, minibatches, max_tokens, temperature):
         self.events.append("evaluate")
@@ -108,6 +109,11 @@ def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner |
             learner.events.append(f"save {version}")
             learner.saved.append((version, beta))
 
+        async def measure(version):
+            learner.events.append(f"measure {version} at {buffer.version}")
+            await asyncio.sleep(learner.pause_s)
+            return {"heldout/gold": 0.5} if version == 2 else {}
+
         async def sample():
             for _ in range(iterations):
                 tickets = await buffer.admit(1) + await buffer.admit(1)
@@ -126,6 +132,7 @@ def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner |
             lambda *line: logged.append(line),
             save,
             config.kl.coef if beta is None else beta,
+            measure,
         )
         await sampling
 
@@ -146,7 +153,7 @@ def test_nothing_is_published_after_too_many_skipped_steps():
     learner = FailingLearner()
     with pytest.raises(NonFiniteSteps, match="ppo, step 2: 3 optimizer steps of the policy network"):
         by_hand(iterations=2, learner=learner)
-    assert learner.events == ["evaluate", "update", "publish 1", "evaluate", "update"]
+    assert learner.events == ["evaluate", "update", "publish 1", "measure 1 at 0", "evaluate", "update"]
     _, logged = by_hand(learner=FailingLearner())
     assert logged[0][2]["optimizer/skipped_policy"] == 2.0
 
@@ -186,10 +193,23 @@ def test_whitened_rewards_keep_their_mean_and_change_the_returns():
 
 def test_each_iteration_evaluates_updates_and_publishes_the_next_version():
     learner, logged = by_hand(iterations=3)
-    events = [f"{name} {i}".removesuffix(" 0") for i in (1, 2, 3) for name in ("evaluate", "update", "publish")]
-    assert learner.events == [e if e.startswith("publish") else e.split()[0] for e in events]
+    events = [("evaluate", "update", f"publish {i}", f"measure {i} at {i - 1}") for i in (1, 2, 3)]
+    assert learner.events == [event for iteration in events for event in iteration]
     assert [(stage, step) for stage, step, _ in logged] == [("ppo", 1), ("ppo", 2), ("ppo", 3)]
     assert [metrics["progress/version"] for *_, metrics in logged] == [1.0, 2.0, 3.0]
+
+
+def test_new_weights_are_measured_before_more_is_sampled_and_that_is_no_part_of_the_iterations_time():
+    learner = RecordingLearner(pause_s=0.5)
+    learner, logged = by_hand(iterations=2, learner=learner)
+    first, second = (metrics for *_, metrics in logged)
+    assert "heldout/gold" not in first
+    assert second["heldout/gold"] == 0.5
+    assert learner.events[3] == "measure 1 at 0"  # the buffer has not advanced: nobody may sample for the next batch
+    for metrics in (first, second):
+        laps = sum(metrics[f"time/{name}"] for name in ("rollout", "evaluate", "update", "publish"))
+        assert metrics["time/iteration"] == pytest.approx(laps)
+        assert laps < learner.pause_s
 
 
 def test_epochs_split_the_batch_anew_and_are_evaluated_in_the_first_split():
@@ -238,7 +258,8 @@ def test_a_checkpoint_follows_every_so_many_iterations_and_the_last_with_the_nex
     factor = 1 - 0.2 * 2 / 10
     assert [version for version, _ in learner.saved] == [2, 4, 5]
     assert [beta for _, beta in learner.saved] == pytest.approx([0.5 * factor**n for n in (2, 4, 5)])
-    assert learner.events[:7] == ["evaluate", "update", "publish 1", "evaluate", "update", "publish 2", "save 2"]
+    done = [event for event in learner.events if not event.startswith("measure")]
+    assert done[:7] == ["evaluate", "update", "publish 1", "evaluate", "update", "publish 2", "save 2"]
     assert by_hand(iterations=2, checkpoint_every=0)[0].saved == []
 
 
@@ -285,7 +306,7 @@ def test_a_batch_that_does_not_come_stops_the_run_with_what_is_missing():
         buffer = Buffer(2, 1, 0, ledger=Ledger(None))
         await buffer.admit(2)
         config, never = PPOConfig(prompts_per_batch=2, rollout_deadline_s=0.01), cast(Any, None)
-        await ppo(config, 1.0, buffer, RecordingLearner(), never, never, never, never, never, 0.0)
+        await ppo(config, 1.0, buffer, RecordingLearner(), never, never, never, never, never, 0.0, never)
 
     with pytest.raises(TimeoutError, match="batch 0: 2 of its 2 prompts are missing"):
         asyncio.run(run())
@@ -307,6 +328,10 @@ ROLLOUT = RolloutConfig(prompts_per_wave=16, max_new_tokens=6, missing_eos=Missi
 
 class Killed(BaseException):
     """The process ends here."""
+
+
+async def unmeasured(version: int) -> dict[str, float]:
+    return {}
 
 
 def train(worker, learner, folders, run_dir=None, killed_at=None, **settings):
@@ -357,7 +382,7 @@ def train(worker, learner, folders, run_dir=None, killed_at=None, **settings):
         sampling = asyncio.create_task(rollout(generator, scorer, stream, buffer, generator.encoding, ROLLOUT, 0, stop))
         beta = found.state["beta"] if found else config.kl.coef
         log = lambda *line: lines.append(line[2])  # noqa: E731
-        await ppo(config, 1.0, buffer, learner, publish, text, lambda _: {}, log, save, beta)
+        await ppo(config, 1.0, buffer, learner, publish, text, lambda _: {}, log, save, beta, unmeasured)
         stop.set()
         await sampling
 
