@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 import secrets
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,9 +122,8 @@ class Tracker:
         if self._wandb is not None:
             if self._phases:
                 self._wandb.put(phases_record(self._phases))
-            if not self._wandb.close():
-                folders = f"{shlex.quote(str(self.run_dir))}/wandb/*run-*-{self.run_id}"
-                self.console.line(f"To send this run to W&B: wandb sync {folders}")
+            if command := self._wandb.close():
+                self.console.line(f"To send this run to W&B: {command}")
             remember_run(self.run_dir, self._start["job_type"], self.run_id, finished=True)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class WandbFeed:
         self._wandb = wandb
         self._items: queue.Queue[Callable[[Any, Any], None] | None] = queue.Queue(config.queue_size)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._online = False
+        self._online = self._sent = False
         self._lost = 0
         self._warned = False
 
@@ -42,8 +43,11 @@ class WandbFeed:
         except queue.Full:
             self._lose(f"W&B is {self._items.maxsize} steps behind")
 
-    def close(self) -> bool:
-        """Let W&B finish, within its deadline; whether its server has it all. Warns of what the run has not got."""
+    def close(self) -> str | None:
+        """Let W&B finish, within its deadline, and warn of what the run has not got.
+
+        Returns the command that sends the run, or None where the server has it all.
+        """
         deadline = time.monotonic() + self._config.close_deadline_s
         with contextlib.suppress(queue.Full):
             self._items.put(None, timeout=self._config.close_deadline_s)
@@ -53,7 +57,10 @@ class WandbFeed:
             log.warning("W&B did not finish within %g s", self._config.close_deadline_s)
         if self._lost:
             log.warning("%d records are not in W&B; metrics.jsonl has every step", self._lost)
-        return self._online and not late
+        if self._sent and not late:
+            return None
+        folders = f"{shlex.quote(self._start['dir'])}/wandb/*run-*-{self._start['id']}"
+        return f"wandb sync {'--include-online ' if self._online else ''}{folders}"
 
     def _work(self) -> None:
         wandb, run = self._wandb, None
@@ -76,6 +83,7 @@ class WandbFeed:
         if run is not None:
             try:
                 run.finish()
+                self._sent = self._online
             except BaseException as error:
                 self._warn(f"W&B could not finish ({_reason(error)})")
 
@@ -103,6 +111,7 @@ class WandbFeed:
             x_save_requirements=False,
             init_timeout=self._config.close_deadline_s / 2,
             finish_timeout=self._config.close_deadline_s / 2,
+            finish_timeout_raises=True,
         )
 
     def _lose(self, why: str) -> None:

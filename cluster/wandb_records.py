@@ -78,10 +78,7 @@ def artefact_record(made: Artefact, run_dir: Path) -> Record:
                 used = _reference(wandb, run_dir, one.path, one.sha256)
                 # use_artifact does the same, but refuses to offline, and waits for the server online
                 run._log_artifact(used, is_user_created=True, use_after_commit=True)
-        artifact = _reference(wandb, run_dir, made.path, made.sha256)
-        inputs = [one.path for one in made.inputs]
-        artifact.metadata = {"command": made.command, "config": made.config, "commit": made.commit, "inputs": inputs}
-        run.log_artifact(artifact)
+        run.log_artifact(_reference(wandb, run_dir, made.path, made.sha256))
 
     return give
 
@@ -89,10 +86,14 @@ def artefact_record(made: Artefact, run_dir: Path) -> Record:
 def _reference(wandb: Any, run_dir: Path, path: str, sha256: str) -> Any:
     """Named after the run in which it was made, and of the kind that is written down there; "input" where none is."""
     name, kind = path.strip("/") if path.startswith("/") else f"{run_dir.resolve().name}-{path}", "input"
+    facts: dict[str, Any] = {}
     if found := origin(run_dir, path):
-        folder, record = found
-        name, kind = f"{folder.resolve().name}-{record.path}", record.kind
-    artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[-128:], type=kind)
+        folder, made = found
+        name, kind = f"{folder.resolve().name}-{made.path}", made.kind
+        if made.sha256 == sha256:
+            inputs = [one.path for one in made.inputs]
+            facts = {"command": made.command, "config": made.config, "commit": made.commit, "inputs": inputs}
+    artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[-128:], type=kind, metadata=facts)
     # Named after their hash, files that were made anew are another version. They are not read once more.
     artifact.add_reference((run_dir / path).resolve().as_uri(), name=f"sha256-{sha256}", checksum=False)
     return artifact
