@@ -1,5 +1,6 @@
 """When somebody should look at a run: rules on its metrics, each told once, and once when it is over."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ class Alert:
     """Something that somebody should look at, or that it is over."""
 
     kind: str
-    """kl, gap, non-finite, fleet or stalled"""
+    """kl, gap, non-finite, fleet, stalled or paused"""
     text: str
     """what was seen, the bound, and what to look at"""
     over: bool = False
@@ -41,6 +42,16 @@ class Alerts:
         self._where = "the start"
         self._standing: set[str] = set()
         self._streak: dict[str, int] = {}  # steps in a row: out of bounds above 0, within them below
+        self._looks: dict[str, Callable[[], str | None]] = {}
+
+    @contextlib.contextmanager
+    def looking(self, kind: str, look: Callable[[], str | None]) -> Iterator[None]:
+        """While the block lasts, it is an alert whenever `look()` says what is wrong rather than None."""
+        self._looks[kind] = look
+        try:
+            yield
+        finally:
+            del self._looks[kind]
 
     def step(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Look at the metrics of a step; of what it has no metric, nothing is known."""
@@ -57,7 +68,12 @@ class Alerts:
                 self._end(kind, f"{self._where}: {kind} is within its bounds again, for {_CALM} steps")
 
     def tick(self) -> None:
-        """Look at the clock: no step for `stalled_s` seconds is an alert."""
+        """Look at the clock: no step for `stalled_s` seconds is an alert. Look at what is wrong in between steps."""
+        for kind, look in list(self._looks.items()):
+            if text := look():
+                self._begin(kind, text)
+            elif kind in self._standing:
+                self._end(kind, f"no longer {kind}")
         silence = self._clock() - self._last
         if self._config.stalled_s and silence > self._config.stalled_s:
             self._begin("stalled", f"no step was logged for {silence:.0f} s since {self._where}; see rayward status")

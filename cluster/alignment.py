@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from datetime import datetime
 from statistics import fmean, pstdev
 from typing import Any, Self
 
@@ -103,7 +104,8 @@ class Alignment:
             with tracker.phase(f"{name}: held-out responses before", name):
                 before = await self._measure(config, name, start, 0)
                 job.summarise("ppo", name, **_figures(before, "before"))
-        with tracker.phase(f"{name}: {config.iterations - progress.version} iterations", name):
+        iterations = f"{name}: {config.iterations - progress.version} iterations"
+        with tracker.phase(iterations, name), tracker.alerting("paused", self._pause):
             await self._train(config, name, progress)
         with tracker.phase(f"{name}: held-out responses after", name):
             after = await self._measure(config, name, name, config.iterations)
@@ -113,6 +115,14 @@ class Alignment:
         job.summarise("ppo", name, iterations=config.iterations, kl=after.kl, **_figures(after, "after"))
         self._record(stage.result.name, name, start)
         stage.finish(iterations=config.iterations)
+
+    def _pause(self) -> str | None:
+        """What is wrong while nothing is sampled for want of scores."""
+        pause = self.rewards.paused
+        if pause is None:
+            return None
+        since = datetime.fromtimestamp(pause.since).strftime("%H:%M:%S")
+        return f"the run has been paused since {since}, as the reward service gives no scores: {pause.reason}"
 
     async def _measure(self, config: PPOConfig, stage: str, label: str, version: int) -> Held:
         """A point of the stage's held-out curves."""

@@ -182,6 +182,10 @@ class Tracker:
         title = f"{self._start['name']}: {alert.kind}{' is over' if alert.over else ''}"
         self._feed(lambda wandb, run: run.alert(title, alert.text, "INFO" if alert.over else "WARN"))
 
+    def alerting(self, kind: str, look: Callable[[], str | None]) -> contextlib.AbstractContextManager[None]:
+        """While the block lasts, it is an alert whenever `look()` says what is wrong rather than None."""
+        return self._alerts.looking(kind, look)
+
     def forget(self, stage: str) -> None:
         """Take a stage that starts over out of the JSONL files, whose readers would mix it with the new one."""
         self._sent = {key: step for key, step in self._sent.items() if key[0] != stage}
