@@ -118,7 +118,7 @@ def _seen(config: AlertsConfig, metrics: Mapping[str, float]) -> Iterator[tuple[
         )
     broken = sorted(name for name, value in metrics.items() if not math.isfinite(value))
     skipped = sum(value for name, value in metrics.items() if name.startswith(_SKIPPED) and math.isfinite(value))
-    if broken or any(name.startswith(_SKIPPED) for name in metrics):
+    if broken or skipped or any("grad_norm" in name for name in metrics):
         what = f"not finite: {', '.join(broken)}" if broken else f"{skipped:g} optimizer steps were skipped"
         advice = f"{what}; lower the learning rate, or look for a sample with an extreme score"
         yield "non-finite", advice if broken or skipped else None

@@ -78,15 +78,19 @@ class WandbServer(ThreadingHTTPServer):
     def _upload(self, path: str) -> dict[str, Any]:
         return {"id": path, "uploadUrl": f"{self.url}/upload/{path}", "uploadHeaders": [], "uploadMultipartUrls": None}
 
-    def handle_error(self, *_: Any) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """The client may go at any time."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: WandbServer
 
-    def log_message(self, *_: Any) -> None:
+    @property
+    def _sent(self) -> WandbServer:
+        assert isinstance(self.server, WandbServer)
+        return self.server
+
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
@@ -94,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self._body()
-        self.server.files.add(self.path.removeprefix("/upload/"))
+        self._sent.files.add(self.path.removeprefix("/upload/"))
         self._reply({})
 
     def do_POST(self) -> None:
@@ -103,18 +107,18 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             found = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
             name = found[1] if found else ""
-            answer = self.server.answer(name, asked.get("variables") or {})
+            answer = self._sent.answer(name, asked.get("variables") or {})
             self._reply({"data": {name[:1].lower() + name[1:]: answer} if answer else {}})
             return
         if self.path.endswith("/file_stream"):
             history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
-            self.server.rows += map(json.loads, history.get("content", ()))
+            self._sent.rows += map(json.loads, history.get("content", ()))
         self._reply({})
 
     def _body(self) -> bytes:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.server.silent:
-            self.server.open.wait(60)
+        if self._sent.silent:
+            self._sent.open.wait(60)
         return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
 
     def _reply(self, value: Any) -> None:

@@ -63,6 +63,17 @@ def test_what_comes_and_goes_is_told_once_and_once_when_it_is_over(alerts, told)
     assert "kl is within its bounds again" in told[1].text
 
 
+def test_steps_that_were_skipped_are_over_after_steps_that_were_not(alerts, told):
+    alerts.step("ppo", 1, {"optimizer/skipped_policy": 1.0, "grad_norm/value": 1.0})
+    for step in (2, 3, 4):
+        alerts.step("ppo", step, {"grad_norm/policy": 1.0, "grad_norm/value": 1.0})
+        alerts.step("ppo", step, {"checkpoint/seconds": 1.0})
+    assert [(alert.kind, alert.over, alert.text.split(":")[0]) for alert in told] == [
+        ("non-finite", False, "step 1 of ppo"),
+        ("non-finite", True, "step 4 of ppo"),
+    ]
+
+
 def test_generators_that_stay_away_are_told_and_those_that_are_on_their_way_are_not(alerts, told):
     for size in (2, 1, 1, 2, 1, 1, 1, 1, 2, 2, 2):
         alerts.step("ppo", 1, {"fleet/size": float(size), "fleet/wanted": 2.0})
