@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.waves import GeneratorFailed
 from cluster.alignment import Alignment
 from cluster.config import Config, TrackingConfig
 from cluster.console import Console
@@ -52,11 +53,23 @@ class Killed(BaseException):
     """The process ends here."""
 
 
+class Lost:
+    """A generator that is gone."""
+
+    name = "generator-0"
+
+    async def generate(self, *_: Any) -> None:
+        raise GeneratorFailed("generator-0 is gone: it is dead")
+
+
 class OneGenerator:
     """A fleet of one, which is given the worker's weights; the process is killed while it takes a version."""
 
     publisher = None
     joining = contextlib.nullcontext
+    crews = 0
+    lost_at = 0
+    """Which time that held-out prompts are answered the generator is lost; then there is another one."""
 
     def __init__(self, generator: HfGenerator, worker: LearnerWorker, killed_at: int | None) -> None:
         self.generator, self.worker, self.killed_at = generator, worker, killed_at
@@ -69,8 +82,9 @@ class OneGenerator:
             raise Killed
         return {}
 
-    async def crew(self) -> list[HfGenerator]:
-        return [self.generator]
+    async def crew(self) -> list[Any]:
+        self.crews += 1
+        return [Lost()] if self.crews == self.lost_at else [self.generator]
 
     @contextlib.asynccontextmanager
     async def rollouts(self, work: Any, fail: Any) -> AsyncIterator[None]:
@@ -111,6 +125,7 @@ def align(
     start: Start,
     killed_at: int | None = None,
     critic: Path | None = None,
+    lost_at: int = 0,
     **ppo: Any,
 ) -> tuple[list[int], str]:
     """One command; (versions that were published, what it printed)."""
@@ -128,6 +143,7 @@ def align(
     if alignment.finished(job.config.ppo):
         return [], shown.getvalue()
     fleet: Any = OneGenerator(HfGenerator(made / "sft"), worker, killed_at)
+    fleet.lost_at = lost_at
     rewards: Any = SourceScorer(FunctionSource("tests.hf_generator:share_of_letters"))
     alignment.connect(LearnerGroup([InProcess(worker)]), fleet, rewards)
     with contextlib.suppress(Killed):
@@ -179,6 +195,15 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(worker: LearnerWorker
     assert align(worker, made, parts, "restart", iterations=1, clip=0.3)[0] == [0, 1]
     counts = audit(parts / "ledger-ppo.jsonl")
     assert (counts.trained, counts.resumed, counts.committed) == (6, 0, 1)
+
+
+def test_held_out_prompts_are_answered_anew_by_the_replacement_of_a_generator(
+    worker: LearnerWorker, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    align(worker, made, tmp_path / "whole", "new", iterations=2)
+    assert align(worker, made, tmp_path / "lost", "new", iterations=2, lost_at=2)[0] == [0, 1, 2]
+    assert "the held-out prompts are answered anew: generator-0 is gone: it is dead" in caplog.text
+    assert results(tmp_path / "lost") == results(tmp_path / "whole")
 
 
 def test_the_critic_starts_from_the_folder_that_is_named_for_it(

@@ -15,6 +15,7 @@ from cluster import dashboard
 from cluster.dashboard import SECTIONS
 from learner.ledger import audit
 from reward_server.encoding import ChatEncoding
+from tests.wandb_runs import history, records
 
 ITERATIONS = 8
 SHORT = {
@@ -44,13 +45,13 @@ def run(tmp_path_factory):
 
 
 def rows(run, stage):
-    """The metrics of each step, which may be logged in parts: those of the iteration, those of its checkpoint."""
+    """The metrics of each iteration, which may be logged in parts: its own, its checkpoint's, the held-out ones."""
     steps = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         if row["stage"] == stage:
             steps.setdefault(row["step"], {}).update(row)
-    return list(steps.values())
+    return [row for step, row in steps.items() if step]  # at 0 there are held-out metrics alone
 
 
 @pytest.mark.timeout(660)
@@ -75,12 +76,52 @@ def test_sampler_and_learner_agree_at_every_publication(run):
         assert row["importance/log_ratio_mean"] < 1e-3  # on the tokens that were trained, too
 
 
+def logged(run):
+    """(stage, name) of every metric, with the stage's step that W&B adds."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {(row["stage"], name) for row in lines for name in row if "/" in name}
+
+
 def test_every_plot_of_the_dashboards_has_its_metric(run):
-    logged = rows(run, "ppo")[-1].keys()
-    wanted = {metric for plots in SECTIONS.values() for metrics in plots.values() for metric in metrics}
-    assert {metric.removeprefix("ppo/") for metric in wanted} <= logged
+    found = {name if name.startswith(f"{stage}/") else f"{stage}/{name}" for stage, name in logged(run)}
+    assert {metric for plots in SECTIONS.values() for metrics in plots.values() for metric in metrics} <= found
     grafana = (Path(dashboard.__file__).parent / "grafana.json").read_text()
-    assert set(re.findall(r'name=\\"([^"\\]+)\\"', grafana)) <= logged
+    assert {f"ppo/{name}" for name in re.findall(r'name=\\"([^"\\]+)\\"', grafana)} <= found
+
+
+def test_every_metric_is_in_the_documentation_and_the_other_way_round(run):
+    page = (Path(dashboard.__file__).parent.parent / "docs" / "metrics.md").read_text()
+    told = set(re.findall(r"`([\w<>-]+(?:/[\w<>-]+)+)`", "".join(re.findall(r"^\| (.*?) \|", page, re.MULTILINE))))
+    found = {name.replace(f"{stage}/", "<stage>/", 1) for stage, name in logged(run)}
+    found = {re.sub(r"(age|gap)_\d+$", r"\1_<n>", name) for name in found}
+    assert found - told == set()
+    rare = {name for name in told if name.startswith(("select/", "optimizer/", "buffer/dropped/"))}
+    assert told - found == rare
+
+
+def test_held_out_prompts_are_answered_before_on_the_way_and_after(run):
+    for arm in ("ppo", "ppo-noptx"):
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        curve = {row["step"]: row["heldout/gold"] for row in lines if row["stage"] == arm and "heldout/gold" in row}
+        assert list(curve) == [0, 4, ITERATIONS]
+        samples = (run / "evaluations" / f"{arm}-000004.jsonl").read_text().splitlines()
+        assert curve[4] == pytest.approx(fmean(json.loads(line)["gold"] for line in samples))
+
+
+def test_wandb_has_the_run_and_what_it_was_made_of(run):
+    (started,) = json.loads((run / "wandb-runs.json").read_text()).values()
+    found = records(run, started["id"])
+    artefacts = [one["artifact"] for one in found if "artifact" in one and one["artifact"]["type"] != "run_table"]
+    made, used = (
+        {(one["name"], one["digest"]) for one in artefacts if one.get("useAfterCommit", False) is uses}
+        for uses in (False, True)
+    )
+    assert {name for name, _ in used} >= {"run-sft", "run-reward", "run-data-comparisons.jsonl"}
+    assert {(name, digest) for name, digest in used if name in ("run-sft", "run-reward")} <= made
+    assert {"run-policy", "run-policy_ema", "run-policy-noptx"} <= {name for name, _ in made}
+    gold = [row["ppo/step"] for row in history(found) if "ppo/heldout/gold" in row]
+    assert gold == [0, 4, ITERATIONS]
+    assert [row["ppo/step"] for row in history(found) if "ppo/heldout/samples._type" in row] == gold
 
 
 def test_every_sample_is_accounted_for(run):
