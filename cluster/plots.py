@@ -42,7 +42,7 @@ def lines(title: str, xlabel: str, curves: Sequence[Curve], log: bool = False, s
     def draw(axes: Axes) -> None:
         for curve, dashes in zip(curves, cycle(_DASHES), strict=False):
             x, y = np.array(curve.x), np.array(curve.y)
-            marker = "o" if len(x) <= 3 else None
+            marker = "o" if len(x) <= 6 else None
             if smooth and len(y) >= 40:
                 axes.plot(x, y, color=curve.colour, alpha=0.25, linewidth=0.8)
                 x, y = _running_mean(x, y, width=len(y) // 15)
