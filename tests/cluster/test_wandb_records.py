@@ -1,6 +1,9 @@
 """What the real W&B writes of commands whose records it is given, read back from its files."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from cluster.console import Console
 from cluster.lineage import record
 from cluster.tracking import Tracker
 from tests.wandb_runs import history, records
+from tests.wandb_server import KEY, wandb_server
 
 Work = Callable[[Tracker], None]
 
@@ -77,7 +81,7 @@ def test_a_run_has_its_group_its_config_its_axes_its_tables_and_its_alerts(comma
     assert all(Path(file).is_relative_to(tmp_path / "mine") and Path(file).is_file() for file in files)
 
 
-def test_the_lineage_of_models_goes_through_commands_that_were_offline(command: Any, tmp_path: Path):
+def test_the_lineage_of_models_survives_that_the_commands_were_offline(command: Any, tmp_path: Path):
     run, outside = tmp_path / "mine", tmp_path / "d.jsonl"
     outside.write_text("{}")
 
@@ -99,6 +103,22 @@ def test_the_lineage_of_models_goes_through_commands_that_were_offline(command: 
     assert policy[:2] == ("mine-policy", "policy")
     assert (data[1], data[3]) == ("input", True)
     assert data[0].endswith("d.jsonl")
+    with wandb_server() as server:
+        folders = sorted(map(str, (run / "wandb").glob("offline-run-*")))
+        environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_DIR": str(tmp_path)}
+        words = [Path(sys.executable).parent / "wandb", "sync", *folders]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    ids = {name: found for (name, _), found in server.versions.items()}
+    assert len(ids) == len(server.versions) == 4  # one version of each: data, SFT and reward model, policy
+    jobs = {one["name"]: one["jobType"] for one in server.runs if one["jobType"]}
+    uses = {(jobs[name], found) for name, found in server.used}
+    assert uses == {
+        ("sft", ids[data[0]]),
+        ("reward", ids["mine-sft"]),
+        ("ppo", ids["mine-sft"]),
+        ("ppo", ids["mine-reward"]),
+    }
     again = artefacts(command("sft", makes("sft", outside, content="other")))[1]
     assert again[0] == sft[0]
     assert again[2] != sft[2]  # the same folder with other weights is another version
