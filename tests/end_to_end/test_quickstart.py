@@ -77,7 +77,7 @@ def test_sampler_and_learner_agree_at_every_publication(run):
 
 
 def logged(run):
-    """(stage, name) of every metric, with the stage's step that W&B adds."""
+    """(stage, name) of every metric."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {(row["stage"], name) for row in lines for name in row if "/" in name}
 
@@ -94,9 +94,10 @@ def test_every_metric_is_in_the_documentation_and_the_other_way_round(run):
     told = set(re.findall(r"`([\w<>-]+(?:/[\w<>-]+)+)`", "".join(re.findall(r"^\| (.*?) \|", page, re.MULTILINE))))
     found = {name.replace(f"{stage}/", "<stage>/", 1) for stage, name in logged(run)}
     found = {re.sub(r"(age|gap)_\d+$", r"\1_<n>", name) for name in found}
+    found = {re.sub(r"^buffer/dropped/.*", "buffer/dropped/<reason>", name) for name in found}
     assert found - told == set()
     rare = {name for name in told if name.startswith(("select/", "optimizer/", "buffer/dropped/"))}
-    assert told - found == rare
+    assert told - found <= rare
 
 
 def test_held_out_prompts_are_answered_before_on_the_way_and_after(run):
