@@ -19,6 +19,8 @@ from rich.console import Console as Rich
 from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from cluster.redaction import Formatter, redact
+
 LOG_FILE = "driver.log"
 # The metrics of a step that are worth a line, in this order: name or end of the name, label, format.
 HEADLINES = (
@@ -94,7 +96,7 @@ class Console:
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """Print a line."""
-        self._print(self._rich, "  " * self._depth + text, style)
+        self._print(self._rich, "  " * self._depth + redact(text), style)
 
     def show(self, renderable: RenderableType) -> None:
         """Print something of rich's, such as a table."""
@@ -107,7 +109,7 @@ class Console:
     def error(self, text: str) -> None:
         """Print a line that says what went wrong."""
         # A bar is drawn on the standard output, and only what goes the same way is kept clear of it.
-        self._print(self._rich if self._progress else self._errors, f"error: {text}", "bold red")
+        self._print(self._rich if self._progress else self._errors, f"error: {redact(text)}", "bold red")
 
     def _print(self, rich: Rich, what: RenderableType, style: str | None = None) -> None:
         # A terminal that has gone away is no reason to stop a run.
@@ -267,7 +269,7 @@ def _logging_to(path: Path, show: Callable[[logging.LogRecord], None]) -> Iterat
     """Write what is logged, and Python's warnings, to a file; `show` every record from warnings up."""
     root = logging.getLogger()
     file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     screen = _Screen(show)
     before = root.level, root.handlers
     root.handlers = [file, screen]

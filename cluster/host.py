@@ -9,6 +9,7 @@ thread (torch.distributed, DeepSpeed) sees one thread only.
 import asyncio
 import ctypes
 import dataclasses
+import io
 import logging
 import os
 import pickle
@@ -27,6 +28,7 @@ import ray.cloudpickle
 import ray.util
 
 from cluster.reaping import watch
+from cluster.redaction import Output, redact
 from reward_server.address import ADDRESS_VARIABLE
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -54,8 +56,8 @@ class Failure:
             data, whole = b"", False
         return cls(
             error=data if whole else None,
-            summary=f"{type(error).__name__}: {error}",
-            traceback="".join(traceback.format_exception(error)),
+            summary=redact(f"{type(error).__name__}: {error}"),
+            traceback=redact("".join(traceback.format_exception(error))),
         )
 
 
@@ -183,8 +185,10 @@ def _write_output_to(path: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115, lives as long as the process
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = (
+        Output(io.FileIO(file, "wb", closefd=False), encoding="utf-8", errors="replace", write_through=True)
+        for file in (1, 2)
+    )
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import os
 import pickle
-import re
 import secrets
 import sysconfig
 from collections.abc import Mapping
@@ -18,9 +17,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.handle import LIVE, ActorDied, Handle
 from cluster.host import Failure, Host, recipe
 from cluster.reaping import ACTOR_MARK
+from cluster.redaction import SECRET_NAME
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|KEY|CREDENTIALS)$")
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -168,7 +167,7 @@ def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Remot
         raise RuntimeError(f"actor {options.name!r} needs a Ray session: enter cluster.session.start_ray first")
     if options.threads < 1:
         raise ValueError(f"actor {options.name!r}: threads is {options.threads}, give at least 1")
-    if secret := sorted(key for key in options.env if _SECRET.search(key.upper())):
+    if secret := sorted(key for key in options.env if SECRET_NAME.search(key.upper())):
         raise ValueError(
             f"actor {options.name!r}: env has {secret}. Ray shows these variables to the whole cluster: "
             "set them where the cluster's machines start Ray instead"

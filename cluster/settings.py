@@ -19,10 +19,13 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.annotations import admits_none, describe, section_of
+from cluster.redaction import SECRET_NAME, holder
 from reward_server.records import write_whole
 
 Section = TypeVar("Section", bound=BaseModel)
 COMMAND_LINE = "command line"
+SECRET_REMEDY = "Remedy: set it in the environment or in a file of mode 0600; settings are shown, and kept with the run"
+"""For a key or token that somebody puts into a setting."""
 
 
 class ConfigError(ValueError):
@@ -136,8 +139,10 @@ def read_overrides(section: type[BaseModel], pairs: Iterable[tuple[str, str | No
 def compose(section: type[Section], given: Sequence[Given]) -> Section:
     """The section with its defaults, overlaid by what was given, in order.
 
-    Raises ConfigError with a line for every value that does not fit.
+    Raises ConfigError with a line for every value that does not fit or holds a secret.
     """
+    if secret := [f"{one.key} ({one.origin}) holds {held}" for one in given if (held := holder(one.text))]:
+        raise ConfigError("\n".join(f"{line}. {SECRET_REMEDY}" for line in secret))
     known = _by_key(section)
     tree: dict[str, Any] = {}
     for setting in known.values():
@@ -155,9 +160,14 @@ def compose(section: type[Section], given: Sequence[Given]) -> Section:
         raise ConfigError("\n".join(lines)) from error
 
 
+def to_toml(config: BaseModel) -> str:
+    """Every setting, so that the text read back gives an equal config."""
+    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+
+
 def save_toml(config: BaseModel, path: Path) -> None:
-    """Write every setting, so that the file read back gives an equal config."""
-    write_whole(path, tomli_w.dumps(_without_none(config.model_dump(mode="json"))))
+    """Write every setting into a file."""
+    write_whole(path, to_toml(config))
 
 
 def as_toml(value: Any) -> str:
@@ -212,8 +222,10 @@ def _refuse_unknown(known: Mapping[str, Setting], given: Iterable[Given]) -> Non
     for one in given:
         if one.key not in known:
             near = nearest(one.key, known)
-            remedy = f"Did you mean {near}?" if near else "Remedy: --help after the command lists every key"
-            errors.append(f"{one.key} = {one.text} ({one.origin}): there is no such key. {remedy}")
+            remedy = f"Did you mean {near}?" if near else "Remedy: --help all, after the command, lists every key"
+            secret = SECRET_NAME.search(one.key.replace(".", "_").upper())
+            text, remedy = ("[hidden]", SECRET_REMEDY) if secret else (one.text, remedy)
+            errors.append(f"{one.key} = {text} ({one.origin}): there is no such key. {remedy}")
     if errors:
         raise ConfigError("\n".join(errors))
 
