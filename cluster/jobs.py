@@ -3,45 +3,36 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Rich
 from rich.table import Table
 
-from cluster.cli import DONE, FAILED, INTERRUPTED, Call, load, parse
-from cluster.commands import COMMANDS, command_parser
+from cluster.cli import DONE, FAILED, INTERRUPTED
+from cluster.command_line import load, own_parser, parse
+from cluster.commands import COMMANDS
 from cluster.config import Config
 from cluster.console import duration
+from cluster.redaction import SECRET_NAME
 from cluster.settings import ConfigError, nearest
-from cluster.submit import JobRow, connect, follow, job, logs, stop
+from cluster.shipment import mebibytes
+from cluster.submit import JobRow, Order, check, connect, follow, job, logs, stop
 from cluster.submit import jobs as every_job
 from cluster.submit import submit as start
 
-_ADDRESS = "dashboard of the cluster, http://HOST:8265; RAY_API_SERVER_ADDRESS, else this machine, when not named"
 
-
-def submit(words: Sequence[str]) -> int:
+def submit(given: argparse.Namespace) -> int:
     """Submit a command and follow its log; the job's outcome is the exit code."""
-    parser = _parser("submit")
-    parser.add_argument("--include", type=Path, action="append", default=[], help="a file or folder to send along")
-    parser.add_argument("--detach", action="store_true", help="print the job's id and leave it alone")
-    parser.add_argument("command", help="the command, and everything that it is told")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...")
-    given = parser.parse_args(words)
-    command, call = _checked(given.command, given.words)
-    named = call.file is not None or call.preset is not None
-    config = load(Config, call) if command.sections else None  # what is wrong with the settings is said here, not there
-    told = [given.command, *call.arguments, *(f"--{flag}" for flag in sorted(call.flags))]
-    if call.variant:
-        told.append(f"--{call.variant}")
-    told += [] if named else [word for key, value in call.overrides for word in (f"--{key}", value or "")]
-    if "cluster" in command.sections and not any(key == "cluster.address" for key, _ in call.overrides):
-        told += ["--cluster.address", "auto"]
+    order = _ordered(given)
+    files = check(order)
+    if given.dry_run:
+        _say(_foreseen(order, files, given.json), given.json)
+        return DONE
     client = connect(given.address)
-    name = start(client, told, call.run_dir, config if named else None, given.include)
+    name = start(client, order)
     if given.detach:
         _say({"id": name} if given.json else f"{name}\nrayward logs {name} --follow shows what it does", given.json)
         return DONE
@@ -49,60 +40,88 @@ def submit(words: Sequence[str]) -> int:
     return _followed(client, name, given.json)
 
 
-def jobs(words: Sequence[str]) -> int:
+def jobs(given: argparse.Namespace) -> int:
     """List the jobs of a cluster."""
-    given = _parser("jobs").parse_args(words)
     found = every_job(connect(given.address))
     _say([asdict(one) for one in found] if given.json else _table(found), given.json)
     return DONE
 
 
-def show_logs(words: Sequence[str]) -> int:
+def show_logs(given: argparse.Namespace) -> int:
     """Print what a job has printed."""
-    parser = _parser("logs")
-    parser.add_argument("--follow", action="store_true", help="go on until the job ends; its outcome is the exit code")
-    parser.add_argument("id", help="the job's id, as `rayward jobs` shows it")
-    given = parser.parse_args(words)
     client = connect(given.address)
     if given.follow:
         return _followed(client, given.id, given.json)
-    sys.stdout.write(logs(client, given.id))
+    text = logs(client, given.id)
+    if given.json:
+        _say(asdict(job(client, given.id)) | {"log": text}, as_json=True)
+    else:
+        sys.stdout.write(text)
     return DONE
 
 
-def stop_job(words: Sequence[str]) -> int:
+def stop_job(given: argparse.Namespace) -> int:
     """Stop a job and wait until it has stopped."""
-    parser = _parser("stop")
-    parser.add_argument("id", help="the job's id, as `rayward jobs` shows it")
-    given = parser.parse_args(words)
     last = stop(connect(given.address), given.id)
     _say(asdict(last) if given.json else f"{last.id} is {last.status}", given.json)
     return DONE
 
 
-def _parser(name: str) -> argparse.ArgumentParser:
-    parser = command_parser(name)
-    parser.add_argument("--address", help=_ADDRESS)
-    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
-    return parser
-
-
-def _checked(name: str, words: Sequence[str]) -> tuple[Any, Call]:
-    """The command and its words. Raises ConfigError for what the job would only find out later."""
-    possible = [known for known, command in COMMANDS.items() if not command.own]
+def _ordered(given: argparse.Namespace) -> Order:
+    """What the job is to be. Raises ConfigError for what it would only find out itself, on the cluster."""
+    name, words = given.command, given.words
+    possible = [known for known, command in COMMANDS.items() if command.submits]
     if name not in possible:
+        variable, is_variable, _ = name.partition("=")
+        if is_variable and SECRET_NAME.search(variable.upper()):
+            raise ConfigError(
+                f"{variable} is a secret, and a job carries none. Remedy: set it in the environment in which the "
+                "cluster's machines start Ray"
+            )
         near = nearest(name, possible)
         remedy = f"Did you mean {near}?" if near else f"One of {', '.join(possible)}"
         raise ConfigError(f"{name!r} cannot be submitted. {remedy}")
-    return COMMANDS[name], parse(COMMANDS[name], words)
+    command, settings = COMMANDS[name], None
+    if command.own:
+        run_dir, told = own_parser(name).parse_args(words).run, [name, *words]
+    else:
+        call = parse(command, words)
+        run_dir, named = call.run_dir, call.file is not None or call.preset is not None
+        config = load(Config, call) if command.sections else None  # what is wrong is said here, not there
+        settings = config if named else None
+        # The run directory first: a command without settings takes the first word that stands alone for one.
+        told = [name, "--run", str(run_dir), *call.arguments, *(f"--{flag}" for flag in sorted(call.flags))]
+        told += [f"--{call.variant}"] if call.variant else []
+        told += [] if named else [word for key, value in call.overrides for word in (f"--{key}", value or "")]
+        if "cluster" in command.sections and not any(key == "cluster.address" for key, _ in call.overrides):
+            told += ["--cluster.address", "auto"]
+    return Order(
+        words=tuple(told),
+        run_dir=run_dir,
+        settings=settings,
+        include=tuple(given.include),
+        id=given.id,
+        cpus=given.cpus,
+    )
+
+
+def _foreseen(order: Order, files: dict[str, int], as_json: bool) -> Any:
+    """What would be sent, and nothing is."""
+    told = {"entrypoint": order.entrypoint, "metadata": order.metadata, "id": order.id, "cpus": order.cpus}
+    if as_json:
+        return told | {"bytes": sum(files.values()), "files": files}
+    lines = [f"{what:<12}{json.dumps(value) if isinstance(value, dict) else value}" for what, value in told.items()]
+    for part, count in Counter(name.partition("/")[0] for name in files).items():
+        size = sum(size for name, size in files.items() if name.partition("/")[0] == part)
+        lines.append(f"{'files':<12}{part}, {mebibytes(size)}" + (f" in {count} files" if count > 1 else ""))
+    return "\n".join([*lines, f"{'in all':<12}{mebibytes(sum(files.values()))}; nothing was sent"])
 
 
 def _followed(client: Any, name: str, as_json: bool) -> int:
     try:
         last = follow(client, name, sys.stderr if as_json else sys.stdout)
     except KeyboardInterrupt:
-        now = job(client, name).status
-        sys.stderr.write(f"{name} is {now} and goes on: rayward logs {name} --follow, rayward stop {name}\n")
+        sys.stderr.write(f"{name} goes on: rayward logs {name} --follow shows it, rayward stop {name} ends it\n")
         return INTERRUPTED
     _say(asdict(last) if as_json else f"{last.id} {last.status} after {duration(last.seconds)}", as_json)
     return DONE if last.status == "SUCCEEDED" else FAILED

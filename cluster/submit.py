@@ -1,8 +1,8 @@
 """Rayward's commands as Ray jobs: submit one to a running cluster, list, follow and stop jobs.
 
-What travels is the code of this installation and the resolved configuration. The job's driver runs on the cluster, so
-files and the run directory must be where the cluster's machines see them. Secrets never travel: the job finds
-WANDB_API_KEY, HF_TOKEN and the like in the environment that the cluster's machines were started with.
+What travels is in `cluster.shipment`. The job's driver runs on the cluster, so files and the run directory must be
+where the cluster's machines see them. Secrets never travel: the job finds WANDB_API_KEY, HF_TOKEN and the like in the
+environment that the cluster's machines were started with.
 """
 
 import asyncio
@@ -10,31 +10,31 @@ import contextlib
 import logging
 import os
 import shlex
-import shutil
+import socket
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.settings import save_toml
+from cluster.redaction import holder
+from cluster.settings import ConfigError
+from cluster.shipment import SETTINGS, contents, shipment, sizes
 
-PACKAGES = ("reward_server", "actors", "learner", "cluster")
-SETTINGS = "submitted.toml"
-"""The resolved configuration, in the job's working directory."""
-_ROOT = Path(__file__).resolve().parents[1]
+_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_CONNECT_S = 10.0
+_RECONNECT_S = 120.0
 _ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 _POLL_S = 1.0
 _STOP_S = 60.0
-_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 class JobError(RuntimeError):
@@ -66,15 +66,30 @@ class JobRow:
 def connect(address: str | None) -> JobSubmissionClient:
     """A client of the cluster's job server: `address`, else RAY_API_SERVER_ADDRESS, else port 8265 of this machine.
 
-    Raises JobError when nobody answers there, or the token is refused.
+    Raises ConfigError for what is no address, JobError when nobody answers there or the token is refused.
     """
-    with _quiet():
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as the `ray` command does
-    url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or _DEFAULT_ADDRESS
+    url = address or os.environ.get(_VARIABLE) or _DEFAULT_ADDRESS
+    parts = urlsplit(url)
     try:
-        return JobSubmissionClient(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        raise ConfigError(
+            f"{url!r} is no address of a dashboard. Remedy: http://HOST:8265, or https:// where it is behind a proxy"
+        ) from None
+    before = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = url  # Ray's client would take this one, or RAY_ADDRESS, whatever it is told
+    try:
+        with _quiet():
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as the `ray` command does
+            socket.create_connection((parts.hostname, port), timeout=_CONNECT_S).close()
+            return JobSubmissionClient(url)
     except Exception as error:  # requests, Ray and its authentication each raise their own
         raise JobError(_no_answer(url, error)) from error
+    finally:
+        del os.environ[_VARIABLE]
+        os.environ.update({} if before is None else {_VARIABLE: before})
 
 
 def _no_answer(url: str, error: Exception) -> str:
@@ -90,60 +105,79 @@ def _no_answer(url: str, error: Exception) -> str:
     )
 
 
-@contextlib.contextmanager
-def shipment(settings: BaseModel | None, include: Sequence[Path]) -> Iterator[Path]:
-    """A folder with the four packages, the settings if there are any, and `include`: the job's working directory.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A job before it is submitted."""
 
-    Bytecode, caches and hidden files stay behind. Raises JobError for an included path that does not exist or has a
-    name that is taken.
+    words: tuple[str, ...]
+    """The command of rayward and all that it is told."""
+    run_dir: Path
+    """Its run directory."""
+    settings: BaseModel | None = None
+    """A configuration for it to read."""
+    include: tuple[Path, ...] = ()
+    """Files and folders to send along."""
+    id: str | None = None
+    """What it shall be called; the cluster makes a name where there is none."""
+    cpus: float = 0.0
+    """CPUs to reserve for the command itself."""
+
+    @property
+    def entrypoint(self) -> str:
+        """The command line that the cluster runs, in the folder of what was sent."""
+        settings = [] if self.settings is None else ["--config", SETTINGS]
+        return shlex.join(["python", "-m", "cluster.cli", *self.words, *settings])
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the cluster keeps with the job."""
+        return {"rayward_command": self.words[0], "rayward_run": str(self.run_dir)}
+
+
+def check(order: Order) -> dict[str, int]:
+    """The files that the job would carry, with their bytes.
+
+    Raises ConfigError for a run directory that the job would lose, a secret, or more than Ray takes.
     """
-    with tempfile.TemporaryDirectory(prefix="rayward-job-") as name:
-        folder = Path(name)
-        for package in PACKAGES:
-            shutil.copytree(_ROOT / package, folder / package, ignore=_LEFT_OUT)
-        if settings is not None:
-            save_toml(settings, folder / SETTINGS)
-        for path in include:
-            target = folder / path.name
-            if not path.exists() or target.exists():
-                reason = "is taken by rayward's own code" if path.exists() else "does not exist"
-                raise JobError(f"--include {path}: {path.name} {reason}. Remedy: name another file or folder")
-            if path.is_dir():
-                shutil.copytree(path, target, ignore=_LEFT_OUT)
-            else:
-                shutil.copy2(path, target)
-        yield folder
-
-
-def submit(
-    client: JobSubmissionClient,
-    words: Sequence[str],
-    run_dir: Path,
-    settings: BaseModel | None = None,
-    include: Sequence[Path] = (),
-) -> str:
-    """Start `rayward words` on the cluster and return the job's id.
-
-    `settings` is a configuration for the job to read. Raises JobError for a run directory that the job would
-    lose, and what the cluster says when it does not take the job.
-    """
-    if not run_dir.is_absolute():
-        raise JobError(
-            f"--run {run_dir} is relative, and a job's own folder is deleted with the job. Remedy: name an absolute "
-            "path on storage that every machine of the cluster sees"
+    if not order.run_dir.is_absolute():
+        raise ConfigError(
+            f"--run {order.run_dir} is relative, and a job's own folder is deleted with the job. Remedy: name an "
+            "absolute path on storage that every machine of the cluster sees"
         )
-    # The run directory first: a command without settings takes the first word that stands alone for one.
-    command = ["python", "-m", "cluster.cli", words[0], "--run", str(run_dir), *words[1:]]
-    if settings is not None:
-        command += ["--config", SETTINGS]
-    metadata = {"rayward_command": words[0], "rayward_run": str(run_dir)}
-    with shipment(settings, include) as folder, _quiet():
+    if secret := holder(f"{order.entrypoint} {order.id}"):
+        raise ConfigError(
+            f"the job is told {secret}, and everybody who may list the cluster's jobs could read it. "
+            "Remedy: set it in the environment in which the cluster's machines start Ray"
+        )
+    return sizes(contents(order.include), order.settings)
+
+
+def submit(client: JobSubmissionClient, order: Order) -> str:
+    """Start a job that `check` has passed on the cluster and return its id.
+
+    Raises JobError with what the cluster says when it does not take the job.
+    """
+    with shipment(order.settings, order.include) as folder, _quiet():
         try:
             return client.submit_job(
-                entrypoint=shlex.join(command), runtime_env={"working_dir": str(folder)}, metadata=metadata
+                entrypoint=order.entrypoint,
+                runtime_env={"working_dir": str(folder)},
+                metadata=order.metadata,
+                submission_id=order.id,
+                entrypoint_num_cpus=order.cpus or None,
             )
         except Exception as error:
-            raise JobError(f"the cluster did not take the job: {error}") from error
+            if order.id and "already exists" in str(error):
+                raise JobError(
+                    f"the cluster has a job {order.id!r} already. Remedy: another --id, or `rayward logs {order.id}`"
+                ) from error
+            raise JobError(f"the cluster did not take the job: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """An error of Ray's in a line, without the traceback of the server."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")
 
 
 def jobs(client: JobSubmissionClient) -> list[JobRow]:
@@ -157,6 +191,8 @@ def job(client: JobSubmissionClient, name: str) -> JobRow:
     try:
         return row(client.get_job_info(name))
     except RuntimeError as error:
+        if "404" not in str(error) and "does not exist" not in str(error):
+            raise JobError(f"the cluster did not say how job {name!r} stands: {_said(error)}") from error
         known = ", ".join(one.id for one in jobs(client)[:5]) or "none"
         raise JobError(f"the cluster knows no job {name!r}. Its newest jobs: {known}") from error
 
@@ -179,20 +215,38 @@ def row(details: Any) -> JobRow:
 
 
 def follow(client: JobSubmissionClient, name: str, out: TextIO = sys.stdout) -> JobRow:
-    """Print a job's log until the job ends; Ctrl-C ends the following, not the job."""
+    """Print a job's log until the job ends, over lost connections too; Ctrl-C ends the following, not the job.
+
+    Raises JobError when the cluster has not answered for two minutes.
+    """
     job(client, name)
+    printed, lost = 0, None
 
     async def tail() -> None:
+        nonlocal printed, lost
+        seen = 0  # each connection tells the log from its beginning
         async for text in client.tail_job_logs(name):
-            out.write(text)
-            out.flush()
+            seen += len(text)
+            if seen > printed:
+                out.write(text[printed - seen :])
+                out.flush()
+                printed, lost = seen, None
 
-    with _quiet():
-        asyncio.run(tail())
-    end = time.monotonic() + _STOP_S
-    while (last := job(client, name)).status not in _ENDED and time.monotonic() < end:
+    while True:
+        try:
+            with _quiet():
+                asyncio.run(tail())
+            last, lost = job(client, name), None
+            if last.status in _ENDED:
+                return last
+        except Exception as error:  # aiohttp, requests and Ray each raise their own
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost > _RECONNECT_S:
+                raise JobError(
+                    f"the cluster has not answered for {_RECONNECT_S:g} s ({_said(error)}); the job goes on if the "
+                    f"cluster does. Remedy: `rayward logs {name} --follow`, once it can be reached"
+                ) from error
         time.sleep(_POLL_S)  # the log ends a moment before the status says so
-    return last
 
 
 def logs(client: JobSubmissionClient, name: str) -> str:
