@@ -6,165 +6,94 @@
 import contextlib
 import errno
 import importlib
+import importlib.metadata
+import json
 import os
 import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from pydantic import BaseModel
-
-from cluster.commands import COMMANDS, PRESETS, Command, dry_flags, help_text, overview, presets
+from cluster.command_line import Call, load, own_parser, parse
+from cluster.commands import COMMANDS, Command
 from cluster.console import Console
-from cluster.settings import ConfigError, compose, nearest, read_overrides, read_toml, save_toml
+from cluster.manual import help_text, overview
+from cluster.redaction import redact
+from cluster.settings import ConfigError, nearest, save_toml
 from reward_server.records import write_whole
 
-Config = TypeVar("Config", bound=BaseModel)
-OPTIONS = ("run", "config", "preset")
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 # Their text alone says what happened; of any other error the type belongs to it.
 _TOLD = (ValueError, OSError, RuntimeError)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One command line, taken apart."""
-
-    run_dir: Path
-    """Where the run keeps its files."""
-    file: Path | None
-    """Settings to read."""
-    preset: str | None
-    """Settings to begin with."""
-    variant: str | None
-    """Flag that stands for another preset."""
-    flags: frozenset[str]
-    """Flags that are either given or not."""
-    arguments: tuple[str, ...]
-    """Words after the run directory."""
-    remembered: Path | None
-    """Settings that an earlier command left in the run directory."""
-    overrides: list[tuple[str, str | None]]
-    """(key, text) of everything else; None where there is no text."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, by default this process's; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help", *words[2:]]
+    if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(overview())
         return DONE if words else WRONG
-    name = words[0]
+    if words[0] == "--version":
+        sys.stdout.write(f"rayward {importlib.metadata.version('rayward')}\n")
+        return DONE
     try:
-        if name not in COMMANDS:
-            near = nearest(name, COMMANDS)
-            raise ConfigError(f"there is no command {name!r}. " + (f"Did you mean {near}?" if near else "See --help"))
-        command = COMMANDS[name]
-        if command.own:
-            return _own(name, command, words[1:])
-        if "-h" in words or "--help" in words:
-            sys.stdout.write(help_text(name, _config_class() if command.sections else None))
-            return DONE
-        call = parse(command, words[1:])
-        config = load(_config_class(), call) if command.sections else None
-        if command.inspects or "dry-run" in call.flags:
-            return _inspect(name, command, call, config)
-        if "json" in call.flags and "json" not in command.flags:
-            raise ConfigError("--json goes with --dry-run: a run itself writes RUN/metrics.jsonl and RUN/summary.json")
-        return _run(name, command, call, config, words, _checked(config, name, call.run_dir) if config else ())
+        return _command(words)
     except ConfigError as error:
-        sys.stderr.write("".join(f"rayward {name}: {line}\n" for line in str(error).splitlines()))
-        return WRONG
+        return _tell(words[0], str(error).splitlines(), WRONG, "--json" in words)
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def parse(command: Command, words: Sequence[str]) -> Call:
-    """Take the words after a command apart. Raises ConfigError."""
-    options: dict[str, str] = {}
-    variant: str | None = None
-    flags: set[str] = set()
-    arguments: list[str] = []
-    overrides: list[tuple[str, str | None]] = []
-    known = {**dry_flags(command), **command.flags}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, given, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            if not command.sections and "run" not in options:
-                options["run"] = word
-            elif len(arguments) < len(command.arguments):
-                arguments.append(word)
-            else:
-                raise ConfigError(f"{word!r} stands alone. Remedy: write --KEY VALUE, with quotes around spaces")
-            continue
-        if name in command.variants and not given:
-            variant = name
-            continue
-        if name in known and not given:
-            flags.add(name)
-            continue
-        value = text if given else rest.pop(0) if rest and not rest[0].startswith("--") else None
-        if name not in OPTIONS:
-            if near := nearest(name, (*OPTIONS, *command.variants, *known), likeness=0.75):
-                raise ConfigError(f"there is no option --{name}. Did you mean --{near}?")
-            overrides.append((name, value))
-        elif not value:
-            raise ConfigError(f"--{name} needs a value")
-        else:
-            options[name] = value
-    if overrides and not command.sections:
-        raise ConfigError(f"--{overrides[0][0]} is not known here: this command takes a run directory only")
-    if missing := list(command.arguments)[len(arguments) :]:
-        raise ConfigError(f"{' and '.join(missing)} is missing. Remedy: {command.example}")
-    run_dir = Path(options.get("run") or (f"runs/{variant}" if variant else command.run))
-    file = Path(options["config"]) if "config" in options else None
-    saved = run_dir / "config.toml"
-    named = file or "preset" in options or variant
-    remembers = saved.is_file() and ("resume" in flags or ("run" in options and not named))
-    if {"resume", "restart"} <= flags:
-        raise ConfigError("--resume goes on and --restart starts over: give one of them")
-    return Call(
-        run_dir=run_dir,
-        file=file,
-        preset=None if remembers else options.get("preset") or variant or (None if file else command.preset),
-        variant=variant,
-        flags=frozenset(flags),
-        arguments=tuple(arguments),
-        remembered=saved if remembers else None,
-        overrides=overrides,
-    )
+def _command(words: Sequence[str]) -> int:
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        remedy = f"Did you mean {near}?" if near else "Remedy: rayward --help lists them"
+        raise ConfigError(f"there is no command {name!r}. {remedy}")
+    command = COMMANDS[name]
+    if command.own:
+        return _own(name, command, rest)
+    asked = next((place for place, word in enumerate(rest) if word in ("-h", "--help")), None)
+    if asked is not None:
+        about = next(iter(rest[asked + 1 :]), None) if command.sections else None
+        sys.stdout.write(help_text(name, _config_class() if command.sections else None, about))
+        return DONE
+    call = parse(command, rest)
+    config = load(_config_class(), call) if command.sections else None
+    if command.inspects or "dry-run" in call.flags:
+        return _inspect(name, command, call, config)
+    if "json" in call.flags and "json" not in command.flags:
+        raise ConfigError("--json goes with --dry-run: a run itself writes RUN/metrics.jsonl and RUN/summary.json")
+    return _run(name, command, call, config, words, _checked(config, name, call.run_dir) if config else ())
 
 
-def load(section: type[Config], call: Call) -> Config:
-    """Compose preset or earlier settings, file, and the command line, in this order. Raises ConfigError."""
-    given = []
-    if call.preset:
-        path = PRESETS / f"{call.preset}.toml"
-        if not path.is_file():
-            raise ConfigError(f"there is no preset {call.preset!r}. Remedy: one of {', '.join(presets())}")
-        given += read_toml(section, path)
-    for file in filter(None, (call.remembered, call.file)):
-        given += read_toml(section, file)
-    return compose(section, [*given, *read_overrides(section, call.overrides)])
+def _tell(name: str, reasons: Iterable[str], code: int, as_json: bool) -> int:
+    """Say on standard error why there is no result, in lines or as a line of JSON; returns the exit code."""
+    shown = [redact(reason) for reason in reasons]
+    if as_json:
+        sys.stderr.write(json.dumps({"error": shown, "exit_code": code}) + "\n")
+    else:
+        sys.stderr.write("".join(f"rayward {redact(name)}: {line}\n" for line in shown))
+    return code
 
 
 def _own(name: str, command: Command, words: Sequence[str]) -> int:
     try:
-        return _entry(command)(words)
-    except SystemExit as error:  # argparse, after --help or a mistake
-        return error.code if isinstance(error.code, int) else WRONG
+        given = own_parser(name).parse_args(words)
+    except SystemExit:  # after --help
+        return DONE
+    try:
+        return _entry(command)(given)
     except ConfigError:
         raise
     except _TOLD as error:
-        sys.stderr.write(f"rayward {name}: {error}\n")
-        return FAILED
+        return _tell(name, dict.fromkeys(_reasons(error)), FAILED, getattr(given, "json", False))
 
 
 def _entry(command: Command) -> Any:
@@ -193,8 +122,7 @@ def _inspect(name: str, command: Command, call: Call, config: Any) -> int:
             dry_run = importlib.import_module("cluster.planning").dry_run
             good = dry_run(config, call.run_dir, name, call.flags, call.arguments)
     except _TOLD as error:
-        sys.stderr.write("".join(f"error: {reason}\n" for reason in _reasons(error)))
-        return FAILED
+        return _tell(name, dict.fromkeys(_reasons(error)), FAILED, "json" in call.flags)
     return DONE if good else FAILED
 
 
@@ -209,32 +137,49 @@ def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[s
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
+    told: list[str] = []
+    as_json = config is None and "json" in call.flags
     with Console(logs) as console, _sigterm_exits():
         for warning in warnings:
             console.warning(warning)
-        variant = f" --{call.variant}" if call.variant else ""
-        resume = f" Go on with: rayward {name}{variant} --run {call.run_dir} --resume"
-        on = resume if "resume" in command.flags else ""
-        try:
-            return _work(name, command, call, config, words, console)
-        except KeyboardInterrupt:
-            console.error(f"stopped by Ctrl-C; what is done is in {call.run_dir}.{on}")
-            return INTERRUPTED
-        except SystemExit as error:
-            console.error(f"stopped; what is done is in {call.run_dir}.{on}")
-            return error.code if isinstance(error.code, int) else FAILED
-        except ConfigError as error:
-            console.error(str(error))
-            return WRONG
-        except BaseException as error:
-            for reason in dict.fromkeys(_reasons(error)):
-                console.error(reason)
-            file = logs / "error.log"
-            with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:
-                lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {shlex.join(words)}\n")
-                traceback.print_exception(error, file=lines)
+        code = _outcome(name, command, call, config, words, console, told.append if as_json else console.error)
+    return _tell(name, told, code, as_json) if told else code
+
+
+def _outcome(
+    name: str,
+    command: Command,
+    call: Call,
+    config: Any,
+    words: Sequence[str],
+    console: Console,
+    tell: Callable[[str], None],
+) -> int:
+    variant = f" --{call.variant}" if call.variant else ""
+    resume = f" Go on with: rayward {name}{variant} --run {call.run_dir} --resume"
+    on = resume if "resume" in command.flags else ""
+    try:
+        return _work(name, command, call, config, words, console)
+    except KeyboardInterrupt:
+        tell(f"stopped by Ctrl-C; what is done is in {call.run_dir}.{on}")
+        return INTERRUPTED
+    except SystemExit as error:
+        tell(f"stopped; what is done is in {call.run_dir}.{on}")
+        return error.code if isinstance(error.code, int) else FAILED
+    except ConfigError as error:
+        tell(str(error))
+        return WRONG
+    except BaseException as error:
+        for reason in dict.fromkeys(_reasons(error)):
+            tell(reason)
+        logs = call.run_dir / "logs"
+        file = logs / "error.log"
+        with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:
+            lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {shlex.join(words)}\n")
+            lines.write(redact("".join(traceback.format_exception(error))))
+        if tell == console.error:
             console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
-            return FAILED
+        return FAILED
 
 
 def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console) -> int:

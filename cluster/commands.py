@@ -1,23 +1,26 @@
-"""The commands of `rayward`, and the help that teaches them."""
+"""The commands of `rayward`: what each is for, what it reads and writes, and what it can be told."""
 
-import argparse
-import shutil
-import textwrap
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel
-
-from cluster.settings import Setting, settings
-
 PRESETS = Path(__file__).parent / "presets"
+GROUPS = {
+    "prepare": "Before a run",
+    "train": "Train, in this order in one run directory, or each alone on your own files and models",
+    "look": "Look at a run",
+    "operate": "Operate",
+    "cluster": "On a Ray cluster",
+    "shell": "In your shell",
+}
+"""What commands are for, as the overview has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     """One command."""
 
+    group: str
+    """Under which of GROUPS the overview lists it."""
     purpose: str
     """What it is for, on one line."""
     files: str
@@ -37,7 +40,9 @@ class Command:
     flags: dict[str, str] = field(default_factory=dict)
     """Flags that are either given or not: flag -> meaning."""
     own: bool = False
-    """It reads its command line itself, `function(words) -> exit code`, and has its own --help."""
+    """It has a command line of its own, see `command_line.own_parser`: `function(parsed words) -> exit code`."""
+    submits: bool = True
+    """Whether it can be a job of a cluster."""
     variants: dict[str, str] = field(default_factory=dict)
     """Flags that each stand for another preset, and a run directory of that name: flag -> meaning."""
     inspects: bool = False
@@ -59,6 +64,7 @@ STAGE_FLAGS = {
 
 COMMANDS = {
     "plan": Command(
+        group="prepare",
         purpose="Say what a run would do: batches, processes, memory, time, and what cannot work.",
         files="Reads the settings and the models' config.json. Writes nothing, and starts nothing. Exit code 1 when "
         "the plan cannot work; the reason names the nearest that does. COMMAND --dry-run plans one command.",
@@ -69,6 +75,7 @@ COMMANDS = {
         inspects=True,
     ),
     "doctor": Command(
+        group="prepare",
         purpose="Check the machine, and the cluster if one is named, and say what to fix.",
         files="Looks at versions, GPUs, disks, memory, threads, load, ports, W&B, the model hub, permissions, and with "
         "cluster.address at Ray's. A line for each: ok, warn or fail. Writes nothing. Exit code 1 on a failure.",
@@ -79,6 +86,7 @@ COMMANDS = {
         inspects=True,
     ),
     "quickstart": Command(
+        group="train",
         purpose="Run all of it on a small model, and write a report.",
         files="Needs nothing but this installation. Writes models, metrics and report.html into RUN.",
         example="rayward quickstart --tiny",
@@ -93,6 +101,7 @@ COMMANDS = {
         variants={"tiny": "a model of 2 million parameters, pretrained on the spot; PPO with and without the mix"},
     ),
     "sft": Command(
+        group="train",
         purpose="Step 1: fine-tune a language model on demonstrations.",
         files="Reads models.base and data.demonstrations. Writes RUN/sft, a Hugging Face folder.",
         example="rayward sft --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl",
@@ -101,6 +110,7 @@ COMMANDS = {
         sections=(*_TRAINING, "sft", "tracking"),
     ),
     "baseline": Command(
+        group="train",
         purpose="Step 1 again: the SFT baseline, trained longer and without pretraining text.",
         files="Reads models.base and data.demonstrations. Writes RUN/baseline, and each epoch to RUN/baseline-epochs.",
         example="rayward baseline --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl",
@@ -108,6 +118,7 @@ COMMANDS = {
         sections=(*_TRAINING, "baseline", "tracking"),
     ),
     "sample": Command(
+        group="train",
         purpose="Step 2a: sample completions to be compared.",
         files="Reads RUN/sft (or models.sft) and data.preference_prompts. Writes RUN/data/completions.jsonl.",
         example="rayward sample --run runs/mine --data.preference_prompts prompts.jsonl",
@@ -116,6 +127,7 @@ COMMANDS = {
         sections=(*_TRAINING, "sample", *_SAMPLING, "tracking"),
     ),
     "rank": Command(
+        group="train",
         purpose="Step 2b: rank the completions with a labeler, by default a simulated one (VADER).",
         files="Reads RUN/data/completions.jsonl (or data.completions). Writes RUN/data/comparisons.jsonl.",
         example="rayward rank --run runs/mine --labeler.name my_module:my_verdicts",
@@ -124,6 +136,7 @@ COMMANDS = {
         sections=("data", "labeler", "tracking"),
     ),
     "reward": Command(
+        group="train",
         purpose="Step 2c: train a reward model on ranked completions.",
         files="Reads RUN/sft, RUN/data/comparisons.jsonl and data.demonstrations. Writes RUN/reward.",
         example="rayward reward --run runs/mine --data.comparisons comparisons.jsonl",
@@ -132,6 +145,7 @@ COMMANDS = {
         sections=(*_TRAINING, "reward", "tracking"),
     ),
     "select": Command(
+        group="train",
         purpose="Choose the epoch of an SFT model whose responses the reward model scores highest.",
         files="Reads RUN/baseline-epochs (or RUN/sft-epochs), RUN/reward and data.prompts_valid. Writes RUN/baseline "
         "(or RUN/sft) and RUN/selection-baseline.json.",
@@ -140,6 +154,7 @@ COMMANDS = {
         sections=(*_TRAINING, "select", *_SAMPLING, "scoring", "tracking"),
     ),
     "ppo": Command(
+        group="train",
         purpose="Step 3: train the SFT model against the reward model by PPO-ptx.",
         files="Reads RUN/sft, RUN/reward, data.prompts, data.pretraining. Writes RUN/policy, RUN/policy_ema.",
         example="rayward ppo --run runs/mine --data.prompts prompts.jsonl --ppo.kl.coef 0.05",
@@ -148,6 +163,7 @@ COMMANDS = {
         sections=(*_TRAINING, "ppo", *_SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),
     ),
     "rounds": Command(
+        group="train",
         purpose="Steps 2 and 3 in rounds: the policy's completions are ranked, a reward model and a policy trained.",
         files="Reads RUN/sft, data.preference_prompts and what reward and ppo read. Writes RUN/round-1 and on; stops "
         "for people to rank RUN/round-<k>/sheet.csv, and goes on from RUN/round-<k>/rankings when given again.",
@@ -159,6 +175,7 @@ COMMANDS = {
         ),
     ),
     "evaluate": Command(
+        group="train",
         purpose="Answer held-out prompts with a model, and score the answers.",
         files="Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/.",
         example="rayward evaluate --run runs/mine --data.prompts_heldout heldout.jsonl",
@@ -166,13 +183,16 @@ COMMANDS = {
         sections=(*_TRAINING, "evaluation", *_SAMPLING, "scoring", "labeler", "tracking"),
     ),
     "scale": Command(
+        group="operate",
         purpose="Change the number of generators of a run that is at work in step 3.",
         files="Writes RUN/scale.json, which the run answers; RUN has to be on a disk that both see.",
         example="rayward scale runs/mine 4",
         entry="cluster.scaling:scale",
         arguments={"N": "how many there should be from the next version on"},
+        flags={"json": "the run's answer as JSON"},
     ),
     "serve": Command(
+        group="operate",
         purpose="Serve scores over HTTP to others, from a reward model, a function, rules, or a mix of them.",
         files="Reads RUN/reward, or what scoring.parts names. Answers /score, /health, /metrics and /openapi.json.",
         example="rayward serve --run runs/mine --serve.port 8700 --serve.replicas 2",
@@ -180,12 +200,15 @@ COMMANDS = {
         sections=("models", "cluster", "scoring", "serve", "tracking"),
     ),
     "report": Command(
+        group="look",
         purpose="Write RUN/report.html from the files of a run directory.",
         files="Reads nothing but the run directory; a run that is unfinished or was killed will do.",
         example="rayward report runs/mine",
+        flags={"json": "print RUN/summary.json and the report's path as JSON"},
         entry="cluster.launch:report",
     ),
     "audit": Command(
+        group="look",
         purpose="Account for every sample of a run, over all its stops; exit code 1 when one is lost or trained twice.",
         files="Reads RUN/ledger-*.jsonl and RUN/metrics.jsonl; a run that is unfinished or was killed will do.",
         example="rayward audit runs/mine",
@@ -193,6 +216,7 @@ COMMANDS = {
         flags={"json": "the same as JSON"},
     ),
     "lineage": Command(
+        group="look",
         purpose="Say what everything in a run directory was made of, and what has changed since.",
         files="Reads RUN/lineage.jsonl and the files and models that it names.",
         example="rayward lineage runs/mine",
@@ -200,6 +224,7 @@ COMMANDS = {
         flags={"json": "as JSON: the last record of each file and model, with its state"},
     ),
     "status": Command(
+        group="look",
         purpose="Show what every process of a run is doing, and who waits for whom.",
         files="Reads RUN/status.json, which a run keeps up to date.",
         example="rayward status runs/mine --json",
@@ -207,46 +232,71 @@ COMMANDS = {
         own=True,
     ),
     "top": Command(
+        group="look",
         purpose="Show a run live: its processes and its curves.",
         files="Reads RUN/status.json and RUN/metrics.jsonl.",
         example="rayward top runs/mine",
         entry="cluster.watch:top",
         own=True,
+        submits=False,
     ),
     "dashboard": Command(
+        group="look",
         purpose="Make a workspace with the plots that matter in a project of Weights & Biases.",
         files="Needs `wandb login`; writes nothing here.",
         example="rayward dashboard --entity my-team --project rayward",
         entry="cluster.dashboard:dashboard",
         own=True,
+        submits=False,
     ),
     "submit": Command(
-        purpose="Run any of the commands above as a job of a Ray cluster, and follow it.",
-        files="Sends the code and the settings along; everything else is read and written on the cluster.",
+        group="cluster",
+        purpose="Run a command as a job of a Ray cluster, and follow it.",
+        files="Sends the code of this installation and the settings along; everything else is read and written on the "
+        "cluster, so files and the run directory are absolute paths on storage that its machines share. Then it prints "
+        "the job's log until the job ends, whose outcome is the exit code; Ctrl-C leaves the job running. Options of "
+        "submit stand before the command.",
         example="rayward submit ppo --run /shared/runs/mine --config mine.toml",
         entry="cluster.jobs:submit",
         own=True,
+        submits=False,
     ),
     "jobs": Command(
+        group="cluster",
         purpose="List the jobs of a Ray cluster.",
         files="Reads and writes nothing.",
         example="rayward jobs --address http://head:8265",
         entry="cluster.jobs:jobs",
         own=True,
+        submits=False,
     ),
     "logs": Command(
+        group="cluster",
         purpose="Print what a job has printed.",
         files="Reads and writes nothing.",
         example="rayward logs raysubmit_abc --follow",
         entry="cluster.jobs:show_logs",
         own=True,
+        submits=False,
     ),
     "stop": Command(
+        group="cluster",
         purpose="Stop a job, and wait until it has stopped.",
         files="Reads and writes nothing.",
         example="rayward stop raysubmit_abc",
         entry="cluster.jobs:stop_job",
         own=True,
+        submits=False,
+    ),
+    "completion": Command(
+        group="shell",
+        purpose="Print a script with which a shell completes commands, options, settings and their values.",
+        files="Writes nothing. bash reads it from ~/.local/share/bash-completion/completions/rayward, zsh from a file "
+        "_rayward in a folder of $fpath, fish from ~/.config/fish/completions/rayward.fish.",
+        example="rayward completion bash > ~/.local/share/bash-completion/completions/rayward",
+        entry="cluster.completion:completion",
+        own=True,
+        submits=False,
     ),
 }
 
@@ -256,86 +306,6 @@ def dry_flags(command: Command) -> dict[str, str]:
     return {} if command.inspects or command.own else DRY_RUN
 
 
-def overview() -> str:
-    """The help of `rayward` itself."""
-    lines = [
-        "rayward: reinforcement learning from human feedback as InstructGPT did it.",
-        "",
-        "  rayward COMMAND [--run DIR] [--config FILE] [--preset NAME] [--KEY VALUE ...]",
-        "",
-        *(f"  {name:<12}{command.purpose}" for name, command in COMMANDS.items()),
-        "",
-        "The steps follow each other in a run directory, or each stands alone on your own files and models.",
-        "rayward COMMAND --help lists everything that a command can be told.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def presets() -> list[str]:
     """Names of the presets that come with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
-
-
-def help_text(name: str, config: type[BaseModel] | None) -> str:
-    """The help of one command: purpose, files, example, options, and every setting that it reads."""
-    command = COMMANDS[name]
-    lines = [
-        f"rayward {name}: {command.purpose}",
-        "",
-        *_wrapped(command.files, ""),
-        "",
-        f"  {command.example}",
-        "",
-    ]
-    if config is None:
-        lines += [f"  RUN, --run DIR   the run directory; {command.run} when not named"]
-        lines += [f"  {name:<17}{what}" for name, what in command.arguments.items()]
-        lines += [f"  --{flag:<15}{what}" for flag, what in {**dry_flags(command), **command.flags}.items()]
-    else:
-        lines += _options(command)
-        shown = [setting for setting in settings(config) if setting.key.split(".")[0] in command.sections]
-        lines += _settings(shown)
-    return "\n".join(lines) + "\n"
-
-
-def command_parser(name: str) -> argparse.ArgumentParser:
-    """The parser of a command that reads its command line itself, with its purpose and example as help."""
-    command = COMMANDS[name]
-    return argparse.ArgumentParser(
-        prog=f"rayward {name}",
-        description=f"{command.purpose} {command.files}",
-        epilog=f"example: {command.example}",
-        allow_abbrev=False,
-    )
-
-
-def _options(command: Command) -> list[str]:
-    options = {
-        "--run DIR": f"the run directory, {command.run} when not named; the settings that an earlier command "
-        "saved there hold unless a preset or a file is named",
-        "--config FILE": "settings from a TOML file",
-        "--preset NAME": f"settings that come with rayward ({', '.join(presets())}), under those of a file",
-        **{f"--{flag}": what for flag, what in command.variants.items()},
-        **{f"--{flag}": what for flag, what in {**dry_flags(command), **command.flags}.items()},
-        "--KEY VALUE": "one of the settings below, e.g. --tracking.mode disabled; in TOML: [tracking] mode = "
-        '"disabled". A list: --tracking.tags \'["a", "b"]\'. Nothing at all: none',
-    }
-    lines = []
-    for option, what in options.items():
-        first, *rest = _wrapped(what, " " * 18)
-        lines += [f"  {option:<16}{first[18:]}", *rest]
-    return lines
-
-
-def _settings(shown: Sequence[Setting]) -> Iterator[str]:
-    for setting in shown:
-        if setting.section:
-            yield from ("", *_wrapped(f"[{setting.key}] {setting.doc}", ""))
-        else:
-            yield f"  --{setting.key}  {setting.type}, {setting.default_text}"
-            yield from _wrapped(setting.doc, " " * 6)
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    width = min(100, shutil.get_terminal_size().columns)
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

@@ -1,12 +1,11 @@
 """A W&B workspace for runs of Rayward, as code: `rayward dashboard` makes it in a project, and again after a change."""
 
-from collections.abc import Sequence
+import argparse
 
 import wandb_workspaces.reports.v2 as reports
 import wandb_workspaces.workspaces as workspaces
 
 from cluster.cli import DONE
-from cluster.commands import command_parser
 
 SECTIONS = {
     "Is it learning?": {
@@ -111,12 +110,8 @@ def _plot(title: str, metrics: Sequence[str]) -> reports.LinePlot:
     return reports.LinePlot(title=title, x=axis, title_x=counted, y=list(metrics), plot_type=kind)
 
 
-def dashboard(words: Sequence[str]) -> int:
+def dashboard(given: argparse.Namespace) -> int:
     """Make the workspace in a project of W&B and print its address. Raises RuntimeError when W&B does not take it."""
-    parser = command_parser("dashboard")
-    parser.add_argument("--entity", required=True, help="user or team of W&B")
-    parser.add_argument("--project", default="rayward", help="project of W&B (rayward)")
-    given = parser.parse_args(words)
     made = workspace(given.entity, given.project)
     try:
         made.save()

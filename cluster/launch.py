@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from json import dumps
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from cluster.recipes import reward_stage, sample_stage, tuning_stage
 from cluster.report import summary, write_report
 from cluster.resources import KINDS, Kind, plan_run
 from cluster.rounds import Rounds
+from cluster.run_files import read_run
 from cluster.selection import read_contest, run_select
 from cluster.session import start_ray
 from cluster.steps import (
@@ -172,9 +174,12 @@ def lineage(run_dir: Path, console: Console, json: bool) -> None:
     console.show(Text(lineage_json(run_dir)) if json else lineage_tree(run_dir))
 
 
-def report(run_dir: Path, console: Console) -> None:
+def report(run_dir: Path, console: Console, json: bool = False) -> None:
     """The report of a run directory, and its summary in the terminal."""
     path = write_report(run_dir)
+    if json:
+        console.line(dumps({"report": str(path), "summary": read_run(run_dir).summary}, indent=2))
+        return
     console.show(summary(run_dir))
     console.line(f"The report is in {path}")
 

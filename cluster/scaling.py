@@ -6,11 +6,11 @@ this machine, or by a job that is submitted to the same cluster.
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from json import dumps, loads
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,14 +33,14 @@ class Scalable(Protocol):
         """Have another number of generators. Raises ValueError for one that cannot be."""
 
 
-def scale(run_dir: Path, console: Console, wanted: str) -> None:
+def scale(run_dir: Path, console: Console, wanted: str, json: bool = False) -> None:
     """Ask the run at work in a directory for another number of generators.
 
     Raises ValueError with the run's reason when it refuses, TimeoutError when nobody answers.
     """
     number = number_of(wanted)
     file, ticket, end = run_dir / "scale.json", secrets.token_hex(8), time.monotonic() + ANSWER_S
-    write_whole(file, json.dumps({"id": ticket, "generators": number}))
+    write_whole(file, dumps({"id": ticket, "generators": number}))
     try:
         while "answer" not in (found := _read(file)) and found.get("id") == ticket and time.monotonic() < end:
             time.sleep(LOOK_S / 5)
@@ -53,7 +53,7 @@ def scale(run_dir: Path, console: Console, wanted: str) -> None:
             file.unlink(missing_ok=True)
     if found["refused"]:
         raise ValueError(f"the run in {run_dir} refuses: {found['answer']}")
-    console.line(found["answer"])
+    console.line(dumps({"generators": number, "answer": found["answer"]}) if json else found["answer"])
 
 
 def number_of(wanted: str) -> int:
@@ -91,13 +91,13 @@ async def _look(fleet: Scalable, file: Path) -> None:
             how = "newcomers take part from the next version on" if wanted > before else "who leaves finishes its work"
             answer = {"refused": False, "answer": f"from {before} to {wanted} generators; {how}"}
             log.warning("asked for %d generators instead of %d", wanted, before)
-        write_whole(file, json.dumps(request | answer))
+        write_whole(file, dumps(request | answer))
 
 
 def _read(file: Path) -> dict[str, Any]:
     """What is in the file; nothing where there is none, or no request."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -11,7 +11,7 @@ import pytest
 
 from cluster import checks, cli
 from cluster.checks import Findings, check_config
-from cluster.commands import COMMANDS
+from cluster.commands import COMMANDS, presets
 from cluster.config import Config
 from cluster.settings import compose, read_overrides
 from tests.model_folders import model_folder
@@ -46,7 +46,7 @@ def test_a_right_configuration_has_no_problem_and_no_warning(run: Path) -> None:
     assert found(run) == Findings()
 
 
-@pytest.mark.parametrize("preset", cli.presets())
+@pytest.mark.parametrize("preset", presets())
 def test_the_presets_agree_with_themselves(preset: str, tmp_path: Path) -> None:
     config = cli.load(Config, cli.parse(COMMANDS["quickstart"], ["--preset", preset]))
     if config.cluster.address == "local" and preset in ("quickstart", "tiny"):

@@ -212,7 +212,7 @@ def test_a_run_directory_of_somebody_else_is_wrong_usage(
 
 def test_report_takes_the_run_directory_alone(tmp_path: Path, entry: Any):
     seen: list[Path] = []
-    entry("report", lambda run_dir, console: seen.append(run_dir))
+    entry("report", lambda run_dir, console, json: seen.append(run_dir))
     assert cli.main(["report", str(tmp_path)]) == 0
     assert cli.main(["report", "--run", str(tmp_path)]) == 0
     assert seen == [tmp_path, tmp_path]
@@ -226,7 +226,7 @@ def test_a_flag_is_given_or_not(tmp_path: Path, entry: Any, capfd: pytest.Captur
     assert seen == [False, True]
     assert cli.main(["lineage", "--help"]) == 0
     assert "--json" in capfd.readouterr().out
-    assert cli.main(["report", "--json", str(tmp_path)]) == 2
+    assert cli.main(["lineage", "--tiny", str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -239,13 +239,14 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_example_is_a_right_command_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    words = COMMANDS[name].example.split()
+    words = COMMANDS[name].example.partition(" > ")[0].split()
     assert words[:2] == ["rayward", name]
     if COMMANDS[name].own:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "mine.toml").touch()
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
-        assert cli.main(words[1:]) == cli.FAILED  # no cluster, no run: but not a wrong command line
+        # no cluster, no run: but not a wrong command line
+        assert cli.main(words[1:]) == (cli.FAILED if name != "completion" else cli.DONE)
         return
     call = cli.parse(COMMANDS[name], words[2:])
     if COMMANDS[name].sections:
@@ -260,7 +261,15 @@ def test_every_command_has_something_to_run(name: str):
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(["--help"], 0), (["ppo", "--help"], 0), (["ppo", "--coef", "1"], 2), (["ppo", "--ppo.minibatch_size", "0"], 2)],
+    [
+        (["--help"], 0),
+        (["ppo", "--help"], 0),
+        (["submit", "--help"], 0),
+        (["jobs", "--adress", "x"], 2),
+        (["completion", "bash"], 0),
+        (["ppo", "--coef", "1"], 2),
+        (["ppo", "--ppo.minibatch_size", "0"], 2),
+    ],
 )
 def test_help_and_configuration_errors_need_no_heavy_import(words: list[str], code: int):
     """`ppo --help` once took 7 seconds, as the sections stood beside code that imports torch and Ray."""
@@ -271,13 +280,6 @@ def test_help_and_configuration_errors_need_no_heavy_import(words: list[str], co
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == code, ran.stderr
-
-
-def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    for name, command in COMMANDS.items():
-        assert f"{name:<12}{command.purpose}" in shown
 
 
 def test_no_command_at_all_shows_the_overview_and_is_wrong(capsys: pytest.CaptureFixture[str]):

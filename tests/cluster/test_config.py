@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from cluster.commands import COMMANDS, PRESETS, help_text, presets
+from cluster.commands import COMMANDS, PRESETS, presets
 from cluster.config import Config
 from cluster.settings import compose, read_overrides, read_toml, save_toml, settings
 
@@ -43,10 +43,3 @@ def test_commands_name_sections_that_exist():
 
 def test_every_section_belongs_to_a_command():
     assert {section for c in COMMANDS.values() for section in c.sections} == set(Config.model_fields)
-
-
-def test_help_lists_the_settings_of_the_command_and_no_others():
-    text = help_text("ppo", Config)
-    assert COMMANDS["ppo"].example in text
-    assert "--ppo.kl.coef  float >= 0, default 0.02" in text
-    assert "--sft.epochs" not in text

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from cluster import dashboard
+from cluster.command_line import own_parser
 from cluster.dashboard import SECTIONS, workspace
 
 
@@ -44,4 +45,4 @@ def test_what_wandb_says_is_told_with_a_remedy(monkeypatch):
 
     monkeypatch.setattr(dashboard.workspaces.Workspace, "save", refuse)
     with pytest.raises(RuntimeError, match=r"no such entity.*wandb login"):
-        dashboard.dashboard(["--entity", "us"])
+        dashboard.dashboard(own_parser("dashboard").parse_args(["--entity", "us"]))
