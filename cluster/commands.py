@@ -81,7 +81,7 @@ COMMANDS = {
         "cluster.address at Ray's. A line for each: ok, warn or fail. Writes nothing. Exit code 1 on a failure.",
         example="rayward doctor --cluster.address auto",
         entry="cluster.doctor:doctor",
-        sections=("models", "cluster", "tracking"),
+        sections=("models", "cluster", "serve", "tracking"),
         flags={"json": "print the findings as JSON"},
         inspects=True,
     ),

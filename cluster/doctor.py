@@ -6,34 +6,21 @@ What is looked at is gathered first (`cluster.examination`), and judged here by 
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.text import Text
 
 from cluster.config import Config
-from cluster.examination import Cluster, Facts, examine
+from cluster.examination import Facts, examine
+from cluster.findings import Finding, cluster, listeners
 
 GIB = 2**30
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _ENOUGH_FILES = 65_536  # what Ray advises for the head of a cluster; a local run opens some thousands
 _FEWEST_FILES = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line."""
-
-    what: str
-    """what was looked at"""
-    state: Literal["ok", "warn", "fail"]
-    """fail: a run would not work; warn: it would be slow, or break later"""
-    says: str
-    """what was found"""
-    remedy: str = ""
-    """what to do; empty where all is well"""
+_ENOUGH_PROCESSES = 8192
 
 
 def doctor(config: Config, run_dir: Path, command: str, as_data: bool) -> bool:
@@ -45,11 +32,13 @@ def doctor(config: Config, run_dir: Path, command: str, as_data: bool) -> bool:
         sys.stdout.write(json.dumps(told, indent=2) + "\n")
         return good
     console = Console(highlight=False, soft_wrap=True)
+    width = max(len(finding.what) for finding in findings) + 2
     for finding in findings:
-        line = Text.assemble((f"{finding.state:<5}", _STYLES[finding.state]), f"{finding.what}: {finding.says}")
-        console.print(line)
+        console.print(
+            Text.assemble((f"{finding.state:<6}", _STYLES[finding.state]), f"{finding.what:<{width}}{finding.says}")
+        )
         if finding.remedy:
-            console.print(Text(f"     {finding.remedy}"))
+            console.print(Text(f"{'':<{width + 6}}{finding.remedy}", style="dim"))
     return good
 
 
@@ -60,8 +49,9 @@ def judge(facts: Facts, config: Config) -> Iterator[Finding]:
     yield from room(facts)
     yield from processors(facts)
     yield from services(facts, config)
+    yield from listeners(facts.ports, facts.dashboard_open)
     if facts.cluster is not None:
-        yield from cluster(facts.cluster, facts.versions)
+        yield from cluster(facts.cluster, facts.versions, facts.python, facts.run_disk)
 
 
 def versions(facts: Facts) -> Iterator[Finding]:
@@ -147,6 +137,13 @@ def room(facts: Facts) -> Iterator[Finding]:
         says=f"this shell allows {facts.open_files:,}",
         remedy="" if state == "ok" else f"ulimit -n {_ENOUGH_FILES} (the hard limit is in /etc/security/limits.conf)",
     )
+    few = facts.processes < _ENOUGH_PROCESSES
+    yield Finding(
+        what="processes",
+        state="warn" if few else "ok",
+        says=f"this user may have {facts.processes:,}, threads included",
+        remedy=f"ulimit -u {_ENOUGH_PROCESSES}; Ray and vLLM start threads by the hundred" if few else "",
+    )
 
 
 _DISKS = {
@@ -201,6 +198,13 @@ def services(facts: Facts, config: Config) -> Iterator[Finding]:
             says="tracking.mode is online and there is no key",
             remedy="wandb login, or set WANDB_API_KEY; or --tracking.mode offline",
         )
+    elif mode == "online" and not facts.wandb_answers:
+        yield Finding(
+            what="W&B",
+            state="warn",
+            says="tracking.mode is online and api.wandb.ai does not answer; a run keeps everything in RUN/wandb",
+            remedy="see the network and its proxy, or --tracking.mode offline and `wandb sync` later",
+        )
     else:
         key = "a key is there" if facts.wandb_key else "no key, and none is needed"
         yield Finding(what="W&B", state="ok", says=f"{mode}, {key}")
@@ -227,34 +231,3 @@ def _models(facts: Facts) -> Finding:
         says=f"{facts.base} is not here" + (", and would be downloaded" if facts.hub else ", nor is the hub reachable"),
         remedy=f"huggingface-cli download {facts.base}, or name a folder in models.base",
     )
-
-
-def cluster(found: Cluster, own: dict[str, str | None]) -> Iterator[Finding]:
-    """A running Ray cluster."""
-    if found.error is not None:
-        yield Finding(what="cluster", state="fail", says=found.error, remedy="start it, or correct cluster.address")
-        return
-    yield Finding(what="cluster", state="ok", says=f"{found.address}: {found.machines}")
-    same = found.ray_version == own.get("ray")
-    yield Finding(
-        what="Ray there",
-        state="ok" if same else "fail",
-        says=f"{found.ray_version}, and {own.get('ray')} here" if not same else str(found.ray_version),
-        remedy="" if same else "install the same environment on every machine",
-    )
-    yield Finding(
-        what="token authentication",
-        state="ok" if found.token else "fail",
-        says="on" if found.token else "off: whoever reaches the cluster can run anything on it",
-        remedy="" if found.token else "ray get-auth-token --generate; RAY_AUTH_MODE=token wherever Ray starts",
-    )
-    if found.dashboard is not None:
-        inside = found.dashboard.rpartition(":")[0] in ("127.0.0.1", "localhost", "::1", "[::1]")
-        yield Finding(
-            what="dashboard",
-            state="ok" if inside else "warn",
-            says=f"at {found.dashboard}" + ("" if inside else ", which other machines can reach"),
-            remedy=""
-            if inside
-            else "ray start --dashboard-host 127.0.0.1, and ssh -L 8265:127.0.0.1:8265 from elsewhere",
-        )

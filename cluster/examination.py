@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from cluster.config import Config
 from cluster.environment import gpu_lines
+from cluster.ports import DASHBOARD, Port, ports
+from cluster.redaction import secret_files
 from cluster.resources import machine_cores, machine_gpus, machine_memory
+from cluster.survey import Surveyed
 
 PACKAGES = ("torch", "vllm", "deepspeed", "ray", "transformers", "wandb")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -43,6 +47,8 @@ class Cluster:
     """whether it asks for a token"""
     dashboard: str | None = None
     """host:port; None without a dashboard"""
+    surveyed: tuple[Surveyed, ...] = ()
+    """each of its machines"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +95,24 @@ class Facts:
     """whether the Hugging Face hub can be reached"""
     secret_files: dict[Path, int]
     """permissions of files that hold a secret"""
+    processes: int
+    """soft limit of this user, threads included"""
+    run_disk: str
+    """kind of file system that the run directory is on"""
+    wandb_answers: bool
+    """whether W&B can be reached; not asked where nothing is sent to it"""
+    ports: tuple[Port, ...]
+    """ports of the settings, and Ray's where somebody listens"""
+    dashboard_open: bool
+    """whether a dashboard on Ray's own port takes jobs without a token"""
     cluster: Cluster | None
     """the cluster at cluster.address; None for a local run"""
 
 
 def examine(config: Config, run_dir: Path) -> Facts:
     """Look at everything; takes a few seconds, and longer where a cluster does not answer."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files, processes = (_limit(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
+    found = ports(config)
     base = config.models.base
     return Facts(
         python=platform.python_version(),
@@ -107,7 +124,7 @@ def examine(config: Config, run_dir: Path) -> Facts:
         disks=_disks(run_dir),
         memory=machine_memory(),
         memory_free=_memory_free(),
-        open_files=soft if soft != resource.RLIM_INFINITY else 2**31,
+        open_files=files,
         cores=machine_cores(),
         threads={name: os.environ.get(name) for name in THREAD_VARIABLES},
         load=os.getloadavg()[0],
@@ -118,7 +135,12 @@ def examine(config: Config, run_dir: Path) -> Facts:
         base_here=base is not None and _model_is_here(base),
         hub=_reaches("huggingface.co", 443),
         secret_files=_secret_files(),
-        cluster=None if config.cluster.address == "local" else cluster_at(config.cluster.address),
+        processes=processes,
+        run_disk=_file_system(_there(run_dir)),
+        wandb_answers=config.tracking.mode == "online" and _reaches("api.wandb.ai", 443),
+        ports=found,
+        dashboard_open=any(one.number == DASHBOARD for one in found) and not asks_for_token(f"127.0.0.1:{DASHBOARD}"),
+        cluster=None if config.cluster.address == "local" else cluster_at(config.cluster.address, _there(run_dir)),
     )
 
 
@@ -134,12 +156,13 @@ def locked_versions(root: Path = _ROOT) -> dict[str, str]:
     return {name: found[name] for name in PACKAGES if name in found}
 
 
-def cluster_at(address: str) -> Cluster:
-    """Connect, look and leave."""
+def cluster_at(address: str, folder: Path) -> Cluster:
+    """Connect, look and leave; `folder` is what each machine should see."""
     import ray
 
     from cluster.placement import cluster_nodes
     from cluster.session import start_ray
+    from cluster.survey import survey
 
     try:
         with tempfile.TemporaryDirectory() as logs, start_ray(address, cpus=0, log_dir=Path(logs), deadline_s=10):
@@ -152,6 +175,7 @@ def cluster_at(address: str) -> Cluster:
                 ray_version=ray.__version__,  # Ray refuses to connect with another one
                 token=asks_for_token(dashboard),
                 dashboard=dashboard or None,
+                surveyed=survey(PACKAGES, folder),
             )
     except (RuntimeError, ConnectionError) as error:
         return Cluster(address=address, error=str(error))
@@ -185,9 +209,24 @@ def _cuda_devices() -> int:
 
 
 def _disks(run_dir: Path) -> dict[str, tuple[Path, int]]:
-    there = next(folder for folder in (run_dir.resolve(), *run_dir.resolve().parents) if folder.exists())
-    folders = {"the run directory": there, "/tmp": Path(tempfile.gettempdir()), "/dev/shm": Path("/dev/shm")}
+    folders = {"the run directory": _there(run_dir), "/tmp": Path(tempfile.gettempdir()), "/dev/shm": Path("/dev/shm")}
     return {name: (path, shutil.disk_usage(path).free) for name, path in folders.items() if path.exists()}
+
+
+def _there(run_dir: Path) -> Path:
+    """The run directory, or the first folder above it that exists."""
+    return next(folder for folder in (run_dir.resolve(), *run_dir.resolve().parents) if folder.exists())
+
+
+def _file_system(folder: Path) -> str:
+    """Kind of the file system that holds a folder, such as ext4 or nfs4."""
+    mounted = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
+    return next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "unknown")
+
+
+def _limit(kind: int) -> int:
+    soft, _ = resource.getrlimit(kind)
+    return soft if soft != resource.RLIM_INFINITY else 2**31
 
 
 def _memory_free() -> int:
@@ -244,5 +283,5 @@ def _reaches(host: str, port: int) -> bool:
 
 def _secret_files() -> dict[Path, int]:
     """Files in which tokens and keys are kept, where they are there."""
-    files = (Path.home() / ".ray" / "auth_token", Path.home() / ".netrc", Path.home() / ".cache/huggingface/token")
+    files = (*secret_files(), Path.home() / ".netrc")
     return {path: stat.S_IMODE(path.stat().st_mode) for path in files if path.is_file()}

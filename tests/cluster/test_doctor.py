@@ -11,8 +11,21 @@ from cluster import cli, doctor
 from cluster.config import Config, TrackingConfig
 from cluster.doctor import GIB, Finding, judge
 from cluster.examination import Cluster, Facts
+from cluster.ports import Port
+from cluster.survey import Surveyed
 
 VERSIONS: dict[str, str | None] = {"torch": "2.13.0", "vllm": "0.32.0", "ray": "2.60.0"}
+SURVEYED = Surveyed(
+    name="10.0.0.1", python="3.11.4", versions=(("torch", "2.13.0"), ("vllm", "0.32.0"), ("ray", "2.60.0"))
+)
+FOUND = Cluster(
+    address="10.0.0.1:6379",
+    machines="10.0.0.1 8 CPUs, 0 GPUs",
+    ray_version="2.60.0",
+    token=True,
+    dashboard="127.0.0.1:8265",
+    surveyed=(SURVEYED,),
+)
 FINE = Facts(
     python="3.11.9",
     versions=VERSIONS,
@@ -34,17 +47,27 @@ FINE = Facts(
     base_here=False,
     hub=True,
     secret_files={Path("/home/me/.ray/auth_token"): 0o600},
-    cluster=Cluster(
-        address="10.0.0.1:6379",
-        machines="10.0.0.1 8 CPUs, 0 GPUs",
-        ray_version="2.60.0",
-        token=True,
-        dashboard="127.0.0.1:8265",
+    processes=100_000,
+    run_disk="ext4",
+    wandb_answers=True,
+    ports=(
+        Port(number=8700, use="serve.port", ours=True),
+        Port(number=8265, use="Ray's dashboard", ours=False, holder="python (pid 7)"),
     ),
+    dashboard_open=False,
+    cluster=FOUND,
 )
 BARE = replace(FINE, gpus=(), gpu_files=0, cuda_devices=0)
-FOUND = FINE.cluster
-assert FOUND is not None
+
+
+BUSY = Port(number=8700, use="serve.port", ours=True, holder="node (pid 3)")
+OPEN = Port(number=8265, use="Ray's dashboard", ours=False, holder="python (pid 7)", everywhere=True)
+
+
+def machines(second: bool = False, **changes: Any) -> dict[str, Any]:
+    """A cluster of a machine with these changes, and of one more that is in order; shared storage for two."""
+    found = (SURVEYED, replace(SURVEYED, **changes)) if second else (replace(SURVEYED, **changes),)
+    return {"cluster": replace(FOUND, surveyed=found), "run_disk": "nfs4"}
 
 
 def test_a_machine_in_order_has_nothing_to_fix():
@@ -57,9 +80,14 @@ def test_a_machine_in_order_has_nothing_to_fix():
 @pytest.mark.parametrize(
     ("facts", "what", "state", "said"),
     [
-        ({"python": "3.12.1"}, "python", "fail", "3.12.1, and Rayward is for 3.11"),
-        ({"versions": VERSIONS | {"vllm": None}}, "packages", "fail", "not installed: vllm"),
-        ({"versions": VERSIONS | {"torch": "2.12.0"}}, "packages", "warn", "torch 2.12.0 (locked: 2.13.0)"),
+        ({"python": "3.12.1", "cluster": None}, "python", "fail", "3.12.1, and Rayward is for 3.11"),
+        ({"versions": VERSIONS | {"vllm": None}, "cluster": None}, "packages", "fail", "not installed: vllm"),
+        (
+            {"versions": VERSIONS | {"torch": "2.12.0"}, "cluster": None},
+            "packages",
+            "warn",
+            "torch 2.12.0 (locked: 2.13.0)",
+        ),
         ({"gpus": ()}, "GPUs", "fail", "nvidia-smi does not answer"),
         ({"cuda_devices": 0}, "GPUs", "fail", "of which torch 2.13.0 can use 0"),
         ({"disks": {"/dev/shm": (Path("/dev/shm"), 2**26)}}, "disk of /dev/shm", "fail", "0.1 GiB free"),
@@ -79,6 +107,17 @@ def test_a_machine_in_order_has_nothing_to_fix():
         ({"cluster": replace(FOUND, ray_version="2.59.0")}, "Ray there", "fail", "2.59.0, and 2.60.0 here"),
         ({"cluster": replace(FOUND, token=False)}, "token authentication", "fail", "can run anything"),
         ({"cluster": replace(FOUND, dashboard="0.0.0.0:8265")}, "dashboard", "warn", "other machines can reach"),
+        ({"processes": 1024}, "processes", "warn", "1,024, threads included"),
+        ({"ports": (BUSY,)}, "port 8700", "warn", "serve.port: node (pid 3) listens there"),
+        ({"ports": (OPEN,), "dashboard_open": True}, "port 8265", "fail", "asks for no token"),
+        (machines(error="no answer within 30 s"), "at 10.0.0.1", "fail", "no answer"),
+        (machines(python="3.12.1"), "at 10.0.0.1", "fail", "python 3.12.1 (3.11.9 here)"),
+        (machines(versions=SURVEYED.versions[:2]), "at 10.0.0.1", "fail", "ray missing (2.60.0 here)"),
+        (machines(code=False), "at 10.0.0.1", "fail", "code is not there"),
+        (machines(run_dir=False), "at 10.0.0.1", "warn", "run directory is not there"),
+        (machines(clock_s=-61.0), "at 10.0.0.1", "warn", "-61 s"),
+        (machines(name="10.0.0.2", loopback_name=True, second=True), "at 10.0.0.2", "warn", "loopback"),
+        (machines(second=True) | {"run_disk": "ext4"}, "run directory", "warn", "on a disk of this machine (ext4)"),
     ],
 )
 def test_each_condition_is_found_alone_and_has_a_remedy(facts: dict[str, Any], what: str, state: str, said: str):
@@ -94,6 +133,8 @@ def test_a_missing_key_matters_online_alone():
     online = Config(tracking=TrackingConfig(mode="online"))
     (finding,) = (one for one in judge(without, online) if one.state != "ok")
     assert (finding.what, finding.state) == ("W&B", "fail")
+    (finding,) = (one for one in judge(replace(FINE, wandb_answers=False), online) if one.state != "ok")
+    assert (finding.what, finding.state) == ("W&B", "warn")
 
 
 def test_the_exit_code_says_whether_something_fails(
@@ -102,7 +143,11 @@ def test_the_exit_code_says_whether_something_fails(
     monkeypatch.setattr(doctor, "examine", lambda config, run_dir: replace(FINE, loopback=False))
     assert cli.main(["doctor", "--run", str(tmp_path / "run")]) == 1
     text = capsys.readouterr().out
-    assert "fail loopback: no connection to a port of 127.0.0.1\n     ip link set lo up" in text
+    lines = [line.split(None, 2) for line in text.splitlines()]
+    assert ["fail", "loopback", "no connection to a port of 127.0.0.1"] in lines
+    assert text.splitlines()[lines.index(["fail", "loopback", "no connection to a port of 127.0.0.1"]) + 1].strip() == (
+        "ip link set lo up; processes of a run meet there"
+    )
     monkeypatch.setattr(doctor, "examine", lambda config, run_dir: replace(FINE, load=3.0))
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

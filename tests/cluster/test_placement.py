@@ -1,6 +1,7 @@
 """A run's processes on several machines: raylets with addresses of their own on this one, with token authentication."""
 
 import asyncio
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,11 @@ from actors.transfer import Manifest, Rendezvous
 from cluster import build
 from cluster.build import Processes
 from cluster.config import ClusterConfig, Config, FleetConfig
+from cluster.examination import PACKAGES
 from cluster.placement import place, plan_live
 from cluster.resources import KINDS, Plan, Process, ResourceError
 from cluster.session import start_ray
+from cluster.survey import survey
 from learner.buffer import Buffer
 from learner.config import NetworkConfig, OptimizerConfig, ParityConfig, PublishConfig
 from learner.ledger import Ledger, audit
@@ -99,6 +102,17 @@ def processes(**cpus: float) -> Plan:
     """Processes of one thread, by hand; `cpus` by name, "_" being "-"."""
     found = [Process(name=name.replace("_", "-"), threads=1, cpus=each) for name, each in cpus.items()]
     return Plan(processes=tuple(found), phases=())
+
+
+@pytest.mark.slow
+def test_every_machine_is_surveyed(cluster: Machines, tmp_path: Path) -> None:
+    found = survey(PACKAGES, tmp_path)
+    assert [one.name for one in found] == [HEAD, OTHER, LARGE]
+    for one in found:
+        assert (one.error, one.code, one.run_dir) == (None, True, True)
+        assert (one.python, dict(one.versions)["ray"]) == (platform.python_version(), ray.__version__)
+        assert abs(one.clock_s) < 0.1
+    assert not any(one.run_dir for one in survey(("no_such_package",), tmp_path / "elsewhere"))
 
 
 def test_a_plan_gives_every_process_cores_of_its_own_for_all_machines(cluster: Machines) -> None:
