@@ -1,6 +1,7 @@
 """A W&B workspace for runs of Rayward, as code: `rayward dashboard` makes it in a project, and again after a change."""
 
 import argparse
+from collections.abc import Sequence
 
 import wandb_workspaces.reports.v2 as reports
 import wandb_workspaces.workspaces as workspaces
