@@ -24,6 +24,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 _SHUTDOWN_S = 10.0
 _SPAWNING_S = 30.0  # a thread that hangs while it starts a process must not keep Ray from starting
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_TOKEN = Path(".ray") / "auth_token"  # in the home directory
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,8 @@ def _start(cpus: int, mark: str) -> None:
     name, value = mark.split("=")
     # Ray's processes inherit the mark; what other threads start meanwhile, or this process later, must not.
     alone = SPAWNING.acquire(timeout=_SPAWNING_S)
+    token = Path.home() / _TOKEN
+    makes_token = not token.exists()
     os.environ[name] = value
     try:
         ray.init(
@@ -110,6 +113,8 @@ def _start(cpus: int, mark: str) -> None:
         del os.environ[name]
         if alone:
             SPAWNING.release()
+        if makes_token and token.is_file():
+            token.chmod(0o600)  # Ray makes it readable for everybody
 
 
 def _connect(address: str, deadline_s: float) -> None:

@@ -95,9 +95,9 @@ def gone(mark: str, pids: list[int], within_s: float) -> bool:
 def programs(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[signal.Signals, subprocess.Popen[str]]]:
-    """Two programs, each with a local Ray of its own, side by side on one machine."""
-    signals = (signal.SIGINT, signal.SIGKILL)
-    running = {number: launch(tmp_path_factory.mktemp(number.name)) for number in signals}
+    """Two programs, each with a local Ray of its own, side by side on one machine, for users who never had one."""
+    folders = {number: tmp_path_factory.mktemp(number.name) for number in (signal.SIGINT, signal.SIGKILL)}
+    running = {number: launch(folder, HOME=str(folder)) for number, folder in folders.items()}
     yield running
     for program in running.values():
         program.kill()
@@ -113,7 +113,9 @@ def test_each_signal_ends_program_ray_actors_and_their_children(
 
     # A program that joins a running cluster leaves it running.
     address = reports[signal.SIGINT]["address"]
-    guest = launch(tmp_path, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
+    home = Path(str(programs[signal.SIGINT].args[-1]))  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    assert (home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+    guest = launch(tmp_path, RAY_ADDRESS=address, RAY_AUTH_MODE="token", HOME=str(home))
     joined = report(guest)
     assert (joined["address"], joined["local"], joined["cpus"]) == (address, False, 2)
     guest.send_signal(signal.SIGTERM)
