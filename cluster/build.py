@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,9 +19,10 @@ from cluster.remote import ActorOptions, RemoteHandle, remote
 from cluster.resources import Plan, Process, ResourceError, machine_cores, machine_gpus
 from learner.group import LearnerGroup
 from learner.worker import LearnerWorker
+from reward_server.bearer import bearer_token
 from reward_server.client import RewardClient
 from reward_server.config import SourceConfig
-from reward_server.service import TOKEN_VARIABLE, RewardService
+from reward_server.service import RewardService
 
 
 class Processes:
@@ -72,7 +72,7 @@ class Processes:
             loopback = _one_machine()
             # What others could reach asks for a token: the user's, or one of this run, which travels from process to
             # process as a call's argument. What makes an actor (arguments, environment) Ray shows to the cluster.
-            token = os.environ.get(TOKEN_VARIABLE) or (None if loopback else secrets.token_urlsafe(32))
+            token = bearer_token() or (None if loopback else secrets.token_urlsafe(32))
             url = await service.call("start", loopback, token, deadline_s=self.config.start_deadline_s)
             client = RewardClient(url, token=token, retry_s=config.retry_s, pause_s=config.pause_s)
             try:

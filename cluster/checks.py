@@ -17,6 +17,7 @@ from cluster.plan import indivisible_batch
 from cluster.resources import ResourceError, machine_gpus, machine_memory, plan_run
 from cluster.settings import settings
 from learner.config import NetworkConfig, OptimizerConfig
+from reward_server.bearer import bearer_token
 from reward_server.functions import load_function
 
 GIB = 2**30
@@ -61,6 +62,8 @@ def check_config(config: Config, command: str, run_dir: Path) -> Findings:
         problems += _bad_inputs(config, command, run_dir, models)
     problems += _not_finite(config, sections)
     problems += _bad_functions(config, sections)
+    if "scoring" in sections:
+        problems += _bad_token()
     if "ppo" in sections and command != "evaluate":
         problems += _indivisible(config)
     problems += _bad_optimizers(config, command)
@@ -136,6 +139,13 @@ def _bad_functions(config: Config, sections: Iterable[str]) -> Iterator[str]:
             load_function(name or "")
         except ValueError as error:
             yield f"{key}: {error}"
+
+
+def _bad_token() -> Iterator[str]:
+    try:
+        bearer_token()
+    except ValueError as error:
+        yield str(error)
 
 
 def _indivisible(config: Config) -> Iterator[str]:

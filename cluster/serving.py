@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from cluster.steps import Job
 from reward_server.address import free_port
 from reward_server.app import create_app, is_loopback
 from reward_server.app import serve as serve_alone
+from reward_server.bearer import FILE_VARIABLE, TOKEN_VARIABLE, bearer_token
 from reward_server.config import ServeConfig, SourceConfig
-from reward_server.service import TOKEN_VARIABLE
 from reward_server.sources import build_source
 
 _APP = "rewards"
@@ -42,11 +41,12 @@ def run_serve(job: Job, reward_model: Path | None) -> None:
 
 
 def check_token(config: ServeConfig) -> None:
-    """Raise ValueError off the loopback without a token."""
-    if os.environ.get(TOKEN_VARIABLE) is None and not is_loopback(config.host):
+    """Raise ValueError for a token that cannot be used, and off the loopback without one."""
+    if bearer_token() is None and not is_loopback(config.host):
         raise ValueError(
             f"serve.host = {config.host!r} can be reached by others and {TOKEN_VARIABLE} is not set. Remedy: set it to "
-            "a secret, where the cluster's machines start Ray too, or serve on 127.0.0.1"
+            f"a secret, or {FILE_VARIABLE} to a file with it, where the cluster's machines start Ray too, or serve on "
+            "127.0.0.1"
         )
 
 
@@ -62,7 +62,7 @@ def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | Non
     def app() -> Any:
         """Runs in each copy: the token is that machine's, and travels nowhere."""
         torch.set_num_threads(config.threads)
-        token = os.environ.get(TOKEN_VARIABLE)
+        token = bearer_token()
         return create_app(build_source(source, reward_model, token), token, config.limits)
 
     scaling = {
@@ -92,7 +92,7 @@ def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | Non
 @contextlib.contextmanager
 def _alone(config: ServeConfig, source: SourceConfig, reward_model: Path | None) -> Iterator[str]:
     torch.set_num_threads(config.threads)
-    token = os.environ.get(TOKEN_VARIABLE)
+    token = bearer_token()
     server = serve_alone(
         build_source(source, reward_model, token), config.host, config.port, token=token, limits=config.limits
     )

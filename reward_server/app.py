@@ -1,6 +1,7 @@
-"""The reward server: POST /score, GET /health, GET /metrics and GET /openapi.json over one source."""
+"""The reward server: POST /score, GET /health, /metrics, /openapi.json and the page /docs over one source."""
 
 import asyncio
+import copy
 import hmac
 import ipaddress
 import logging
@@ -9,15 +10,19 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import ValidationError
+from swagger_ui_bundle import swagger_ui_path
 
 from reward_server.batching import Batching, Busy, Contradiction
 from reward_server.config import Limits
+from reward_server.meters import CONTENT_TYPE, Meters
 from reward_server.schema import ScoreBatch, ScoreBatchReply
 from reward_server.sources import Source
 
@@ -29,46 +34,56 @@ _BODY = {
         "content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model="ScoreBatch")}}},
     }
 }
-_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+_REASONS = {
+    401: "token",
+    408: "slow",
+    409: "contradiction",
+    413: "too large",
+    415: "not JSON",
+    422: "malformed",
+    503: "busy",
+}
+_NO_SCORES: dict[int | str, dict[str, Any]] = {
+    409: {"description": "a request id was used before with another content"},
+    413: {"description": "too many requests, or bytes"},
+    422: {"description": "malformed, or a response that cannot be scored"},
+    500: {"description": "the source failed, and why"},
+    503: {"description": "too many posts are waiting; Retry-After says when to ask again"},
+}
+_PAGE_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 
 
 def create_app(source: Source, token: str | None = None, limits: Limits | None = None) -> FastAPI:
-    """Make the app; with a `token` every request must carry it as "Authorization: Bearer TOKEN".
+    """Make the app; with a `token` every request but for /docs must carry it as "Authorization: Bearer TOKEN".
 
     Answers 401 for a wrong token, 409 for an id that was used for another content, 413 and 422 for what is
     too large or malformed, 500 with the reason when the source fails, 503 when too much is waiting. It never
     makes a score up.
     """
     limits = limits or Limits()
-    watch = _Watch()
-    scoring = Batching(source, limits.max_waiting, limits.max_batch, limits.remember, watch.batches.observe)
-    watch.waiting.set_function(lambda: scoring.waiting)
-
-    def authorised(request: Request) -> None:
-        if token is None:
-            return
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-
+    meters = Meters()
+    scoring = Batching(source, limits, meters.turn)
+    meters.watch(scoring)
     app = FastAPI(
         title="Rayward reward server",
-        dependencies=[Depends(authorised)],
+        description="Scores of responses: text in, numbers out.",
         docs_url=None,  # FastAPI's own pages ask for no token and load their scripts from elsewhere
         redoc_url=None,
         openapi_url=None,
     )
+    app.openapi_version = "3.0.3"  # the newest that the page's Swagger UI reads
+    closed = APIRouter(dependencies=[] if token is None else [Depends(_bearing(token))])
 
     @app.middleware("http")
     async def observed(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         started = time.monotonic()
         answer = await call_next(request)
         if request.url.path == "/score":
-            watch.posts.labels(answer.status_code).inc()
-            watch.seconds.observe(time.monotonic() - started)
+            reason = getattr(request.state, "refused", None) or _REASONS.get(answer.status_code)
+            meters.post(answer.status_code, time.monotonic() - started, reason)
         return answer
 
-    @app.post("/score", response_model=ScoreBatchReply, openapi_extra=_BODY)
+    @closed.post("/score", response_model=ScoreBatchReply, openapi_extra=_BODY, responses=_NO_SCORES)
     async def score(request: Request) -> Response:
         """One finite score for each response, in order. A request id that was scored before is not scored again."""
         batch = _batch(await _body(request, limits), limits)
@@ -80,12 +95,13 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
             raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
         except Exception as error:
             refused = isinstance(error, ValueError) and not isinstance(error, ValidationError)
+            request.state.refused = "cannot be scored" if refused else "source failed"
             if not refused:
                 _log.exception("scoring %d requests failed", len(batch.requests))
             raise HTTPException(422 if refused else 500, f"{type(error).__name__}: {error}") from error
         return Response(ScoreBatchReply(replies=replies).model_dump_json(), media_type="application/json")
 
-    @app.get("/health")
+    @closed.get("/health", responses={503: {"description": "no scores can be had, and why"}})
     async def health() -> dict[str, str]:
         """Scores a fixed response, so that "ok" means that scores can be had."""
         try:
@@ -97,42 +113,62 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
             raise HTTPException(503, f"the probe failed: {type(error).__name__}: {error}") from error
         return {"status": "ok"}
 
-    @app.get("/metrics", include_in_schema=False)
+    @closed.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(generate_latest(watch.registry), media_type=CONTENT_TYPE_LATEST)
+        """What Prometheus scrapes: posts, refusals, responses, tokens and seconds of this copy."""
+        return Response(meters.page(), media_type=CONTENT_TYPE)
 
-    @app.get("/openapi.json", include_in_schema=False)
+    @closed.get("/openapi.json", include_in_schema=False)
     async def openapi() -> dict[str, Any]:
-        # The body of /score is read piece by piece, within its limits, so FastAPI does not know its type.
-        body = ScoreBatch.model_json_schema(ref_template=_SCHEMAS)
-        schema = app.openapi()
-        schema["components"]["schemas"] |= {**body.pop("$defs"), "ScoreBatch": body}
-        return schema
+        return _schema(app)
 
+    app.include_router(closed)
+    app.include_router(_page(app))
     return app
 
 
-class _Watch:
-    """What Prometheus is told of one server."""
+def _bearing(token: str) -> Callable[..., None]:
+    """A dependency that answers 401 without the token."""
+    bearer = HTTPBearer(auto_error=False, description="RAYWARD_REWARD_TOKEN of the server")
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.posts = Counter(
-            "rayward_reward_posts", "Posts to /score by HTTP status", ["status"], registry=self.registry
+    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    return authorised
+
+
+def _page(app: FastAPI) -> APIRouter:
+    """The page /docs, which holds no secret and so asks for no token, and takes nothing from elsewhere."""
+    page = APIRouter(include_in_schema=False)
+
+    @page.get("/docs")
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=app.title,
+            swagger_js_url="docs/swagger-ui-bundle.js",
+            swagger_css_url="docs/swagger-ui.css",
+            swagger_favicon_url="docs/favicon-32x32.png",
+            # In the page, since a browser asks for /openapi.json without the token.
+            swagger_ui_parameters={"spec": _schema(app), "defaultModelsExpandDepth": 2},
         )
-        self.seconds = Histogram(
-            "rayward_reward_seconds",
-            "Seconds from a post to its answer",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.batches = Histogram(
-            "rayward_reward_batch_responses",
-            "Responses that were scored at once",
-            buckets=[2**n for n in range(0, 13, 2)],
-            registry=self.registry,
-        )
-        self.waiting = Gauge("rayward_reward_waiting_posts", "Posts computed or waiting", registry=self.registry)
+
+    @page.get("/docs/{name}")
+    async def file(name: str) -> FileResponse:
+        if name not in _PAGE_FILES:
+            raise HTTPException(404, "the page has no such file")
+        return FileResponse(swagger_ui_path / name)
+
+    return page
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document. The body of /score is read piece by piece, so FastAPI does not know its type."""
+    body = ScoreBatch.model_json_schema(ref_template=_SCHEMAS)
+    schema = copy.deepcopy(app.openapi())
+    schema["components"]["schemas"] |= {**body.pop("$defs"), "ScoreBatch": body}
+    return schema
 
 
 async def _body(request: Request, limits: Limits) -> bytes:

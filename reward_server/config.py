@@ -121,8 +121,10 @@ class Limits(BaseModel):
     """Most responses in a post."""
     max_waiting: int = Field(default=64, ge=1)
     """Posts computed or waiting; one more is turned away with 503."""
+    batch_tokens: int = Field(default=32_768, ge=1)
+    """Most tokens that are scored at once, padding apart, for all who wait; those with the least left come first."""
     max_batch: int = Field(default=1024, ge=1)
-    """Most responses that are scored at once for several clients; the source cuts them into batches of tokens."""
+    """Most responses that are scored at once, which is the bound where no model reads tokens."""
     read_s: float = Field(default=30.0, gt=0)
     """Seconds that a client has to send its body."""
     health_s: float = Field(default=60.0, gt=0)
@@ -137,7 +139,8 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     host: str = "127.0.0.1"
-    """Address to listen on; off the loopback a token is needed (RAYWARD_REWARD_TOKEN in the environment)."""
+    """Address to listen on; off the loopback a token is needed: RAYWARD_REWARD_TOKEN in the environment, or the name of
+    a file with it (mode 0600) in RAYWARD_REWARD_TOKEN_FILE."""
     port: int = Field(default=8700, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     replicas: int = Field(default=1, ge=1)

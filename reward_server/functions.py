@@ -38,7 +38,7 @@ def call_function(name: str, function: Callable[..., Iterable[Any]], count: int,
     """
     try:
         results = list(function(*arguments))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a function that ends its process must not end the server's thread
         raise UserFunctionError(f"{name} failed on {count} responses: {type(error).__name__}: {error}") from error
     if len(results) != count:
         raise UserFunctionError(f"{name} returned {len(results)} numbers for {count} responses")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -104,6 +105,7 @@ class RewardModelSource:
         self.truncate_prompt = truncate_prompt
         self.chat_template = chat_template
         self._loaded: tuple[PreTrainedModel, ChatEncoding, Normalisation] | None = None
+        self._encoded: WeakKeyDictionary[ScoreRequest, list[int]] = WeakKeyDictionary()
 
     def load(self) -> None:
         """Load the model onto the accelerator if there is one, else the CPU, unless that was done.
@@ -127,11 +129,9 @@ class RewardModelSource:
 
         Raises InputTooLong, NonFiniteScore, or ValueError for a prompt that cannot be encoded.
         """
-        self.load()
+        sequences = self._sequences(requests)
         assert self._loaded is not None
         model, encoding, normalise = self._loaded
-        limit = self.max_tokens or 2**31
-        sequences = [encode_request(encoding, request, limit, self.truncate_prompt) for request in requests]
         raw = raw_scores(model, sequences, encoding.pad_id, self.max_batch_tokens)
         for request, value in zip(requests, raw, strict=True):
             if not math.isfinite(value):
@@ -143,3 +143,19 @@ class RewardModelSource:
             ScoreReply(id=request.id, score=normalise(value), parts={"raw": value})
             for request, value in zip(requests, raw, strict=True)
         ]
+
+    def tokens(self, requests: list[ScoreRequest]) -> list[int]:
+        """Tokens of each prompt with its response. They are kept for `score`, for as long as the requests are.
+
+        Raises InputTooLong, or ValueError for a prompt that cannot be encoded.
+        """
+        return [len(sequence) for sequence in self._sequences(requests)]
+
+    def _sequences(self, requests: list[ScoreRequest]) -> list[list[int]]:
+        self.load()
+        assert self._loaded is not None
+        encoding, limit = self._loaded[1], self.max_tokens or 2**31
+        for request in requests:
+            if request not in self._encoded:
+                self._encoded[request] = encode_request(encoding, request, limit, self.truncate_prompt)
+        return [self._encoded[request] for request in requests]

@@ -1,6 +1,5 @@
 """The reward service as one object that a process of its own can hold: a source behind the HTTP app."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -8,11 +7,9 @@ import torch
 from reward_server.address import own_address
 from reward_server.app import ScoreServer, serve
 from reward_server.batching import PROBE
+from reward_server.bearer import bearer_token
 from reward_server.config import SourceConfig
 from reward_server.sources import build_source
-
-TOKEN_VARIABLE = "RAYWARD_REWARD_TOKEN"
-"""Environment variable with the bearer token that clients must send; needed off the loopback."""
 
 
 class RewardService:
@@ -33,7 +30,7 @@ class RewardService:
         fails is told at once, not by a client that tries again for minutes.
         """
         torch.set_num_threads(self.threads)
-        own = os.environ.get(TOKEN_VARIABLE)
+        own = bearer_token()
         source = build_source(self.config, self.model_path, own)
         source.score([PROBE])
         self._server = serve(source, host=own_address(loopback), token=token or own)

@@ -20,8 +20,15 @@ class Source(Protocol):
         """One reply per request, in the same order; raises rather than make a score up."""
         ...
 
+    def tokens(self, requests: list[ScoreRequest]) -> list[int]:
+        """Tokens that models read for each of them, which bound a batch; 0 where there is no model to read any.
 
-class FunctionSource:
+        May raise what `score` would.
+        """
+        return [0] * len(requests)
+
+
+class FunctionSource(Source):
     """Scores by a function `(prompts: list[list[dict]], responses: list[str]) -> list[float]`."""
 
     def __init__(self, name: str) -> None:
@@ -43,7 +50,7 @@ class FunctionSource:
         return [ScoreReply(id=r.id, score=number) for r, number in zip(requests, numbers, strict=True)]
 
 
-class RemoteSource:
+class RemoteSource(Source):
     """Scores by another reward server. Not to be called from a thread that runs an event loop."""
 
     def __init__(self, url: str, token: str | None = None, retry_s: float = 30.0) -> None:
@@ -67,7 +74,7 @@ class RemoteSource:
             await client.close()
 
 
-class RuleSource:
+class RuleSource(Source):
     """Scores by a rule: the number of words of the response, or whether a pattern is found in it."""
 
     def __init__(self, pattern: str | None) -> None:
@@ -82,7 +89,7 @@ class RuleSource:
         return float(len(response.split()) if self._pattern is None else self._pattern.search(response) is not None)
 
 
-class MixSource:
+class MixSource(Source):
     """The weighted sum of sources and the gates; parts of a reply hold each source's score under its name."""
 
     def __init__(self, sources: Sequence[tuple[PartConfig, Source]]) -> None:
@@ -106,6 +113,10 @@ class MixSource:
             ScoreReply(id=request.id, score=refused.get(position, totals[position]), parts=parts[position])
             for position, request in enumerate(requests)
         ]
+
+    def tokens(self, requests: list[ScoreRequest]) -> list[int]:
+        """Tokens that all parts together read."""
+        return [sum(counts) for counts in zip(*(source.tokens(requests) for _, source in self.sources), strict=True)]
 
 
 def build_source(

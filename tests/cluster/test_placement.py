@@ -30,9 +30,9 @@ from learner.config import NetworkConfig, OptimizerConfig, ParityConfig, Publish
 from learner.ledger import Ledger, audit
 from learner.publish import Probe, Publisher
 from reward_server.address import own_address
+from reward_server.bearer import TOKEN_VARIABLE
 from reward_server.config import PartConfig, SourceConfig
 from reward_server.schema import Message, ScoreRequest
-from reward_server.service import TOKEN_VARIABLE
 from tests.clusters import Machines, machines
 from tests.fakes import FakeEncoding, FakeGenerator, FakeScorer, prompts
 from tests.fleet_fakes import LOGPROBS, FakeSource

@@ -16,8 +16,8 @@ import pytest
 from cluster.reaping import SESSION_MARK
 from cluster.serving import check_token
 from reward_server.address import free_port
+from reward_server.bearer import TOKEN_VARIABLE
 from reward_server.config import ServeConfig
-from reward_server.service import TOKEN_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "open-sesame-0123456789"

@@ -15,12 +15,13 @@ from actors.rollout import rollout
 from actors.trajectory import Trajectory
 from learner.buffer import Buffer
 from learner.ledger import Ledger
+from reward_server.bearer import TOKEN_VARIABLE
 from reward_server.client import RewardClient
 from reward_server.config import SourceConfig
 from reward_server.encoding import ChatEncoding
 from reward_server.model import Normalisation, new_reward_model, set_normalisation
 from reward_server.schema import Message
-from reward_server.service import TOKEN_VARIABLE, RewardService
+from reward_server.service import RewardService
 from tests.hf_generator import HfGenerator
 from tests.tiny_models import save_reward_model, tiny_causal_lm
 

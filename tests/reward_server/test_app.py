@@ -1,5 +1,8 @@
 import asyncio
 import json
+import os
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +17,10 @@ from pydantic import ValidationError
 from reward_server.app import Limits, ScoreServer, create_app, serve
 from reward_server.schema import ScoreBatch, ScoreReply, ScoreRequest
 from reward_server.scorer import InputTooLong
+from reward_server.sources import Source
 
 
-class CountingSource:
+class CountingSource(Source):
     """Scores the length of a response, and remembers what it was asked; some responses are special."""
 
     def __init__(self) -> None:
@@ -39,6 +43,9 @@ class CountingSource:
         if any(request.response == "lost" for request in requests):
             return []
         return [ScoreReply(id=request.id, score=float(len(request.response))) for request in requests]
+
+    def tokens(self, requests: list[ScoreRequest]) -> list[int]:
+        return [len(request.response) for request in requests]
 
 
 @pytest.fixture
@@ -147,26 +154,6 @@ def test_what_arrives_while_a_batch_is_computed_becomes_the_next_one(
     assert source.most_concurrent == 1
 
 
-def test_posts_are_merged_up_to_a_bound_and_answered_apart(source: CountingSource) -> None:
-    source.gate.clear()
-    answers: dict[int, httpx.Response] = {}
-    with serving(source, limits=Limits(max_batch=3)) as server:
-
-        def ask(n: int) -> None:
-            answers[n] = post(server, wire(f"{n}a", "x" * n), wire(f"{n}b", "xx"))
-
-        threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-            time.sleep(0.1)
-        source.gate.set()
-        for thread in threads:
-            thread.join(10)
-    assert source.seen == [[f"{n}a", f"{n}b"] for n in range(4)]  # two posts would be four
-    for n, answer in answers.items():
-        assert [reply["score"] for reply in answer.json()["replies"]] == [n, 2]
-
-
 def test_one_clients_bad_request_does_not_fail_those_it_was_merged_with(
     server: ScoreServer, source: CountingSource
 ) -> None:
@@ -188,15 +175,33 @@ def test_one_clients_bad_request_does_not_fail_those_it_was_merged_with(
     assert statuses == {"0": 200, "1": 200, "2": 422, "3": 200}
 
 
-def test_the_metrics_count_posts_batches_and_what_waits(server: ScoreServer, source: CountingSource) -> None:
-    post(server, wire("a"), wire("b"))
+def test_the_metrics_tell_what_was_asked_refused_and_computed_and_by_which_copy(
+    server: ScoreServer, source: CountingSource
+) -> None:
+    post(server, wire("a", "12"), wire("b", "1234"))
     post(server, wire("c", "long"))
+    post(server, wire("a", "other"))
+    httpx.post(f"{server.url}/score", content=b"{", headers={"content-type": "application/json"})
     page = httpx.get(f"{server.url}/metrics").text
-    assert 'rayward_reward_posts_total{status="200"} 1.0' in page
-    assert 'rayward_reward_posts_total{status="422"} 1.0' in page
-    assert "rayward_reward_batch_responses_sum 2.0" in page
-    assert "rayward_reward_seconds_count 2.0" in page
-    assert "rayward_reward_waiting_posts 0.0" in page
+    copy = f'replica="{socket.gethostname()}:{os.getpid()}"'
+    for line in (
+        f'rayward_reward_posts_total{{{copy},status="200"}} 1.0',
+        f'rayward_reward_posts_total{{{copy},status="422"}} 2.0',
+        f'rayward_reward_refused_total{{reason="cannot be scored",{copy}}} 1.0',
+        f'rayward_reward_refused_total{{reason="malformed",{copy}}} 1.0',
+        f'rayward_reward_refused_total{{reason="contradiction",{copy}}} 1.0',
+        f"rayward_reward_responses_total{{{copy}}} 2.0",
+        f"rayward_reward_tokens_total{{{copy}}} 6.0",
+        f"rayward_reward_batch_responses_sum{{{copy}}} 2.0",
+        f"rayward_reward_seconds_count{{{copy}}} 4.0",
+        f"rayward_reward_waiting_posts{{{copy}}} 0.0",
+        f"rayward_reward_waiting_responses{{{copy}}} 0.0",
+        f"rayward_reward_known_ids{{{copy}}} 2.0",
+    ):
+        assert line in page, line
+    computing = re.search(r"rayward_reward_computing_seconds_total\{.*\} (\S+)", page)
+    assert computing is not None
+    assert 0 < float(computing[1]) < 5
 
 
 def test_the_openapi_page_describes_the_body_and_the_reply(server: ScoreServer) -> None:
@@ -208,6 +213,39 @@ def test_the_openapi_page_describes_the_body_and_the_reply(server: ScoreServer) 
     shapes = schema["components"]["schemas"]
     assert shapes["ScoreBatch"]["properties"]["requests"]["items"] == {"$ref": "#/components/schemas/ScoreRequest"}
     assert set(shapes["ScoreRequest"]["required"]) == {"id", "prompt", "response", "ended"}
+
+
+def test_the_page_of_the_api_needs_no_token_nor_anything_from_elsewhere(source: CountingSource) -> None:
+    with serving(source, token="sesame-open") as server:
+        page = httpx.get(f"{server.url}/docs")
+        assert page.status_code == 200
+        assert "sesame-open" not in page.text
+        loaded = re.findall(r'(?:href|src)="([^"]*)"', page.text)
+        assert len(loaded) == 3
+        for name in loaded:
+            assert not name.startswith(("http:", "https:", "//", "/")), name
+            answer = httpx.get(f"{server.url}/{name}")
+            assert answer.status_code == 200
+            assert len(answer.content) > 500
+        assert httpx.get(f"{server.url}/docs/index.html").status_code == 404
+        found = re.search(r'"spec": (\{.*\}),\n', page.text)
+        assert found is not None
+        schema = httpx.get(f"{server.url}/openapi.json", headers={"authorization": "Bearer sesame-open"}).json()
+        assert json.loads(found[1]) == schema, "the page describes what is served"
+
+
+def test_the_description_names_the_bearer_token_where_one_is_needed(source: CountingSource) -> None:
+    """Else the page would have no "Authorize"."""
+    with serving(source, token="sesame-open") as server:
+        schema = httpx.get(f"{server.url}/openapi.json", headers={"authorization": "Bearer sesame-open"}).json()
+    (scheme,) = schema["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert all(
+        route["security"] == [{"HTTPBearer": []}] for path in schema["paths"].values() for route in path.values()
+    )
+    assert set(schema["paths"]) == {"/score", "/health", "/metrics"}
+    with serving(source) as server:
+        assert "securitySchemes" not in httpx.get(f"{server.url}/openapi.json").json()["components"]
 
 
 def test_more_than_may_wait_is_turned_away(source: CountingSource) -> None:
@@ -280,7 +318,7 @@ def test_a_token_is_needed_everywhere_once_it_is_set(source: CountingSource) -> 
 
 def test_health_scores_a_probe(server: ScoreServer, source: CountingSource) -> None:
     assert httpx.get(f"{server.url}/health").status_code == 200
-    assert source.seen == [["health"]]
+    assert [[name.partition("/")[0] for name in batch] for batch in source.seen] == [["health"]]
     source.broken = True
     answer = httpx.get(f"{server.url}/health")
     assert answer.status_code == 503

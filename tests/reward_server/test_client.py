@@ -15,6 +15,7 @@ from reward_server import client as client_module
 from reward_server.app import Limits, create_app, serve
 from reward_server.client import RewardClient, RewardRefused, RewardUnavailable
 from reward_server.schema import Message, ScoreReply, ScoreRequest
+from reward_server.sources import Source
 
 REQUESTS = [
     ScoreRequest(id=f"p/{n}", prompt=(Message(role="user", content="hi"),), response="x" * n, ended=True)
@@ -30,7 +31,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_MAX_DELAY_S", 0.05)
 
 
-class LengthSource:
+class LengthSource(Source):
     def __init__(self) -> None:
         self.seen: list[str] = []
 

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,9 @@ def test_a_failing_function_is_named_with_its_error() -> None:
 
     with pytest.raises(UserFunctionError, match=r"^my:f failed on 1 responses: KeyError: 'x'"):
         call_function("my:f", broken, 1, ["x"])
+
+
+def test_a_function_that_ends_its_process_is_a_function_that_fails() -> None:
+    """Else it would end the thread that all requests are computed in, and they would wait for ever."""
+    with pytest.raises(UserFunctionError, match=r"^my:f failed on 1 responses: SystemExit: 3"):
+        call_function("my:f", sys.exit, 1, 3)

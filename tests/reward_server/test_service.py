@@ -7,11 +7,12 @@ import torch
 
 from cluster.handle import local
 from reward_server import service
+from reward_server.bearer import TOKEN_VARIABLE
 from reward_server.client import RewardClient, RewardUnavailable
 from reward_server.config import PartConfig, SourceConfig
 from reward_server.functions import UserFunctionError
 from reward_server.schema import Message, ScoreReply, ScoreRequest
-from reward_server.service import TOKEN_VARIABLE, RewardService
+from reward_server.service import RewardService
 from tests.tiny_models import tiny_reward_model
 
 REQUEST = ScoreRequest(id="1", prompt=(Message(role="user", content="hello"),), response="good", ended=True)
