@@ -1,30 +1,38 @@
 """How much of the bare reward model's speed the scoring service keeps, and how long clients wait.
 
-    python benchmarks/reward_service.py [MODEL] [--responses 2048] [--seconds 20] [--threads 2]
+    python benchmarks/reward_service.py [MODEL] [--responses 512] [--seconds 30] [--threads 2] [--replicas 1]
 
 MODEL is a reward model's folder; without one, a Llama of 27 million parameters with random weights is made for the
-occasion. First the model scores all responses in one call, without a server. Then 1, 8 and 64 clients post 32 responses
-at a time to a server in a process of its own, each posting again as soon as it has its answer.
+occasion. First the model scores responses without a server: all in one call, and 32 in a call. Then 1, 8 and 64 clients
+post 32 responses at a time to `rayward serve`, each posting again as soon as it has its answer. With replicas, the
+threads are shared out among them, and Ray Serve spreads the posts.
+
+`of bare` is the rate beside that of all in one call. `computing` is the share of the time in which the source computed,
+summed over copies (/metrics says it). `turns` is p99 in units of the time that the bare model takes for one post of
+every client, which is what a client waits at least when all of them wait.
 """
 
 import argparse
 import asyncio
-import multiprocessing
+import contextlib
 import os
 import platform
 import random
+import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+import httpx
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tiny models of the tests are in no package
 
-from reward_server.app import serve
 from reward_server.client import RewardClient
 from reward_server.encoding import ChatEncoding
 from reward_server.model import Normalisation, new_reward_model, set_normalisation
@@ -62,46 +70,79 @@ def make_model(folder: Path) -> Path:
     return folder / "reward"
 
 
-def bare(model: Path, count: int, threads: int) -> float:
-    """Responses a second of the model itself, all in one call."""
+def bare(model: Path, count: int, threads: int) -> tuple[float, float]:
+    """Responses a second of the model itself: all in one call, and in calls of the size of a post."""
     torch.set_num_threads(threads)
     source = RewardModelSource(model, "bfloat16")
     source.load()
-    source.score(requests(64, seed=1))  # warm up
+    source.score(requests(POST, seed=1))  # warm up
+    every = requests(count, seed=0)
     started = time.perf_counter()
-    source.score(requests(count, seed=0))
-    return count / (time.perf_counter() - started)
+    source.score(every)
+    middle = time.perf_counter()
+    for first in range(0, count, POST):
+        source.score(requests(POST, seed=first + 2))
+    return count / (middle - started), count / (time.perf_counter() - middle)
 
 
-def server(pipe: Connection, model: Path, threads: int) -> None:
-    """Serve until told to stop."""
-    torch.set_num_threads(threads)
-    source = RewardModelSource(model, "bfloat16")
-    source.load()
-    running = serve(source)
-    pipe.send(running.url)
-    pipe.recv()
-    running.close()
+@contextlib.contextmanager
+def served(model: Path, run: Path, threads: int, replicas: int) -> Iterator[str]:
+    """The URL of `rayward serve` in processes of its own."""
+    settings = {
+        "scoring.parts": f'[{{name = "model", target = "{model}"}}]',
+        "serve.port": "0",
+        "serve.replicas": str(replicas),
+        "serve.threads": str(max(1, threads // replicas)),
+        "tracking.mode": "disabled",
+    }
+    command = [sys.executable, "-m", "cluster.cli", "serve", "--run", str(run)]
+    command += [word for key, value in settings.items() for word in (f"--{key}", value)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[1])
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if found := re.search(r"scores are served at (\S+)/score", line):
+                yield found[1]
+                break
+        else:
+            raise RuntimeError(f"the service did not start; see {run}/logs")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def computing(url: str, replicas: int) -> float:
+    """Seconds that all copies have computed; each scrape is answered by one of them."""
+    seconds: dict[str, float] = {}
+    while len(seconds) < replicas:
+        page = httpx.get(f"{url}/metrics").text
+        seconds |= {
+            copy: float(number)
+            for copy, number in re.findall(r'computing_seconds_total\{replica="([^"]+)"\} (\S+)', page)
+        }
+    return sum(seconds.values())
 
 
 async def load(url: str, clients: int, seconds: float) -> tuple[float, list[float]]:
     """(responses a second, seconds of each post) with so many clients at once."""
-    end = time.perf_counter() + seconds
+    texts = [requests(POST, seed) for seed in range(64)]  # made before, since the clients have the same cores
     waits: list[float] = []
 
-    async def client(number: int) -> None:
-        one = RewardClient(url, retry_s=300)
-        post = 0
+    async def client(number: int, end: float) -> None:
+        one, post = RewardClient(url, retry_s=300), 0
         while time.perf_counter() < end:
-            batch = requests(POST, seed=hash((clients, number, post)) & 0xFFFFFF)
-            post += 1
+            name = f"{clients}-{number}-{post}"
+            batch = [
+                r.model_copy(update={"id": f"{name}-{n}"}) for n, r in enumerate(texts[(number + post) % len(texts)])
+            ]
             started = time.perf_counter()
             await one.score(batch)
             waits.append(time.perf_counter() - started)
+            post += 1
         await one.close()
 
     started = time.perf_counter()
-    await asyncio.gather(*(client(number) for number in range(clients)))
+    await asyncio.gather(*(client(number, started + seconds) for number in range(clients)))
     return len(waits) * POST / (time.perf_counter() - started), sorted(waits)
 
 
@@ -109,29 +150,28 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--responses", type=int, default=2048)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--responses", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--replicas", type=int, default=1)
     given = parser.parse_args()
     busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         model = given.model or make_model(Path(name))
-        limit = bare(model, given.responses, given.threads)
+        limit, small = bare(model, given.responses, given.threads)
         print(f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, load before {busy:.2f}")
-        print(f"bare model                    {limit:8.1f} responses/s")
-        pipe, theirs = multiprocessing.get_context("spawn").Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=server, args=(theirs, model, given.threads))
-        process.start()
-        url = pipe.recv()
-        for clients in CLIENTS:
-            rate, waits = asyncio.run(load(url, clients, given.seconds))
-            p50, p99 = (waits[min(int(len(waits) * q), len(waits) - 1)] for q in (0.5, 0.99))
-            print(
-                f"service, {clients:>2} clients of {POST}     {rate:8.1f} responses/s  {rate / limit:5.2f} of bare  "
-                f"p50 {p50:6.2f} s  p99 {p99:6.2f} s"
-            )
-        pipe.send("stop")
-        process.join(30)
+        print(f"bare model, {given.responses} at once: {limit:.1f} responses/s; {POST} at once: {small:.1f}")
+        with served(model, Path(name) / "run", given.threads, given.replicas) as url:
+            for clients in CLIENTS:
+                before, started = computing(url, given.replicas), time.perf_counter()
+                rate, waits = asyncio.run(load(url, clients, given.seconds))
+                share = (computing(url, given.replicas) - before) / (time.perf_counter() - started)
+                p50, p99 = (waits[min(int(len(waits) * q), len(waits) - 1)] for q in (0.5, 0.99))
+                print(
+                    f"{clients:>2} clients of {POST}  {rate:7.1f} responses/s  {rate / limit:5.2f} of bare  "
+                    f"p50 {p50:6.2f} s  p99 {p99:6.2f} s  {p99 * limit / (clients * POST):5.2f} turns  "
+                    f"computing {share:4.2f}"
+                )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from learner.config import PPOConfig
 from learner.corpora import TextStream, pack, read_texts
 from learner.group import LearnerGroup
 from learner.ledger import Ledger
+from learner.observables import part_means
 from learner.ppo import ppo
 from learner.publish import Publisher
 from reward_server.client import RewardClient
@@ -208,7 +209,7 @@ class Alignment:
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         verdicts = self.heldout.labeler.verdicts([t.completion.text for t in trajectories])
-        return {"gold/mean": fmean(verdicts), "gold/std": pstdev(verdicts)}
+        return {"gold/mean": fmean(verdicts), "gold/std": pstdev(verdicts), **part_means(trajectories)}
 
 
 def _figures(held: Held, when: str) -> dict[str, float]:

@@ -194,7 +194,7 @@ COMMANDS = {
     "serve": Command(
         group="operate",
         purpose="Serve scores over HTTP to others, from a reward model, a function, rules, or a mix of them.",
-        files="Reads RUN/reward, or what scoring.parts names. Answers /score, /health, /metrics and /openapi.json.",
+        files="Reads RUN/reward, or what scoring.parts names. Answers /score, /health, /metrics and /docs.",
         example="rayward serve --run runs/mine --serve.port 8700 --serve.replicas 2",
         entry="cluster.launch:serve",
         sections=("models", "cluster", "scoring", "serve", "tracking"),

@@ -35,7 +35,7 @@ def run_serve(job: Job, reward_model: Path | None) -> None:
             url = stack.enter_context(replicas(config, job.config.scoring, reward_model))
         else:
             url = stack.enter_context(_alone(config, job.config.scoring, reward_model))
-        console.line(f"scores are served at {url}/score; {url}/health, /metrics and /openapi.json say more")
+        console.line(f"scores are served at {url}/score; {url}/docs describes it; /health and /metrics say how it is")
         console.line("Ctrl-C ends it")
         _until_told()
 
@@ -69,6 +69,11 @@ def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | Non
         "min_replicas": config.replicas,
         "max_replicas": config.max_replicas,
         "target_ongoing_requests": config.posts_per_replica,
+        "upscale_delay_s": config.upscale_s,
+        "downscale_delay_s": config.downscale_s,
+        # What is looked at must not be older than the decision, nor rarer than a few times.
+        "look_back_period_s": min(30.0, config.upscale_s),
+        "metrics_interval_s": min(10.0, config.upscale_s / 3),
     }
     service: Any = serve.deployment(serve.ingress(app)())  # its stubs do not know a builder
     deployment = service.options(

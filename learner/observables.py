@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from statistics import fmean
 
+from actors.trajectory import Trajectory
 from learner.advantages import explained_variance, masked_mean
 from learner.batch import Batch, staleness
 from learner.group import added
@@ -26,6 +28,12 @@ class Laps:
     def times(self) -> dict[str, float]:
         """Seconds of each lap, and of all together."""
         return {**self._laps, "time/iteration": self._last - self._start}
+
+
+def part_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean of each part of the scores, as parts/<name>, over the responses that have it."""
+    names = dict.fromkeys(name for t in trajectories for name in t.parts)
+    return {f"parts/{name}": fmean(t.parts[name] for t in trajectories if name in t.parts) for name in names}
 
 
 def iteration_metrics(

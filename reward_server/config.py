@@ -149,6 +149,10 @@ class ServeConfig(BaseModel):
     """Let Ray Serve add copies up to this number while posts queue, and take them away again."""
     posts_per_replica: float = Field(default=4.0, gt=0)
     """Posts computed or waiting at a copy, on average, above which another is added."""
+    upscale_s: float = Field(default=30.0, gt=0)
+    """Seconds that posts must queue for a copy to be added."""
+    downscale_s: float = Field(default=600.0, gt=0)
+    """Seconds that fewer copies must be enough for one to be taken away."""
     threads: int = Field(default=1, ge=1)
     """Threads of a copy, and the CPUs that Ray reserves for it."""
     gpus: float = Field(default=0.0, ge=0)

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from actors.prompts import read_demonstrations, read_prompts
@@ -15,9 +16,9 @@ from cluster.config import Config
 from cluster.settings import settings
 from learner.corpora import read_texts
 from reward_server.app import serve
-from reward_server.config import PartConfig, SourceConfig
 from reward_server.labeling import read_comparisons
-from reward_server.sources import build_source
+from reward_server.schema import ScoreReply, ScoreRequest
+from reward_server.sources import RuleSource
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("reward_server", "actors", "learner", "cluster")
@@ -124,16 +125,34 @@ def test_every_source_file_has_its_line_in_where_to_look(package: str):
 SCORING = (ROOT / "docs" / "scoring.md").read_text(encoding="utf-8")
 
 
-def test_the_example_client_of_the_scoring_page_gets_a_score(monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    source = build_source(SourceConfig(parts=(PartConfig(name="words", kind="length"),)))
+class Watched(RuleSource):
+    """Counts words, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.seen: list[str] = []
+
+    def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        self.seen += [request.id for request in requests]
+        return super().score(requests)
+
+
+def test_the_example_client_of_the_scoring_page_repeats_a_post_that_is_computed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    source = Watched()
     server = serve(source, token="open-sesame")
     try:
         monkeypatch.setenv("SCORES", server.url)
         monkeypatch.setenv("RAYWARD_REWARD_TOKEN", "open-sesame")
         exec(re.findall(r"```python\n(.*?)```", SCORING, re.DOTALL)[0], {})
+        assert capsys.readouterr().out == "[2.0]\n[2.0]\n"
+        assert source.seen == ["run-7/prompt-12/0"]
+        monkeypatch.setenv("RAYWARD_REWARD_TOKEN", "wrong")
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            exec(re.findall(r"```python\n(.*?)```", SCORING, re.DOTALL)[0], {})
     finally:
         server.close()
-    assert capsys.readouterr().out == "[2.0]\n"
 
 
 def test_the_sources_of_the_scoring_page_are_a_right_configuration(tmp_path: Path):

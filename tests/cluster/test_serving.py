@@ -124,6 +124,13 @@ def test_replicas_share_the_posts_and_nothing_is_left_afterwards(tmp_path):
         pids = {reply["score"] for answer in answers for reply in answer.json()["replies"]}
         assert len(answers) == 8
         assert len(pids) == 2
+        page = httpx.get(f"{url}/docs")
+        assert '"spec": {"openapi"' in page.text
+        assert len(httpx.get(f"{url}/docs/swagger-ui-bundle.js").content) > 100_000
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        scrapes = [httpx.get(f"{url}/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text for _ in range(24)]
+        copies = {name for scrape in scrapes for name in re.findall(r'responses_total\{replica="([^"]+)"', scrape)}
+        assert {float(name.rpartition(":")[2]) for name in copies} == pids, "each scrape is one copy's, and says whose"
     end = time.monotonic() + 20
     while any(Path(f"/proc/{pid:.0f}").exists() for pid in pids):
         assert time.monotonic() < end
@@ -135,6 +142,42 @@ def test_replicas_share_the_posts_and_nothing_is_left_afterwards(tmp_path):
         if (content := _content(path)) and SESSION_MARK.encode() in content and mine in content
     ]
     assert not left
+
+
+@pytest.mark.slow
+def test_copies_are_added_while_posts_queue_and_taken_away_afterwards(tmp_path):
+    (tmp_path / "whose.py").write_text(
+        "import os, time\n\ndef copy(prompts, responses):\n"
+        "    time.sleep(0.3)\n    return [float(os.getpid())] * len(responses)\n"
+    )
+    options = ["--scoring.parts", '[{name = "whose", kind = "function", target = "whose:copy"}]']
+    options += ["--serve.max_replicas", "2", "--serve.posts_per_replica", "1"]
+    options += ["--serve.upscale_s", "1", "--serve.downscale_s", "3"]
+    with served(tmp_path, *options) as (url, _):
+        pids: set[float] = set()
+        end, over = time.monotonic() + 90, threading.Event()
+
+        def client():
+            while not over.is_set():
+                for reply in post(url, "x").json()["replies"]:
+                    pids.add(reply["score"])
+
+        assert post(url, "x").status_code == 200
+        threads = [threading.Thread(target=client) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        try:
+            while len(pids) < 2:
+                assert time.monotonic() < end, "no copy was added"
+                time.sleep(0.2)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(60)
+        while sum(Path(f"/proc/{pid:.0f}").exists() for pid in pids) > 1:
+            assert time.monotonic() < end, "no copy was taken away"
+            time.sleep(0.2)
+        assert post(url, "x").json()["replies"][0]["score"] in pids, "the one that is left answers"
 
 
 def _content(path):

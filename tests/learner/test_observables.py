@@ -1,12 +1,13 @@
 """Metrics of an iteration by hand, from one batch of two responses and the sums of two minibatches."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from learner.batch import collate
-from learner.observables import Laps, iteration_metrics
+from learner.observables import Laps, iteration_metrics, part_means
 from learner.worker import Evaluation, Targets
 from tests.tiny_batches import trajectory
 
@@ -119,6 +120,12 @@ def test_staleness_counts_from_the_version_that_trains():
     found = metrics(version=7)
     assert (found["staleness/mean"], found["staleness/max"]) == (1.0, 2.0)
     assert found["progress/version"] == 8.0
+
+
+def test_each_part_of_the_scores_has_its_mean():
+    batch = [replace(trajectory(1, 1, 0, 0.0), parts=parts) for parts in ({"words": 1.0, "tone": 0.5}, {"words": 4.0}, {})]
+    assert part_means(batch) == {"parts/words": 2.5, "parts/tone": 0.5}
+    assert part_means([replace(trajectory(1, 1, 0, 0.0), parts={})]) == {}
 
 
 def test_laps_are_the_seconds_between_calls(monkeypatch):
