@@ -1,11 +1,11 @@
 """How much of the bare reward model's speed the scoring service keeps, and how long clients wait.
 
-    python benchmarks/reward_service.py [MODEL] [--responses 512] [--seconds 30] [--threads 2] [--replicas 1]
+    python benchmarks/reward_service.py [MODEL] [--responses 512] [--seconds 30] [--post 32] [--replicas 1]
 
 MODEL is a reward model's folder; without one, a Llama of 27 million parameters with random weights is made for the
-occasion. First the model scores responses without a server: all in one call, and 32 in a call. Then 1, 8 and 64 clients
-post 32 responses at a time to `rayward serve`, each posting again as soon as it has its answer. With replicas, the
-threads are shared out among them, and Ray Serve spreads the posts.
+occasion. First the model scores responses without a server: all in one call, and a post in a call. Then 1, 8 and 64
+clients post so many responses at a time to `rayward serve`, each posting again as soon as it has its answer. With
+replicas, the threads are shared out among them, and Ray Serve spreads the posts.
 
 `of bare` is the rate beside that of all in one call. `computing` is the share of the time in which the source computed,
 summed over copies (/metrics says it). `turns` is p99 in units of the time that the bare model takes for one post of
@@ -40,7 +40,6 @@ from reward_server.schema import Message, ScoreRequest
 from reward_server.scorer import RewardModelSource
 from tests.tiny_models import tiny_causal_lm
 
-POST = 32
 CLIENTS = (1, 8, 64)
 
 
@@ -70,18 +69,18 @@ def make_model(folder: Path) -> Path:
     return folder / "reward"
 
 
-def bare(model: Path, count: int, threads: int) -> tuple[float, float]:
+def bare(model: Path, count: int, post: int, threads: int) -> tuple[float, float]:
     """Responses a second of the model itself: all in one call, and in calls of the size of a post."""
     torch.set_num_threads(threads)
     source = RewardModelSource(model, "bfloat16")
     source.load()
-    source.score(requests(POST, seed=1))  # warm up
+    source.score(requests(post, seed=1))  # warm up
     every = requests(count, seed=0)
     started = time.perf_counter()
     source.score(every)
     middle = time.perf_counter()
-    for first in range(0, count, POST):
-        source.score(requests(POST, seed=first + 2))
+    for first in range(0, count, post):
+        source.score(requests(post, seed=first + 2))
     return count / (middle - started), count / (time.perf_counter() - middle)
 
 
@@ -123,9 +122,9 @@ def computing(url: str, replicas: int) -> float:
     return sum(seconds.values())
 
 
-async def load(url: str, clients: int, seconds: float) -> tuple[float, list[float]]:
+async def load(url: str, clients: int, size: int, seconds: float) -> tuple[float, list[float]]:
     """(responses a second, seconds of each post) with so many clients at once."""
-    texts = [requests(POST, seed) for seed in range(64)]  # made before, since the clients have the same cores
+    texts = [requests(size, seed) for seed in range(64)]  # made before, since the clients have the same cores
     waits: list[float] = []
 
     async def client(number: int, end: float) -> None:
@@ -143,7 +142,7 @@ async def load(url: str, clients: int, seconds: float) -> tuple[float, list[floa
 
     started = time.perf_counter()
     await asyncio.gather(*(client(number, started + seconds) for number in range(clients)))
-    return len(waits) * POST / (time.perf_counter() - started), sorted(waits)
+    return len(waits) * size / (time.perf_counter() - started), sorted(waits)
 
 
 def main() -> None:
@@ -152,24 +151,25 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--responses", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--post", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--replicas", type=int, default=1)
     given = parser.parse_args()
     busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         model = given.model or make_model(Path(name))
-        limit, small = bare(model, given.responses, given.threads)
+        limit, small = bare(model, given.responses, given.post, given.threads)
         print(f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, load before {busy:.2f}")
-        print(f"bare model, {given.responses} at once: {limit:.1f} responses/s; {POST} at once: {small:.1f}")
+        print(f"bare model, {given.responses} at once: {limit:.1f} responses/s; {given.post} at once: {small:.1f}")
         with served(model, Path(name) / "run", given.threads, given.replicas) as url:
             for clients in CLIENTS:
                 before, started = computing(url, given.replicas), time.perf_counter()
-                rate, waits = asyncio.run(load(url, clients, given.seconds))
+                rate, waits = asyncio.run(load(url, clients, given.post, given.seconds))
                 share = (computing(url, given.replicas) - before) / (time.perf_counter() - started)
                 p50, p99 = (waits[min(int(len(waits) * q), len(waits) - 1)] for q in (0.5, 0.99))
                 print(
-                    f"{clients:>2} clients of {POST}  {rate:7.1f} responses/s  {rate / limit:5.2f} of bare  "
-                    f"p50 {p50:6.2f} s  p99 {p99:6.2f} s  {p99 * limit / (clients * POST):5.2f} turns  "
+                    f"{clients:>2} clients of {given.post}  {rate:7.1f} responses/s  {rate / limit:5.2f} of bare  "
+                    f"p50 {p50:6.2f} s  p99 {p99:6.2f} s  {p99 * limit / (clients * given.post):5.2f} turns  "
                     f"computing {share:4.2f}"
                 )
 

@@ -123,7 +123,9 @@ def test_staleness_counts_from_the_version_that_trains():
 
 
 def test_each_part_of_the_scores_has_its_mean():
-    batch = [replace(trajectory(1, 1, 0, 0.0), parts=parts) for parts in ({"words": 1.0, "tone": 0.5}, {"words": 4.0}, {})]
+    batch = [
+        replace(trajectory(1, 1, 0, 0.0), parts=parts) for parts in ({"words": 1.0, "tone": 0.5}, {"words": 4.0}, {})
+    ]
     assert part_means(batch) == {"parts/words": 2.5, "parts/tone": 0.5}
     assert part_means([replace(trajectory(1, 1, 0, 0.0), parts={})]) == {}
 

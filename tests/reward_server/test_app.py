@@ -28,14 +28,10 @@ class CountingSource(Source):
         self.gate = threading.Event()
         self.gate.set()
         self.broken = False
-        self.concurrent = self.most_concurrent = 0
 
     def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        self.concurrent += 1
-        self.most_concurrent = max(self.most_concurrent, self.concurrent)
         self.seen.append([request.id for request in requests])
         assert self.gate.wait(10)
-        self.concurrent -= 1
         if self.broken:
             raise RuntimeError("out of memory")
         if any(request.response == "long" for request in requests):
@@ -136,22 +132,6 @@ def test_memory_of_ids_is_bounded(source: CountingSource) -> None:
         for name in ("a", "b", "c", "c", "b", "a"):
             assert post(server, wire(name)).status_code == 200
     assert source.seen == [["a"], ["b"], ["c"], ["a"]]
-
-
-def test_what_arrives_while_a_batch_is_computed_becomes_the_next_one(
-    server: ScoreServer, source: CountingSource
-) -> None:
-    source.gate.clear()
-    threads = [threading.Thread(target=post, args=(server, wire(str(n)))) for n in range(4)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.1)
-    assert source.seen == [["0"]]
-    source.gate.set()
-    for thread in threads:
-        thread.join(10)
-    assert source.seen == [["0"], ["1", "2", "3"]]
-    assert source.most_concurrent == 1
 
 
 def test_one_clients_bad_request_does_not_fail_those_it_was_merged_with(

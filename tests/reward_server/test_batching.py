@@ -112,6 +112,12 @@ def test_posts_of_one_size_are_answered_in_their_order() -> None:
     assert source.batches == [[f"p{n}-{k}" for k in range(4)] for n in range(4)]
 
 
+def test_what_arrives_while_a_batch_is_computed_becomes_the_next_one() -> None:
+    source = Letters()
+    run(source, post("a", 1), post("b", 1), post("c", 1), post("d", 1))
+    assert source.batches == [["a0"], ["b0", "c0", "d0"]]
+
+
 def test_posts_are_merged_up_to_the_bound_and_answered_apart() -> None:
     source = Letters()
     answers = run(source, post("a", 1, 1), post("b", 1, 1), post("c", 1, 1), post("d", 1, 1), max_batch=3)
