@@ -18,7 +18,11 @@ from actors.trajectory import Completion, Trajectory
 from actors.waves import Generator, GeneratorFailed, PromptFailed
 from learner.buffer import Buffer
 from learner.ledger import Ledger, audit
+from reward_server.address import free_port
+from reward_server.app import serve
+from reward_server.client import RewardClient
 from reward_server.schema import Message, ScoreReply, ScoreRequest
+from reward_server.sources import RuleSource
 from tests.fakes import ASSISTANT, EOS, USER, FakeEncoding, FakeGenerator, FakeScorer, completion, prompts
 
 DEADLINE_S = 5.0
@@ -29,11 +33,12 @@ class Run:
     """A learner that takes and advances, and as many rollouts as there are generators."""
 
     generators: Mapping[str, Generator]
-    scorer: FakeScorer = field(default_factory=FakeScorer)
+    scorer: FakeScorer | RewardClient = field(default_factory=FakeScorer)
     prompts: list[Prompt] = field(default_factory=lambda: prompts(6))
     config: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_wave=4, max_new_tokens=8))
     prompts_per_batch: int = 4
     staleness: int = 0
+    deadline_s: float = DEADLINE_S
     ledger: Path | None = None
     seed: int = 11
     batches: list[list[Trajectory]] = field(default_factory=list)
@@ -45,6 +50,7 @@ class Run:
             self.config.samples_per_prompt,
             self.staleness,
             ledger=Ledger(self.ledger, self.stream),
+            paused_s=lambda: self.scorer.paused_s,
         )
         self.leave = asyncio.Event()
         self.failed: list[GeneratorFailed] = []
@@ -74,7 +80,7 @@ class Run:
         working = [asyncio.create_task(rollout) for rollout in self.rollouts()]
         try:
             for version in range(1, iterations + 1):
-                self.batches.append(await self.buffer.take(DEADLINE_S))
+                self.batches.append(await self.buffer.take(self.deadline_s))
                 for generator in self.generators.values():
                     if isinstance(generator, FakeGenerator):
                         generator.version = version
@@ -257,6 +263,34 @@ def test_while_the_scorer_is_paused_nothing_is_sampled_and_nothing_is_lost() -> 
     sampled, batches = asyncio.run(pause())
     assert sampled == 0
     assert [{t.key.attempt for t in batch} for batch in batches] == [{0}, {0}]
+
+
+def test_a_run_whose_reward_server_is_away_is_paused_beyond_the_batchs_deadline_and_loses_nothing() -> None:
+    """With the real client and a real server, which starts late on the port that the client knows."""
+    port = free_port("127.0.0.1")
+    config = RolloutConfig(prompts_per_wave=2, max_new_tokens=8)
+    generators = {"a": FakeGenerator(), "b": FakeGenerator()}
+
+    async def late() -> list[list[Trajectory]]:
+        scorer = RewardClient(f"http://127.0.0.1:{port}", retry_s=0.2, pause_s=60.0, ask_s=0.2)
+        run = Run(generators, scorer, config=config, prompts_per_batch=8, deadline_s=1.0)
+        training = asyncio.create_task(run.train(2))
+        while scorer.paused is None:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.5)
+        assert not training.done()
+        assert [len(generator.waves) for generator in generators.values()] == [1, 1], "no new prompts in a pause"
+        server = serve(RuleSource(None), port=port)
+        try:
+            return await asyncio.wait_for(training, 30)
+        finally:
+            assert scorer.paused is None
+            await scorer.close()
+            await asyncio.to_thread(server.close)
+
+    batches = asyncio.run(late())
+    assert [{t.key.attempt for t in batch} for batch in batches] == [{0}, {0}]
+    assert all(t.score == len(t.completion.text.split()) for batch in batches for t in batch)
 
 
 def test_replies_to_other_requests_are_refused() -> None:
