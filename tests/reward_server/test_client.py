@@ -229,26 +229,29 @@ def test_when_the_retries_are_used_up_the_call_is_paused_until_the_scores_are_ri
 
 
 def test_a_server_that_dies_and_comes_back_on_its_port_ends_the_pause_of_all_who_wait() -> None:
-    """None of them loses what it has, and one that is answered wakes the others."""
+    """None of them loses what it has. Two ask again after half a minute at the earliest, but the third wakes them."""
     source = LengthSource()
 
     async def die_and_live() -> list[list[ScoreReply]]:
         first = serve(source)
         port = int(first.url.rpartition(":")[2])
-        async with connected(first.url, retry_s=0.3, pause_s=30.0, ask_s=4.0) as client:
+        async with connected(first.url, retry_s=0.3, pause_s=100.0, ask_s=60.0) as client:
             assert [reply.score for reply in await client.score(REQUESTS)] == SCORES
             await asyncio.to_thread(first.close)
-            asking = [
-                asyncio.create_task(client.score([r.model_copy(update={"response": f"{n}"}) for r in REQUESTS]))
-                for n in range(3)
-            ]
-            while client.paused is None:
-                await asyncio.sleep(0.01)
+
+            def ask(text: str) -> asyncio.Task[list[ScoreReply]]:
+                return asyncio.create_task(client.score([r.model_copy(update={"response": text}) for r in REQUESTS]))
+
+            patient = [ask("1"), ask("2")]
+            await asyncio.sleep(1.5)
+            assert client.paused is not None
             assert "ConnectError" in client.paused.reason
+            client.ask_s = 0.2
+            eager = ask("3")
+            await asyncio.sleep(0.5)
             second = serve(source, port=port)
             try:
-                await asyncio.wait(asking, timeout=20, return_when=asyncio.FIRST_COMPLETED)
-                replies = await asyncio.wait_for(asyncio.gather(*asking), 1)  # turns are 2 to 4 s apart
+                replies = await asyncio.wait_for(asyncio.gather(*patient, eager), 15)
                 assert client.paused is None
                 return replies
             finally:
