@@ -11,15 +11,18 @@ from cluster.shapes import Shape
 MASTER = 12
 """Bytes that Adam keeps of a trained parameter in float32: the weight itself and two running means."""
 COPIES = 8
-"""Bytes a parameter that exist for moments: of Adam's square root, and of gradients while two losses are measured."""
+"""Bytes a parameter for moments: Adam's root and quotient where all weights are one flat tensor, from ZeRO-1 on; and
+as many of gradients while two losses are told apart, which are still there in the step."""
 NORM_PART = 2**22
 """Numbers of a gradient whose squares are added up at once, in float64, for a norm."""
 LIVE_PARAMETERS = 10**9
 """Parameters that ZeRO-3 gathers at once at most (DeepSpeed's stage3_max_live_parameters)."""
 ADAM_TRAFFIC = 28
 """Bytes of memory traffic a parameter in an Adam step: gradient, master weight and two means read, three written."""
+MEMORY_TOLERANCE = 0.25
+"""How far a learner rank's memory on a CPU may be from its estimate, as a part of that (tests/cluster/test_memory.py)."""
 TIME_FACTOR = 2.0
-"""How far a phase on a CPU may be from what is expected of it, either way; tests/cluster/test_memory.py holds it."""
+"""How far a phase on a CPU may be from what is expected of it, either way (there and in tests/cluster/test_pace.py)."""
 GPU_CONTEXT = 2**30
 """Of a GPU process before any tensor: CUDA context, cuBLAS and NCCL buffers, fragments. A guess of common size."""
 ENGINE_OVERHEAD = 2 * 2**30
@@ -92,7 +95,8 @@ def network_memory(network: Training) -> dict[str, Bytes]:
     """Weights, gradients, optimizer and moving average of one network on one rank.
 
     ZeRO (Rajbhandari et al. 2020, section 5): stage 1 divides the optimizer's 12 bytes a parameter by the ranks, stage
-    2 the gradients too, stage 3 the weights too, of which some are gathered for use. Gradients add up in float32.
+    2 the gradients too, stage 3 the weights too, of which some are gathered for use. Gradients add up in float32; with
+    bfloat16 weights at stage 1, DeepSpeed keeps those of the last pass in bfloat16 beside them.
     """
     n, t, ranks = network.parameters, network.trained, network.ranks
     share = {stage: ranks if network.stage >= stage else 1 for stage in (1, 2, 3)}
@@ -104,10 +108,14 @@ def network_memory(network: Training) -> dict[str, Bytes]:
     if t:
         # Offloaded gradients are in main memory from ZeRO-1 on, as Adam is.
         found["gradients"] = Bytes(**{kept: 4 * t / share[2]})
+        if network.stage == 1 and network.weight_bytes < 4:
+            found["gradients of a pass"] = Bytes(device=network.weight_bytes * t)
         # In float32 without ZeRO the weights are their own master copy.
         states = (MASTER if network.weight_bytes < 4 or network.stage else MASTER - 4) * t / share[1]
         found["optimizer"] = Bytes(**{kept: states})
-        copies = COPIES * t / share[2 if network.norms else 1] + (4 + 2 * 8) * min(t, NORM_PART)
+        copies = (4 + 2 * 8) * min(t, NORM_PART)
+        copies += COPIES * t / share[1] if network.stage else 0
+        copies += COPIES * t / share[2] if network.norms else 0
         found["copies in a step"] = Bytes(**{kept: copies})
         if network.ema:
             found["moving average"] = Bytes(**{kept: 4 * t / share[1]})
