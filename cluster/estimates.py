@@ -11,8 +11,7 @@ from cluster.shapes import Shape
 MASTER = 12
 """Bytes that Adam keeps of a trained parameter in float32: the weight itself and two running means."""
 COPIES = 8
-"""Bytes a parameter for moments: Adam's root and quotient where all weights are one flat tensor, from ZeRO-1 on; and
-as many of gradients while two losses are told apart, which are still there in the step."""
+"""Bytes a parameter that exist for moments: of Adam's square root, and of gradients while two losses are measured."""
 NORM_PART = 2**22
 """Numbers of a gradient whose squares are added up at once, in float64, for a norm."""
 LIVE_PARAMETERS = 10**9
@@ -20,9 +19,12 @@ LIVE_PARAMETERS = 10**9
 ADAM_TRAFFIC = 28
 """Bytes of memory traffic a parameter in an Adam step: gradient, master weight and two means read, three written."""
 MEMORY_TOLERANCE = 0.25
-"""How far a learner rank's memory on a CPU may be from its estimate, as a part of that (tests/cluster/test_memory.py)."""
-TIME_FACTOR = 2.0
+"""How far a learner rank's memory on a CPU may be from its estimate, as a part of it (tests/cluster/test_memory.py)."""
+TIME_FACTOR = 1.75
 """How far a phase on a CPU may be from what is expected of it, either way (there and in tests/cluster/test_pace.py)."""
+PUBLISH_CPU = 1e-8
+"""Seconds that CPUs take for a byte of published weights beside sending it: merging adapters, checksums on both sides,
+loading and packing, the parity probe. From 2.9 s for 269 MB to two engines on two cores (docs/quickstart.md)."""
 GPU_CONTEXT = 2**30
 """Of a GPU process before any tensor: CUDA context, cuBLAS and NCCL buffers, fragments. A guess of common size."""
 ENGINE_OVERHEAD = 2 * 2**30
@@ -39,6 +41,8 @@ class Rates:
     """share of the peak rate in passes without gradients"""
     training: float
     """in forward and backward passes"""
+    sharding: float
+    """what DeepSpeed adds to these passes where every weight is trained, as a part of them"""
     decode: float
     """in the products of few rows of a decoding step"""
     read: float
@@ -113,9 +117,7 @@ def network_memory(network: Training) -> dict[str, Bytes]:
         # In float32 without ZeRO the weights are their own master copy.
         states = (MASTER if network.weight_bytes < 4 or network.stage else MASTER - 4) * t / share[1]
         found["optimizer"] = Bytes(**{kept: states})
-        copies = (4 + 2 * 8) * min(t, NORM_PART)
-        copies += COPIES * t / share[1] if network.stage else 0
-        copies += COPIES * t / share[2] if network.norms else 0
+        copies = COPIES * t / share[2 if network.norms else 1] + (4 + 2 * 8) * min(t, NORM_PART)
         found["copies in a step"] = Bytes(**{kept: copies})
         if network.ema:
             found["moving average"] = Bytes(**{kept: 4 * t / share[1]})
@@ -182,12 +184,12 @@ def forward_seconds(parameters: float, tokens: float, flops: float) -> float:
     return 2 * parameters * tokens / flops
 
 
-def training_seconds(parameters: float, trained: float, reached: float, tokens: float, flops: float) -> float:
-    """Forward 2 N T, gradients of activations 2 N' T and of weights 2 N'' T, over F: 6 N T where all is trained.
+def training_seconds(reached: float, trained: float, tokens: float, flops: float) -> float:
+    """Forward 2 N T, gradients of activations 2 N T and of weights 2 N' T, over F: 6 N T where all is trained.
 
-    `reached` (N') are the parameters that the backward pass goes through, `trained` (N'') those with a gradient.
+    `reached` (N) are the parameters that the backward pass goes through, `trained` (N') those with a gradient.
     """
-    return 2 * (parameters + reached + trained) * tokens / flops
+    return 2 * (2 * reached + trained) * tokens / flops
 
 
 def transfer_seconds(size: float, link: float) -> float:

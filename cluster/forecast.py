@@ -9,7 +9,7 @@ from cluster.config import Config
 from cluster.fitting import Placed, misfits, place_processes, plan_cluster
 from cluster.hardware import Machine
 from cluster.lengths import lengths_of
-from cluster.limits import crowded, notes, placement_problems, shape_problems, shared_ranks
+from cluster.limits import crowded, notes, placement_problems, shape_problems, shared_ranks, shared_with_learner
 from cluster.memory import Held, Models, cached_tokens, generator_memory, learner_memory, reward_memory
 from cluster.plan import Lengths, PPOPlan, SamplingPlan
 from cluster.remedies import nearest_that_fits
@@ -121,6 +121,7 @@ def forecast(config: Config, site: Site, command: str, run_dir: Path) -> Forecas
         step = Step(name=name, batches=batches, held=holds)
         steps.append(step if placed.unplaced else _timed(step, config, models, lengths, placed, site.pace, command))
     told = [note for step in steps for note in notes(config, step.batches, step.phases)]
+    told += shared_with_learner(placed.devices) if "ppo" in names else []
     told += crowded(plan, sum(machine.cpus for machine in site.machines)) if serves else []
     return Forecast(
         command=command,

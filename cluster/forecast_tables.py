@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.batches import Batches
+from cluster.estimates import TIME_FACTOR
 from cluster.forecast import Forecast, Step
 from cluster.hardware import GIB
 from cluster.memory import Held
@@ -193,7 +194,7 @@ def _times(found: Forecast) -> RenderableType:
 def _tolerance(found: Forecast) -> str:
     if any(machine.gpus for machine in found.site.machines):
         return "On GPUs none of this has been measured."
-    return "How near this comes on a CPU: docs/cluster.md."
+    return f"On a CPU a phase may be off by a factor of {TIME_FACTOR:g}: docs/cluster.md."
 
 
 def _under(title: str, table: Table) -> RenderableType:

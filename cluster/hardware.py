@@ -11,6 +11,8 @@ from cluster.resources import machine_cores, machine_gpus, machine_memory
 GIB = 2**30
 MEASURED = "measured here"
 """Source of the figures of this machine's cores."""
+PRODUCT = 1024
+"""Rows of the matrices whose product is timed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,18 +153,17 @@ def measured_cores(seconds: float = 0.25) -> Device:
     """All cores that this process may use: the best bf16 matrix product and the best read of about `seconds` each."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(machine_cores())
+    before, cores = torch.get_num_threads(), machine_cores()
+    torch.set_num_threads(cores)
     try:
-        left, right = (torch.randn(1024, 1024).bfloat16() for _ in range(2))
         block = torch.ones(2**26)  # 256 MiB: no cache holds it
-        flops = 2 * 1024**3 / best_seconds(lambda: left @ right, seconds)
-        bandwidth = block.nbytes / best_seconds(lambda: block.sum(), seconds)
-        copied = block.nbytes / best_seconds(lambda: block.clone(), seconds)
+        flops = 2 * PRODUCT**3 / best_seconds(matrix_product(), seconds, cores)
+        bandwidth = block.nbytes / best_seconds(lambda: block.sum(), seconds, cores)
+        copied = block.nbytes / best_seconds(lambda: block.clone(), seconds, cores)
     finally:
         torch.set_num_threads(before)
     return Device(
-        name=f"{machine_cores()} cores",
+        name=f"{cores} cores",
         flops=flops,
         bandwidth=bandwidth,
         memory=machine_memory(),
@@ -171,12 +172,24 @@ def measured_cores(seconds: float = 0.25) -> Device:
     )
 
 
-def best_seconds(work: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest call within about `seconds`, after one to warm up."""
+def matrix_product() -> Callable[[], object]:
+    """The product of two square bf16 matrices of PRODUCT rows, whose rate is taken for the peak."""
+    import torch
+
+    left, right = (torch.randn(PRODUCT, PRODUCT).bfloat16() for _ in range(2))
+    return lambda: left @ right
+
+
+def best_seconds(work: Callable[[], object], seconds: float, threads: int) -> float:
+    """Seconds of the fastest call within about `seconds`, after one to warm up.
+
+    Those of the processor, divided by the threads that share the work: what else the machine does takes nothing of
+    them, so a plan is made for a quiet machine wherever it is made.
+    """
     work()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        best = min(best, time.perf_counter() - started)
-    return best
+        best = min(best, time.process_time() - started)
+    return best / threads

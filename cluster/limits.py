@@ -116,6 +116,17 @@ def shared_ranks(devices: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{names} would share {several[0]}, and NCCL lets every rank of a group have a GPU of its own only"]
 
 
+def shared_with_learner(devices: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Generators on the GPU of the rank that publishes, which NCCL does not let meet."""
+    sender = set(devices.get("learner-0", ()))
+    names = [name for name, at in devices.items() if name.startswith("generator-") and sender & set(at)]
+    if names:
+        yield (
+            f"learner-0 and {', '.join(names)} share {min(sender)}. Between GPUs weights are published by NCCL, which "
+            "refuses two members of a group on one GPU: expect PPO to stop at its first publication"
+        )
+
+
 def crowded(plan: Plan, cores: int) -> Iterator[str]:
     """Copies of `rayward serve` with more threads than there are cores."""
     threads = sum(process.threads for process in plan.processes)

@@ -7,26 +7,21 @@ from torch import Tensor, nn
 
 from cluster.config import Config
 from cluster.estimates import Rates
-from cluster.hardware import MEASURED, Machine, best_seconds
+from cluster.hardware import MEASURED, PRODUCT, Machine, best_seconds, matrix_product
 from cluster.resources import Process
 from cluster.shapes import Shape
-from cluster.timing import Pace, speed
+from cluster.timing import Pace
 
 _TOKENS, _ROWS, _SEQUENCE = 1024, 32, 128  # of a pass, of a decoding step; tokens of a sequence in a pass
 _SECONDS = 0.2  # of each measurement
 _MOST = 2e10  # operations of a pass that is measured; of a large layer fewer tokens are taken
-DEEPSPEED = 0.68
-"""Of a bare training loop's rate; measured with 27 million parameters, bfloat16, ZeRO-1 and 2, on two cores."""
-CPU = Rates(
-    forward=0.7,
-    training=0.63 * DEEPSPEED,
-    decode=0.4,
-    read=0.7,
-    step=0.004,
-    sequence=0.0004,
-    source="as measured once on two cores of an AMD EPYC (avx512_bf16)",
-)
-"""Of the peak matrix product of cores that are not here to be measured."""
+DEEPSPEED = 1 / 0.68 - 1
+"""What it adds: it had 0.68 of a bare loop's rate with 27 million parameters, bfloat16, ZeRO-1 and 2, on two cores."""
+CPU_FORWARD, CPU_TRAINING, CPU_DECODE, CPU_READ = 0.7, 0.6, 0.4, 0.7
+"""Shares of the peak of cores that are not here to be measured: those of two cores of an AMD EPYC with avx512_bf16."""
+ENGINE_LAYER, ENGINE_SEQUENCE, ENGINE_WORD = 9e-4, 3e-4, 1.2e-8
+"""Seconds of vLLM's step on a CPU beside its products: for each layer, for each sequence, and of this for each word of
+the vocabulary. From models of 27 and 135 million parameters, 1 to 64 sequences, eager, on two cores of that EPYC."""
 GPU_STEP, GPU_LAYER, GPU_SEQUENCE = 2e-3, 3e-4, 2e-5
 """Seconds of a decoding step on a GPU beside its computing, of each layer where nothing is compiled, of a sequence.
 Guesses of common size."""
@@ -39,22 +34,25 @@ def pace_of(config: Config) -> Pace:
         if machine.gpus:
             return _gpu(config, shape)
         if machine.device.source != MEASURED:
-            return CPU
+            return _cpu(shape, CPU_FORWARD, CPU_TRAINING, CPU_DECODE, "as measured on an AMD EPYC")
         widths = (shape.hidden, shape.inner, shape.heads, shape.kv_heads, shape.head_dim, shape.gated)
-        achieved = _achieved(widths, process.threads, wide)
-        peak = speed(process, machine, wide).flops
-        forward, training, decode = (rate / peak for rate in achieved)
-        return Rates(
-            forward=forward,
-            training=training * DEEPSPEED,
-            decode=decode,
-            read=CPU.read,
-            step=CPU.step,
-            sequence=CPU.sequence,
-            source="a layer of the model's widths, timed here",
-        )
+        forward, training, decode = _shares(widths, wide)
+        return _cpu(shape, forward, training, decode, "a layer of the model's widths, timed here")
 
     return pace
+
+
+def _cpu(shape: Shape, forward: float, training: float, decode: float, source: str) -> Rates:
+    return Rates(
+        forward=forward,
+        training=training,
+        sharding=DEEPSPEED,
+        decode=decode,
+        read=CPU_READ,
+        step=ENGINE_LAYER * shape.layers,
+        sequence=ENGINE_SEQUENCE + ENGINE_WORD * shape.vocabulary,
+        source=source,
+    )
 
 
 def _gpu(config: Config, shape: Shape) -> Rates:
@@ -62,6 +60,7 @@ def _gpu(config: Config, shape: Shape) -> Rates:
     return Rates(
         forward=share,
         training=share,
+        sharding=0.0,  # plan.efficiency is of training with it
         decode=share,
         read=share,
         step=GPU_STEP + (GPU_LAYER * shape.layers if eager else 0),
@@ -71,11 +70,15 @@ def _gpu(config: Config, shape: Shape) -> Rates:
 
 
 @lru_cache(maxsize=32)
-def _achieved(widths: tuple[int, int, int, int, int, bool], threads: int, wide: bool) -> tuple[float, float, float]:
-    """Operations a second of a layer of these widths: forward, forward and backward, and with few rows."""
+def _shares(widths: tuple[int, int, int, int, int, bool], wide: bool) -> tuple[float, float, float]:
+    """Shares of the peak that a layer of these widths has: forward, forward and backward, and with few rows.
+
+    On one thread, as several would wait for each other where something else runs; the peak of several is measured.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
+        peak = 2 * PRODUCT**3 / best_seconds(matrix_product(), _SECONDS, 1) / (2 if wide else 1)
         block = _Block(*widths).to(torch.float32 if wide else torch.bfloat16)
         size = sum(parameter.numel() for parameter in block.parameters())
         tokens = max(_ROWS, min(_TOKENS, int(_MOST / (2 * size))))
@@ -84,13 +87,14 @@ def _achieved(widths: tuple[int, int, int, int, int, bool], threads: int, wide: 
         row = torch.randn(_ROWS, 1, widths[0], dtype=states.dtype)
         count = shape[0] * shape[1]
         with torch.no_grad():
-            forward = best_seconds(lambda: block(states), _SECONDS)
-            decode = best_seconds(lambda: block(row), _SECONDS)
+            forward = best_seconds(lambda: block(states), _SECONDS, 1)
+            decode = best_seconds(lambda: block(row), _SECONDS, 1)
         states.requires_grad_()
-        training = best_seconds(lambda: block(states).sum().backward(), _SECONDS)
+        training = best_seconds(lambda: block(states).sum().backward(), _SECONDS, 1)
     finally:
         torch.set_num_threads(before)
-    return 2 * size * count / forward, 6 * size * count / training, 2 * size * _ROWS / decode
+    rates = 2 * size * count / forward, 6 * size * count / training, 2 * size * _ROWS / decode
+    return rates[0] / peak, rates[1] / peak, rates[2] / peak
 
 
 class _Block(nn.Module):

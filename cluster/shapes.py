@@ -122,6 +122,16 @@ class Shape:
         return self.parameters - self.head + self.hidden
 
     @property
+    def output(self) -> int:
+        """In the output head, its own or the embeddings' once more: what computes at positions that are asked for."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def body(self) -> int:
+        """That compute for every token: without the head, and without embeddings, which are looked up."""
+        return self.parameters - self.head - self.output
+
+    @property
     def kv_elements(self) -> int:
         """Cached numbers a token: 2 * layers * kv_heads * head_dim."""
         return 2 * self.layers * self.kv_heads * self.head_dim

@@ -8,6 +8,7 @@ from cluster.batches import Batches
 from cluster.config import Config
 from cluster.estimates import (
     ADAM_TRAFFIC,
+    PUBLISH_CPU,
     Rates,
     Training,
     decode_seconds,
@@ -122,11 +123,12 @@ class Clock:
                 self.models.policy,
                 ppo.network,
                 tokens + batches.pretraining_tokens,
+                (self._asked * tokens + batches.pretraining_tokens) / (tokens + batches.pretraining_tokens),
                 batches.steps,
                 batches.steps * (batches.microbatches + text),
             ),
             self._update(
-                critic, self.models.reward, ppo.critic, tokens, batches.steps, batches.steps * batches.microbatches
+                critic, self.models.reward, ppo.critic, tokens, 0, batches.steps, batches.steps * batches.microbatches
             ),
             self._publish(),
         ]
@@ -136,7 +138,8 @@ class Clock:
         (network,) = networks(self.config, self.models, step)
         shape = self.models.reward if step == "reward" else self.models.policy
         passes = batches.steps * batches.microbatches
-        return self._update(network, shape, section.network, batches.total_tokens, batches.steps, passes)
+        asked = self._asked + (1 - self._asked) * batches.pretraining  # all of a text is learnt, of a reply the reply
+        return self._update(network, shape, section.network, batches.total_tokens, asked, batches.steps, passes)
 
     def _generate(self, episodes: int, samples: int) -> Phase:
         """Rounds of prefill and decoding: as many sequences at once as waves, engine and its cache allow."""
@@ -152,7 +155,7 @@ class Clock:
         context, width = lengths.prompt + lengths.response / 2, 4 if wide else 2
         # Responses end one by one, so fewer sequences are decoded in a step on average than at first.
         running = at_once * lengths.response / lengths.longest
-        prefill = forward_seconds(shape.parameters, at_once * lengths.prompt, device.flops)
+        prefill = forward_seconds(shape.body, at_once * lengths.prompt, device.flops)
 
         def seconds(flops: float, bandwidth: float) -> float:
             return lengths.longest * decode_seconds(shape, width, running, context, flops, bandwidth)
@@ -164,12 +167,12 @@ class Clock:
             name="generate",
             least=least,
             expected=rounds * (prefill / rates.forward + decode + beside),
-            formula=f"{rounds} x ({at_once} prompts, then {lengths.longest} steps of decoding)",
+            formula=f"{rounds} x ({at_once} prompts, {lengths.longest} steps)",
         )
 
     def _score(self, tokens: int) -> list[Phase]:
         scoring, shape = self.config.scoring, self.models.reward
-        size = sum(part.kind == "model" for part in scoring.parts) * shape.value_parameters
+        size = sum(part.kind == "model" for part in scoring.parts) * shape.body
         process, machine = self.at["reward" if "reward" in self.at else "reward-0"]
         if not size or (machine.gpus and not process.gpus):  # how fast the cores of such a machine are, nobody knows
             return []
@@ -185,36 +188,63 @@ class Clock:
         process, machine = self.at["learner-0"]
         wide = self.config.ppo.network.dtype == "float32"
         flops = speed(process, machine, wide).flops
-        seconds = forward_seconds(sum(one.parameters for one in found), tokens / ranks, flops)
+        sizes = [self._computing(one.name, self._asked) for one in found]
+        seconds = forward_seconds(sum(sizes), tokens / ranks, flops)
         moved = sum(_gathering(one, passes, link) for one in found)
         share = self.pace(self.models.policy, process, machine, wide).forward
         formula = f"2 N T / F: {', '.join(one.name for one in found)}"
         return Phase(name=name, least=seconds + moved, expected=seconds / share + moved, formula=formula)
 
     def _update(
-        self, network: Training, shape: Shape, trains: NetworkConfig, tokens: float, steps: int, passes: int
+        self,
+        network: Training,
+        shape: Shape,
+        trains: NetworkConfig,
+        tokens: float,
+        asked: float,
+        steps: int,
+        passes: int,
     ) -> Phase:
+        """`asked`: share of the tokens for which the output head computes."""
         ranks, link = self.config.cluster.learner_ranks, self._learner_link()
         process, machine = self.at["learner-0"]
         wide = trains.dtype == "float32"
         device, rates = speed(process, machine, wide), self.pace(shape, process, machine, wide)
-        reached = network.parameters * (trains.last_layers or shape.layers) / shape.layers
-        seconds = training_seconds(network.parameters, network.trained, reached, tokens / ranks, device.flops)
+        size = self._computing(network.name, asked)
+        reached = size - shape.body * (1 - (trains.last_layers or shape.layers) / shape.layers)
+        trained, share = min(network.trained, size), tokens / ranks
+        below = forward_seconds(size - reached, share, device.flops)  # layers that are only read
+        seconds = training_seconds(reached, trained, share, device.flops)
         if trains.gradient_checkpointing:
-            seconds += forward_seconds(reached, tokens / ranks, device.flops)
+            seconds += forward_seconds(reached, share, device.flops)
+        expected = below / rates.forward + seconds / rates.training * (1 + rates.sharding * trained / size)
         adam = steps * ADAM_TRAFFIC * network.trained / (ranks if network.stage else 1) / device.bandwidth
         moved = steps * ring_seconds(4 * network.trained, ranks, link) + _gathering(network, 2 * passes, link)
         return Phase(
             name=f"update {network.name}",
-            least=seconds + adam + moved,
-            expected=seconds / rates.training + adam / rates.read + moved,
-            formula="6 N T / F where all is trained; Adam's memory",
+            least=below + seconds + adam + moved,
+            expected=expected + adam / rates.read + moved,
+            formula="up to 6 N T / F, and Adam's memory",
         )
+
+    @property
+    def _asked(self) -> float:
+        """Share of the tokens of a prompt with its response whose log-probs are asked for."""
+        return self.lengths.response / self.lengths.sequence
+
+    def _computing(self, name: str, asked: float) -> float:
+        """Parameters of a network that compute for a token, its output head counted where it is asked for."""
+        if name in ("critic", "reward"):
+            return self.models.reward.body
+        return self.models.policy.body + asked * self.models.policy.output
 
     def _publish(self) -> Phase:
         size = self.models.policy.parameters * (4 if self.config.ppo.network.dtype == "float32" else 2)
         least = transfer_seconds(size, self._publish_link())
-        return Phase(name="publish", least=least, expected=least, formula="N b / link")
+        _, machine = self.at["learner-0"]
+        handled = 0.0 if machine.gpus else PUBLISH_CPU * size
+        formula = "N b / link" + (", and a CPU's work on it" if handled else "")
+        return Phase(name="publish", least=least, expected=least + handled, formula=formula)
 
     def _learner_link(self) -> float:
         return self._link([machine for name, (_, machine) in self.at.items() if name.startswith("learner-")])

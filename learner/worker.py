@@ -166,6 +166,8 @@ class LearnerWorker(SupervisedRank):
             added = [both.sub_(first) for both, first in zip(policy.gradients(), gradient, strict=True)]
             sums["grad_norm/pretraining"] = policy.norm(added) / self.world_size
             sums["time/pretraining"] = (time.monotonic() - started) / self.world_size
+            del added
+        del gradient  # Adam needs as much room for copies of its own
         return self._stepped("policy", step.policy_lr, sums, "/policy")
 
     def _critic_step(self, batch: Batch, targets: Targets, rows: list[int], step: PPOStep) -> dict[str, float]:

@@ -143,9 +143,9 @@ def test_decoding_reads_the_weights_until_it_computes_longer():
 
 def test_passes_are_two_and_six_operations_a_parameter_and_token():
     assert forward_seconds(1e9, 1000, 1e12) == pytest.approx(2.0)
-    assert training_seconds(1e9, 1e9, 1e9, 1000, 1e12) == pytest.approx(6.0)
-    assert training_seconds(1e9, 1e6, 1e9, 1000, 1e12) == pytest.approx(4.002)  # LoRA
-    assert training_seconds(1e9, 1e8, 1e8, 1000, 1e12) == pytest.approx(2.4)  # the last tenth of the layers
+    assert training_seconds(1e9, 1e9, 1000, 1e12) == pytest.approx(6.0)
+    assert training_seconds(1e9, 1e6, 1000, 1e12) == pytest.approx(4.002)  # LoRA
+    assert training_seconds(1e8, 1e8, 1000, 1e12) == pytest.approx(0.6)  # the last tenth of the layers
     assert transfer_seconds(16e9, 12.5e9) == pytest.approx(1.28)
     assert ring_seconds(10e9, 2, 10e9) == pytest.approx(1.0)
     assert ring_seconds(10e9, 1, 10e9) == 0.0

@@ -17,7 +17,7 @@ from cluster.planning import foresee
 from cluster.settings import compose, read_overrides, read_toml
 
 CORES = Device(name="2 cores", flops=4e11, bandwidth=3e10, memory=24 * GIB, link=15e9, source="given")
-HALF = Rates(forward=0.5, training=0.5, decode=0.5, read=0.5, step=0.01, sequence=0.0, source="given")
+HALF = Rates(forward=0.5, training=0.5, sharding=0.0, decode=0.5, read=0.5, step=0.01, sequence=0.0, source="given")
 LAPTOP = Site(
     title="a laptop",
     machines=(Machine(name="here", cpus=2, memory=24 * GIB, gpus=0, device=CORES),),
@@ -156,6 +156,33 @@ def test_notes_tell_of_idlers_and_rounding():
         command="ppo",
     )
     assert [note.split(" ")[0] for note in plan.notes] == ["a", "2", "ppo.pretraining.sequences_per_episode"]
+
+
+def test_ranks_that_share_a_gpu_are_refused_with_a_number_that_works():
+    values = {"plan__model": "smollm2-135m", "cluster__learner_ranks": 7, "generator__gpu_memory_utilization": 0.3}
+    (problem,) = [one for one in found(gpus(4), preset=None, command="ppo", **values).problems if "NCCL" in one]
+    assert "learner-0, learner-1, learner-2 would share node-0/gpu-0" in problem
+    remedy = re.search(r"Of these would do: cluster.learner_ranks = (\d)", problem)
+    assert remedy
+    fewer = found(gpus(4), preset=None, command="ppo", **values | {"cluster__learner_ranks": int(remedy[1])})
+    assert not [one for one in fewer.problems if "NCCL" in one or "bundle" in one]
+
+
+def test_a_generator_on_the_gpu_of_the_sender_is_told_of():
+    plan = found(gpus(1), preset=None, command="ppo", plan__model="smollm2-135m")
+    assert any("learner-0 and generator-0 share node-0/gpu-0" in note for note in plan.notes)
+    assert not any("share" in note for note in found(gpus(4), preset=None, plan__model="smollm2-135m").notes)
+
+
+def test_heads_of_keys_have_to_be_shared_evenly():
+    plan = found(gpus(8), preset=None, plan__model="qwen2.5-0.5b", generator__tensor_parallel_size=7, command="sample")
+    assert any("7 cannot share the 2 heads of keys" in one and "= 2 or 14" in one for one in plan.problems)
+
+
+def test_a_wait_that_would_be_ended_is_told_of():
+    plan = found(ppo__rollout_deadline_s=1, publish__deadline_s=1000, command="ppo")
+    assert any("a batch of responses is expected to take" in one and "= 1 ends" in one for one in plan.notes)
+    assert not any("a publication" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("preset", presets())

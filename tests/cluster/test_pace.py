@@ -14,14 +14,15 @@ from cluster.config import Config
 from cluster.estimates import TIME_FACTOR
 from cluster.hardware import GIB, GPUS, Device, Machine, measured_cores
 from cluster.memory import Models
-from cluster.pace import CPU, pace_of
+from cluster.pace import pace_of
 from cluster.plan import Lengths, SamplingPlan
 from cluster.remedies import changed
 from cluster.resources import Process, machine_cores
 from cluster.shapes import Shape, shape_of
 from cluster.timing import Clock, Phase
+from reward_server.encoding import ChatEncoding
 from reward_server.schema import Message, ScoreRequest
-from reward_server.scorer import RewardModelSource
+from reward_server.scorer import RewardModelSource, encode_request
 from tests.model_sizes import save_policy_and_reward
 
 SEQUENCES, PROMPT, RESPONSE = 32, 32, 32
@@ -39,13 +40,13 @@ def clock(shape: Shape, config: Config, response: int = RESPONSE) -> Clock:
     return Clock(config, Models(policy=shape, reward=shape), lengths, alone, 10**6, pace_of(config))
 
 
-def expected(folders: Path, step: str, name: str) -> Phase:
+def expected(folders: Path, step: str, name: str, sequence_tokens: int = SEQUENCES * (PROMPT + RESPONSE)) -> Phase:
     plan = SamplingPlan(
         prompts=SEQUENCES,
         samples=1,
         waves=1,
         response_tokens=SEQUENCES * RESPONSE,
-        sequence_tokens=SEQUENCES * (PROMPT + RESPONSE),
+        sequence_tokens=sequence_tokens,
     )
     found = clock(shape_of(folders / "policy"), Config()).phases(step, plan)
     return next(phase for phase in found if phase.name == name)
@@ -100,7 +101,8 @@ def test_scoring_takes_about_as_long_as_expected(folders: Path):
         source.score(asked)
         after = process.cpu_times()
         took.append(after.user + after.system - before.user - before.system)
-    phase = expected(folders, "select", "score")
+    encoding = ChatEncoding.load(folders / "reward")
+    phase = expected(folders, "select", "score", sum(len(encode_request(encoding, one, 256)) for one in asked))
     assert min(took) / TIME_FACTOR < phase.expected < min(took) * TIME_FACTOR, (phase, took)
 
 
@@ -117,7 +119,9 @@ def test_cores_that_are_not_here_are_expected_to_reach_what_others_have():
     described = Device(name="8 cores", flops=1e12, bandwidth=1e11, memory=GIB, link=1e10, source="given")
     away = Machine(name="a", cpus=8, memory=GIB, gpus=0, device=described)
     who = (shape_of("smollm2-135m"), Process(name="learner-0", threads=8, cpus=8), away, False)
-    assert pace_of(Config())(*who) is CPU
+    rates = pace_of(Config())(*who)
+    assert (rates.forward, rates.training, rates.decode) == (0.7, 0.6, 0.4)
+    assert rates.step_s(10) == pytest.approx(30 * 9e-4 + 10 * (3e-4 + 49_152 * 1.2e-8))
 
 
 def test_measuring_leaves_the_threads_as_they_were():

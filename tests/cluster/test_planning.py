@@ -40,8 +40,8 @@ def test_a_plan_is_printed_and_nothing_is_written(
         "64 prompts x 1 samples, each a trajectory",
         "learner-0",
         "policy: optimizer",
-        "6 N T / F where all is trained",
-        "40 of a prompt, 24 of a response on average",
+        "up to 6 N T / F",
+        "20 of a prompt, 13 of a response on average",
         "This plan fits.",
     ):
         assert said in text
