@@ -3,8 +3,8 @@
     rayward quickstart --run RUN --ppo.iterations 3
     python benchmarks/plan.py RUN
 
-The plan is made here and now, with the lengths of the run's own prompts and responses, so run it on the machine that ran
-the run, when nothing else runs there.
+The plan is made here and now, with the lengths of the run's own prompts and responses: do this on the machine that ran
+it, when nothing else runs there.
 """
 
 import json
@@ -18,6 +18,7 @@ from cluster.config import Config
 from cluster.planning import foresee
 from cluster.settings import compose, read_toml
 
+STEPS = ("sft", "sample", "reward")
 LAPS = {  # what the loop measures of an iteration, and the phases of the plan in it
     "rollout": ("generate", "score"),
     "evaluate": ("evaluate",),
@@ -36,9 +37,6 @@ def measured(run_dir: Path) -> dict[str, float]:
     found = {row["stage"]: row["seconds"] for row in rows(run_dir / "phases.jsonl") if row["stage"] in STEPS}
     iterations = [row for row in rows(run_dir / "metrics.jsonl") if row["stage"] == "ppo" and "time/rollout" in row]
     return found | {f"ppo: {lap}": fmean(row[f"time/{lap}"] for row in iterations) for lap in LAPS}
-
-
-STEPS = ("sft", "sample", "reward")
 
 
 def planned(run_dir: Path) -> dict[str, float]:
