@@ -20,7 +20,7 @@ ADAM_TRAFFIC = 28
 """Bytes of memory traffic a parameter in an Adam step: gradient, master weight and two means read, three written."""
 MEMORY_TOLERANCE = 0.25
 """How far a learner rank's memory on a CPU may be from its estimate, as a part of it (tests/cluster/test_memory.py)."""
-TIME_FACTOR = 1.75
+TIME_FACTOR = 2.0
 """How far a phase on a CPU may be from what is expected of it, either way (there and in tests/cluster/test_pace.py)."""
 PUBLISH_CPU = 1e-8
 """Seconds that CPUs take for a byte of published weights beside sending it: merging adapters, checksums on both sides,

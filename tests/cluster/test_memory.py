@@ -19,7 +19,7 @@ from cluster.config import Config
 from cluster.estimates import MEMORY_TOLERANCE, TIME_FACTOR
 from cluster.hardware import GIB, Machine, measured_cores
 from cluster.memory import Models, learner_memory
-from cluster.pace import pace_of
+from cluster.pace import _shares, pace_of
 from cluster.plan import Lengths
 from cluster.remedies import changed
 from cluster.resources import Process, machine_cores
@@ -125,7 +125,11 @@ def test_the_seconds_of_a_rank_are_near_what_is_expected(measured: Measured):
     clock = Clock(measured.config, measured.models, lengths, alone, 10**6, pace_of(measured.config))
     batches = batches_of(measured.config, "ppo", lengths, Path("nowhere"))
     assert batches is not None
-    expected = {phase.name: phase.expected for phase in clock.phases("ppo", batches)}
+    tries = []
+    for _ in range(3):  # what else the machine does can only slow a layer down
+        _shares.cache_clear()
+        tries.append({phase.name: phase.expected for phase in clock.phases("ppo", batches)})
+    expected = min(tries, key=lambda phases: sum(phases.values()))
     for phase, took in (
         (expected["evaluate"], measured.evaluate),
         (expected["update policy"] + expected["update critic"], measured.update),

@@ -14,7 +14,7 @@ from cluster.config import Config
 from cluster.estimates import TIME_FACTOR
 from cluster.hardware import GIB, GPUS, Device, Machine, measured_cores
 from cluster.memory import Models
-from cluster.pace import pace_of
+from cluster.pace import _shares, pace_of
 from cluster.plan import Lengths, SamplingPlan
 from cluster.remedies import changed
 from cluster.resources import Process, machine_cores
@@ -48,8 +48,12 @@ def expected(folders: Path, step: str, name: str, sequence_tokens: int = SEQUENC
         response_tokens=SEQUENCES * RESPONSE,
         sequence_tokens=sequence_tokens,
     )
-    found = clock(shape_of(folders / "policy"), Config()).phases(step, plan)
-    return next(phase for phase in found if phase.name == name)
+    tries = []
+    for _ in range(3):  # what else the machine does can only slow a layer down
+        _shares.cache_clear()
+        found = clock(shape_of(folders / "policy"), Config()).phases(step, plan)
+        tries += [phase for phase in found if phase.name == name]
+    return min(tries, key=lambda phase: phase.expected)
 
 
 @pytest.fixture
@@ -58,11 +62,11 @@ def runner() -> Iterator[asyncio.Runner]:
         yield found
 
 
-def core_seconds() -> float:
-    """Of the processor, of vLLM's engine: the process that the others of it wait for."""
-    (core,) = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
-    times = core.cpu_times()
-    return times.user + times.system
+def engine_seconds() -> float:
+    """Of the processor, of the engine and its front, which share the cores that a generator is pinned to."""
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
 
 
 @pytest.mark.slow
@@ -75,9 +79,9 @@ def test_decoding_takes_about_as_long_as_expected(folders: Path, runner: asyncio
         took = []
         for turn in range(3):  # the first makes what later ones reuse
             queries = [[3 + (row * 7 + place + turn) % 200 for place in range(PROMPT)] for row in range(SEQUENCES)]
-            started = core_seconds()
+            started = engine_seconds()
             found = runner.run(generator.generate(queries, list(range(SEQUENCES)), RESPONSE, 1.0))
-            took.append(core_seconds() - started)
+            took.append(engine_seconds() - started)
             assert sum(len(one.response_ids) for one in found) > 0.9 * SEQUENCES * RESPONSE
     finally:
         runner.run(generator.stop())
