@@ -72,31 +72,47 @@ def _bounded(plan: Plan, most: int) -> Plan:
 
 
 def place_processes(processes: Sequence[Process], machines: Sequence[Somewhere], by_cpus: bool) -> Placed[Somewhere]:
-    """Put each process on the first machine with room, the largest bundles first, as Ray's PACK does.
+    """Put processes on machines as Ray's PACK does: the largest first, on the emptiest machine, and with it what fits.
 
     A bundle is never split over machines, so the GPUs of one tensor-parallel generator are neighbours. `by_cpus`:
-    cores are reserved too; on one machine of its own a run's processes take turns on them.
+    cores are reserved too; on one machine of its own a run's processes take turns on them. Among machines with as much
+    room Ray may choose another than the first.
     """
     free = {machine.name: dict.fromkeys(range(int(machine.gpus)), 1.0) for machine in machines}
     cores = {machine.name: float(machine.cpus) for machine in machines}
     at: dict[str, tuple[Process, Somewhere]] = {}
     devices: dict[str, tuple[str, ...]] = {}
     unplaced = []
-    for process in sorted(processes, key=lambda one: -one.gpus):
-        for machine in machines:
-            chosen = _devices(free[machine.name], process.gpus)
-            if chosen is None or (by_cpus and process.cpus > cores[machine.name] + _EPSILON):
-                continue
-            for gpu in chosen:
-                free[machine.name][gpu] -= min(process.gpus, 1.0)
-            cores[machine.name] -= process.cpus
-            at[process.name] = (process, machine)
-            devices[process.name] = tuple(f"{machine.name}/gpu-{gpu}" for gpu in chosen)
-            break
-        else:
-            unplaced.append(_no_room(process, machines, free, cores if by_cpus else None))
+
+    def chosen(process: Process, machine: Somewhere) -> list[int] | None:
+        found = _devices(free[machine.name], process.gpus)
+        return None if by_cpus and process.cpus > cores[machine.name] + _EPSILON else found
+
+    left, empty = sorted(processes, key=lambda one: (-one.gpus, -one.cpus)), list(machines)
+    while left:
+        first = left[0]
+        room = [machine for machine in empty if chosen(first, machine) is not None]
+        if not room:
+            unplaced.append(_no_room(left.pop(0), machines, free, cores if by_cpus else None))
+            continue
+        machine = max(room, key=lambda one: _left_over(first, one))
+        for process in tuple(left):
+            if (gpus := chosen(process, machine)) is not None:
+                for gpu in gpus:
+                    free[machine.name][gpu] -= min(process.gpus, 1.0)
+                cores[machine.name] -= process.cpus
+                at[process.name] = (process, machine)
+                devices[process.name] = tuple(f"{machine.name}/gpu-{gpu}" for gpu in gpus)
+                left.remove(process)
+        empty.remove(machine)
     order = {process.name: index for index, process in enumerate(processes)}
     return Placed(at=dict(sorted(at.items(), key=lambda one: order[one[0]])), devices=devices, unplaced=tuple(unplaced))
+
+
+def _left_over(process: Process, machine: Room) -> float:
+    """Share of an empty machine that a bundle leaves free, added up over what it asks for."""
+    needs = ((process.gpus, machine.gpus), (process.cpus, machine.cpus))
+    return sum((has - need) / has for need, has in needs if need and has)
 
 
 def _devices(free: Mapping[int, float], gpus: float) -> list[int] | None:

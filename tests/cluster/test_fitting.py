@@ -43,6 +43,23 @@ def test_a_bundle_without_room_is_named_with_what_is_free():
     assert not place_processes(crowded, [machine("a", 0)], by_cpus=False).unplaced  # they take turns
 
 
+@pytest.mark.parametrize(
+    ("cpus", "at"),
+    [  # what Ray 2.60 did with these bundles on three raylets of 2, 2 and 3 CPUs; the two of 2 are interchangeable
+        ([1.5, 1.5, 1.5], "ccb"),
+        ([1, 2, 3], "abc"),
+        ([1, 1, 1, 1, 1, 1], "cccbba"),
+        ([1, 1], "cc"),
+        ([1, 1, 1], "ccc"),
+    ],
+)
+def test_processes_go_where_ray_puts_them(cpus: list[float], at: str):
+    wanted = [process(f"learner-{index}", 0, cpus=each) for index, each in enumerate(cpus)]
+    there = [machine("b", 0, cpus=2), machine("a", 0, cpus=2), machine("c", 0, cpus=3)]
+    placed = place_processes(wanted, there, by_cpus=True).at
+    assert "".join(placed[one.name][1].name for one in wanted) == at
+
+
 def test_parts_of_a_gpu_fill_one_before_the_next():
     thirds = [process(name, 0.3333) for name in ("generator-0", "learner-0", "reward", "learner-1")]
     placed = place_processes(thirds, [machine("a", 2)], by_cpus=False)
