@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(words: Sequence[str]) -> int:
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
+        if name.startswith("-"):
+            raise ConfigError(
+                "the command stands first. Remedy: rayward COMMAND [--run DIR] ..; rayward --help lists them"
+            )
         near = nearest(name, COMMANDS)
         remedy = f"Did you mean {near}?" if near else "Remedy: rayward --help lists them"
         raise ConfigError(f"there is no command {name!r}. {remedy}")

@@ -128,8 +128,8 @@ def own_parser(name: str) -> argparse.ArgumentParser:
     add_own(parser, name)
     if name == "submit":
         what = "the command, and everything that it is told"
-        parser.add_argument("command", metavar="COMMAND ...", help=what)
-        parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...")
+        parser.add_argument("command", metavar="COMMAND", help=what)
+        parser.add_argument("words", nargs=argparse.REMAINDER, metavar="its words")
     return parser
 
 

@@ -127,6 +127,8 @@ def read_overrides(section: type[BaseModel], pairs: Iterable[tuple[str, str | No
     for name, text in pairs:
         key = name.replace("-", "_")
         if text is None:
+            if key in known and known[key].section:
+                raise ConfigError(f"--{key} is a section. Remedy: --{key}.NAME VALUE; --help {key} lists its settings")
             if key in known and known[key].field.annotation is not bool:
                 raise ConfigError(f"--{key} has no value. It takes {known[key].type}: {known[key].doc}")
             text = "true"
@@ -267,6 +269,8 @@ def _explain(known: Mapping[str, Setting], given: Sequence[Given], error: Any) -
     setting = known.get(key)
     if setting is None or setting.section:
         parts = [f"{one.key} = {one.text} ({one.origin})" for one in given if one.key.startswith(key)]
+        if setting and any(one.key == key for one in given):
+            reason = f"it is a section. Remedy: --{key}.NAME VALUE; --help {key} lists its settings"
         return f"{key or 'configuration'}: {reason}" + (f" [given: {', '.join(parts)}]" if key and parts else "")
     takes = f"It takes {setting.type}, {setting.default_text}: {setting.doc}".rstrip(": ")
     if error["type"] == "missing" and not inside:
