@@ -62,6 +62,8 @@ class Engine:
         self._llm: AsyncLLM | None = None
         self._unusable = "it was not started"
         self._requests = 0
+        self._under_way = 0
+        self._version = 0.0
         self._progress = 0.0  # time of the last sign of progress
         self._tokens = 0
         self.paused = False
@@ -106,12 +108,25 @@ class Engine:
     async def set_version(self, version: str) -> None:
         """Name the weights in use; tokens sampled from here on carry it."""
         await self._call("take a version", self._live().update_weight_version(version))
+        self._version = float(version)
 
     def tokens(self) -> int:
         """Tokens handed out so far: a sign of progress. Raises GeneratorError when the engine is dead."""
         if self._live().errored:
             raise GeneratorError(f"generator {self.name!r}: the engine's process is dead")
         return self._tokens
+
+    def standing(self) -> dict[str, float]:
+        """Version, requests that run and wait by vLLM's bound on them, tokens sampled; without asking the engine."""
+        running = min(self._under_way, self.config.max_num_seqs)
+        return {
+            "version": self._version,
+            "running": float(running),
+            "waiting": float(self._under_way - running),
+            "most": float(self.config.max_num_seqs),
+            "tokens": float(self._tokens),
+            "paused": float(self.paused),
+        }
 
     async def pause(self, recompute: bool = False) -> None:
         """Let requests in flight stand still with their tokens; new ones wait.
@@ -216,6 +231,7 @@ class Engine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         self._requests += 1
+        self._under_way += 1
         last = None
         try:
             async for output in self._live().generate(tokens_input(prompt), params, f"{self.name}-{self._requests}"):
@@ -225,6 +241,8 @@ class Engine:
                 last = output
         except (EngineDeadError, EngineGenerateError) as error:
             raise self._failed("sample", error) from error
+        finally:
+            self._under_way -= 1
         assert last is not None, "vLLM ended a request without an output"
         return last
 

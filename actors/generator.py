@@ -58,6 +58,10 @@ class Generator:
         """Tokens sampled so far, without asking the engine. Raises GeneratorError when it is dead."""
         return self._engine.tokens()
 
+    def standing(self) -> dict[str, float]:
+        """What a run's status shows, from any thread: see Engine."""
+        return self._engine.standing()
+
     async def generate(
         self,
         query_ids: Sequence[Sequence[int]],

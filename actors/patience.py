@@ -1,4 +1,4 @@
-"""Long waits say so: a line in the log a minute, with who waits for whom."""
+"""Waits: who waits for whom, and since when. A long one says so in the log, a line a minute."""
 
 import asyncio
 import contextlib
@@ -11,22 +11,54 @@ REPORT_S = 60.0
 log = logging.getLogger(__name__)
 
 
+class Wait:
+    """Somebody's wait for somebody else, in words that change as it goes on."""
+
+    def __init__(self, who: str, what: Callable[[], str]) -> None:
+        self.who = who
+        """Who waits."""
+        self.text = what()
+        """For whom or what, as of the last look."""
+        self._what = what
+        self._since = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has lasted."""
+        return time.monotonic() - self._since
+
+    def look(self) -> None:
+        """Say anew for whom. To be called on the event loop of those who wait."""
+        self.text = self._what()
+
+
+_OPEN: set[Wait] = set()
+
+
+def waits() -> list[Wait]:
+    """Every wait that lasts, the oldest first; from any thread."""
+    return sorted(_OPEN.copy(), key=lambda wait: -wait.seconds)
+
+
 @contextlib.contextmanager
-def reported(what: Callable[[], str], every_s: float | None = None) -> Iterator[None]:
-    """While the block lasts, log `what()` after each `every_s` seconds (REPORT_S), e.g. "the learner waits for ..".
+def reported(who: str, what: Callable[[], str], every_s: float | None = None) -> Iterator[None]:
+    """While the block lasts, `who` waits for `what()`: in `waits`, and in the log every `every_s` seconds (REPORT_S).
 
     To be entered where an event loop runs; bounds nothing, the wait's own deadline does that.
     """
-    loop, started = asyncio.get_running_loop(), time.monotonic()
+    loop, wait = asyncio.get_running_loop(), Wait(who, what)
     seconds = REPORT_S if every_s is None else every_s
 
     def report() -> None:
         nonlocal timer
-        log.warning("for %.0f s %s", time.monotonic() - started, what())
+        wait.look()
+        log.warning("for %.0f s %s waits for %s", wait.seconds, wait.who, wait.text)
         timer = loop.call_later(seconds, report)
 
     timer = loop.call_later(seconds, report)
+    _OPEN.add(wait)
     try:
         yield
     finally:
         timer.cancel()
+        _OPEN.discard(wait)

@@ -11,6 +11,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from actors.config import RolloutConfig
+from actors.patience import reported
 from actors.prompts import Prompt, PromptEncoding, PromptStream, encode_prompt, stable_hash
 from actors.trajectory import (
     Completion,
@@ -38,6 +39,11 @@ class PromptFailed(RuntimeError):
 
 class Generator(Protocol):
     """What the rollout needs of `actors.generator.Generator`."""
+
+    @property
+    def name(self) -> str:
+        """Who it is, for those who wait for it."""
+        ...
 
     async def generate(
         self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
@@ -81,7 +87,8 @@ class Waves:
         while not self.leave.is_set():
             tickets = await self._admit()
             try:
-                await self.scorer.ready()
+                with reported(self.generator.name, lambda: "the reward service, which is paused"):
+                    await self.scorer.ready()
                 last_attempts = [t for t in tickets if t.attempt + 1 >= self.config.max_attempts > 1]
                 together = [t for t in tickets if t not in last_attempts]
                 for wave in (together, *([ticket] for ticket in last_attempts)):
@@ -99,7 +106,7 @@ class Waves:
         assert task is not None
         self.idle.add(task)
         try:
-            return await self.buffer.admit(self.config.prompts_per_wave)
+            return await self.buffer.admit(self.config.prompts_per_wave, self.generator.name)
         finally:
             self.idle.discard(task)
 
@@ -162,7 +169,8 @@ class Waves:
             )
             for ticket, key, completion in keyed
         ]
-        replies = await self.scorer.score(requests)
+        with reported(f"a wave of {self.generator.name}", lambda: f"{len(requests)} scores of the reward service"):
+            replies = await self.scorer.score(requests)
         got = [reply.id for reply in replies]
         if got != [request.id for request in requests]:
             raise ValueError(f"{len(requests)} responses were to be scored, the replies are to others: {got[:3]}")

@@ -19,6 +19,7 @@ from cluster.recipes import sampling_settings
 from cluster.scaling import obeying
 from cluster.stages import Stage
 from cluster.steps import Job
+from cluster.vitals import OWN
 from learner.buffer import Buffer
 from learner.config import PPOConfig
 from learner.corpora import TextStream, pack, read_texts
@@ -91,7 +92,7 @@ class Alignment:
         with tracker.phase(f"{name}: load networks and hand the weights to the actors", name):
             await self._load(config)
             if progress.version:
-                await self.learner.load_state(progress.networks)
+                await self.learner.load_state(progress.networks, progress.version)
             self.fleet.publisher = Publisher(
                 self.learner,
                 job.config.publish,
@@ -187,6 +188,7 @@ class Alignment:
                 return {}
             return (await self.heldout.measure(f"{name}-{version:06d}", config, name, version)).metrics()
 
+        OWN.add(buffer)
         try:
             async with obeying(self.fleet, job.run_dir), self.fleet.rollouts(work, buffer.fail):
                 await ppo(
@@ -205,6 +207,7 @@ class Alignment:
                     measure,
                 )
         finally:
+            OWN.discard(buffer)
             buffer.close()
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:

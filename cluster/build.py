@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +13,13 @@ from actors.config import GeneratorConfig
 from actors.generator import Generator
 from cluster.config import ClusterConfig
 from cluster.fleet import Fleet
+from cluster.handle import Handle
 from cluster.members import Worker
 from cluster.placement import Placement
 from cluster.remote import ActorOptions, RemoteHandle, remote
 from cluster.resources import Plan, Process, ResourceError, machine_cores, machine_gpus
+from cluster.scorers import scorers
+from cluster.vitals import SCORERS
 from learner.group import LearnerGroup
 from learner.worker import LearnerWorker
 from reward_server.bearer import bearer_token
@@ -67,19 +70,25 @@ class Processes:
 
     @contextlib.asynccontextmanager
     async def reward(self, config: SourceConfig, model_path: Path | None) -> AsyncIterator[RewardClient]:
-        """The reward service, and a client of it."""
-        async with self._process(RewardService, "reward", config, model_path, self._threads("reward")) as service:
-            loopback = _one_machine()
-            # What others could reach asks for a token: the user's, or one of this run, which travels from process to
-            # process as a call's argument. What makes an actor (arguments, environment) Ray shows to the cluster.
-            token = bearer_token() or (None if loopback else secrets.token_urlsafe(32))
-            url = await service.call("start", loopback, token, deadline_s=self.config.start_deadline_s)
-            client = RewardClient(url, token=token, retry_s=config.retry_s, pause_s=config.pause_s)
-            try:
-                await client.healthy()
-                yield client
-            finally:
-                await client.close()
+        """The replicas of the reward service, and a client of them."""
+        loopback = _one_machine()
+        # What others could reach asks for a token: the user's, or one of this run, which travels from process to
+        # process as a call's argument. What makes an actor (arguments, environment) Ray shows to the cluster.
+        token = bearer_token() or (None if loopback else secrets.token_urlsafe(32))
+
+        @contextlib.asynccontextmanager
+        async def start(name: str) -> AsyncIterator[tuple[Handle, str]]:
+            async with self._process(RewardService, name, config, model_path, self._threads(name)) as service:
+                url = await service.call("start", loopback, token, deadline_s=self.config.start_deadline_s)
+                yield service, url
+
+        def connect(urls: Sequence[str]) -> RewardClient:
+            return RewardClient(urls, token=token, retry_s=config.retry_s, pause_s=config.pause_s)
+
+        names = [process.name for process in self.plan.processes if process.name.startswith("reward-")]
+        async with scorers(names, start, connect, self.config.fleet) as client:
+            SCORERS.add(client)
+            yield client
 
     @contextlib.asynccontextmanager
     async def _process(self, cls: type, name: str, *args: Any) -> AsyncIterator[RemoteHandle]:

@@ -136,8 +136,9 @@ def own_parser(name: str) -> argparse.ArgumentParser:
 def add_own(parser: argparse.ArgumentParser, name: str) -> None:
     """Tell a parser what a command with a command line of its own takes. `complete` is what shells offer."""
     if name in ("status", "top"):
-        run = parser.add_argument("run", type=Path, nargs="?", default=Path(COMMANDS[name].run), help="run directory")
-        _offer(run, "directory")
+        what = "run directory, or the id of a job"
+        _offer(parser.add_argument("run", nargs="?", default=COMMANDS[name].run, help=what), "directory")
+        parser.add_argument("--address", help=_ADDRESS)
     elif name == "dashboard":
         parser.add_argument("--entity", required=True, help="user or team of W&B")
         parser.add_argument("--project", default="rayward", help="project of W&B (rayward)")
@@ -145,8 +146,9 @@ def add_own(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("shell", choices=SHELLS, help="which shell the script is for")
     else:
         parser.add_argument("--address", help=_ADDRESS)
-    if name not in ("top", "dashboard", "completion"):
-        parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    if name not in ("dashboard", "completion"):
+        again = ", a line again and again" if name == "top" else ""
+        parser.add_argument("--json", action="store_true", help=f"print JSON{again}, for scripts")
     if name == "submit":
         _add_submit(parser)
     elif name in ("logs", "stop"):

@@ -40,6 +40,8 @@ class ClusterConfig(BaseModel):
     """Most that it may be changed to on one machine, which keeps cores free for them; unset: cluster.generators."""
     learner_ranks: int = Field(default=1, ge=1)
     """DeepSpeed ranks that train."""
+    reward_replicas: int = Field(default=1, ge=1)
+    """Processes that score responses; each generator asks the one that is least busy."""
     start_deadline_s: float = Field(default=600.0, gt=0)
     """Seconds that a process may take to start and load its model."""
     step_deadline_s: float = Field(default=3600.0, gt=0)

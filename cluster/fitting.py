@@ -142,8 +142,8 @@ def _no_room(
     nearest = f"Nearest: a process of {most} GPUs, " if process.gpus > 1 and most else "Nearest: "
     return (
         f"the bundle of {process.name!r} needs {process.gpus:g} GPUs and {process.cpus:g} CPUs on one machine, and "
-        f"after the bundles before it there are free {left}{more}. {nearest}fewer generators or learner ranks, a "
-        "smaller generator.tensor_parallel_size, or one more machine"
+        f"after the bundles before it there are free {left}{more}. {nearest}fewer generators, learner "
+        "ranks or reward replicas, a smaller generator.tensor_parallel_size, or one more machine"
     )
 
 

@@ -117,7 +117,7 @@ class Fleet:
         async with self.joining() as admitting:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.config.replacement_deadline_s):
-                    with reported(lambda: f"nobody samples; {self._absences()}"):
+                    with reported("the fleet", lambda: f"a first generator: {self._absences()}"):
                         while not self.serving and self._places and not admitting.done():
                             await self._news.wait()
         if not self.serving:

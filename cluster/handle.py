@@ -16,10 +16,12 @@ from itertools import count
 from typing import Any
 from weakref import WeakSet
 
+from cluster.vitals import Pulse, Vitals, measure
+
 LIVE: "WeakSet[Handle]" = WeakSet()
 """Every handle of this process that has not been killed, for whoever shows what a run is doing."""
 
-_RESERVED = frozenset({"answered", "call", "died", "kill", "name", "ready", "waiting"})
+_RESERVED = frozenset({"answered", "attend", "call", "died", "kill", "name", "pulse", "ready", "waiting"})
 
 
 class ActorDied(RuntimeError):
@@ -47,6 +49,10 @@ class Handle(ABC):
         self._numbers = count()
         self._answered = 0
         self._died = ""
+        self._question: asyncio.Future[Vitals] | None = None
+        self._asked = 0.0
+        self.pulse = Pulse()
+        """What the process has said of itself to `attend`."""
         LIVE.add(self)
         if clash := sorted(_RESERVED & self._methods.keys()):
             raise ValueError(f"{cls.__name__} has methods named {clash}, which a handle needs for itself: rename them")
@@ -91,6 +97,26 @@ class Handle(ABC):
         """How many calls have had an answer, or an error."""
         return self._answered
 
+    async def attend(self, deadline_s: float) -> None:
+        """Ask the process for its vitals, which go to `pulse`; no error, and at most `deadline_s` seconds.
+
+        One that does not answer is not asked again before it has. Its silence is counted while somebody looks, so that
+        a caller that was busy itself takes nobody for silent.
+        """
+        if self._question is None:
+            self._question, self._asked = asyncio.ensure_future(self._vitals()), time.monotonic()
+        question = self._question
+        done, _ = await asyncio.wait({question}, timeout=deadline_s)
+        if not done:
+            self.pulse.silent_s = time.monotonic() - self._asked
+        if not done or question is not self._question:  # somebody else has taken the answer
+            return
+        self._question = None
+        try:
+            self.pulse.heard(question.result())
+        except ActorDied as error:
+            self._died = error.reason
+
     async def _tracked(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
         number = next(self._numbers)
         self._calls[number] = (method, time.monotonic())
@@ -102,6 +128,10 @@ class Handle(ABC):
         finally:
             del self._calls[number]
             self._answered += 1
+
+    @abstractmethod
+    async def _vitals(self) -> Vitals:
+        """Ask the process, beside whatever else it does. Raises ActorDied."""
 
     @abstractmethod
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
@@ -133,6 +163,9 @@ class LocalHandle(Handle):
         self._alive = False
         LIVE.discard(self)
         self._compute.shutdown(wait=False, cancel_futures=True)
+
+    async def _vitals(self) -> Vitals:
+        return await asyncio.to_thread(measure, self._object, family=False)
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
         if not self._alive:

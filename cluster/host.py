@@ -16,6 +16,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ import ray.util
 
 from cluster.reaping import watch
 from cluster.redaction import Output, redact
+from cluster.vitals import Vitals, measure
 from reward_server.address import ADDRESS_VARIABLE
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -79,6 +81,7 @@ class Host:
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         # Not a method's work: Ray might start another method first.
         self._object: Future[Any] = self._compute.submit(_construct, construction)
+        self._doing = ("", 0.0)  # what the compute thread runs, since when
         self._open: set[Coroutine[Any, Any, Any]] = set()
         self._next = 0
         self._waiting: dict[int, asyncio.Event] = {}
@@ -127,6 +130,12 @@ class Host:
         chains += [_awaited(call) for call in self._open]
         return "\n".join("".join(traceback.StackSummary.extract(chain).format()) for chain in chains if chain)
 
+    async def vitals(self) -> Vitals:
+        """What this process takes and does; on a thread of its own, so that it holds up nothing."""
+        made = self._object.done() and self._object.exception() is None
+        doing, since = self._doing
+        return await asyncio.to_thread(measure, self._object.result() if made else None, doing=doing, since=since)
+
     async def _made(self) -> Any:
         # Shielded: a cancelled call must not cancel the constructor that all calls wait for.
         return await asyncio.shield(asyncio.wrap_future(self._object))
@@ -147,7 +156,11 @@ class Host:
         target = self._object.result()
         if (torch := sys.modules.get("torch")) is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        return getattr(target, method)(*args, **kwargs)
+        self._doing = (method, time.monotonic())
+        try:
+            return getattr(target, method)(*args, **kwargs)
+        finally:
+            self._doing = ("", 0.0)
 
 
 def recipe(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:

@@ -26,6 +26,7 @@ from cluster.rounds import Rounds
 from cluster.run_files import read_run
 from cluster.selection import read_contest, run_select
 from cluster.session import start_ray
+from cluster.status import attending
 from cluster.steps import (
     Job,
     run_rank,
@@ -207,8 +208,9 @@ def _on_ray(job: Job, work: Callable[[Processes], Awaitable[None]], *kinds: Kind
         plan = here or plan_live(job.config)
         processes = plan.first(kinds or KINDS, config.generators)
         with place(processes, deadline_s=config.start_deadline_s) as placement:
-            asyncio.run(_awaited(work(Processes(config, plan, logs, placement))))
+            asyncio.run(_attended(work(Processes(config, plan, logs, placement))))
 
 
-async def _awaited(work: Awaitable[None]) -> None:
-    await work
+async def _attended(work: Awaitable[None]) -> None:
+    async with attending():
+        await work

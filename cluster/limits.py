@@ -144,6 +144,12 @@ def notes(config: Config, batches: object, phases: Sequence[Phase]) -> Iterator[
     ranks, generators = config.cluster.learner_ranks, config.cluster.generators
     if batches.minibatch < ranks:
         yield f"a minibatch has {batches.minibatch} episodes for {ranks} learner ranks: the others idle"
+    replicas, waves = config.cluster.reward_replicas, config.rollout.waves_in_flight
+    if replicas > generators * waves:
+        yield (
+            f"cluster.reward_replicas = {replicas}, and {generators} generators with {waves} waves in flight ask "
+            f"{generators * waves} at a time: the others idle"
+        )
     share, each = config.rollout.prompts_per_wave, -(-batches.prompts // generators)
     if each < share:
         yield (

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from actors import waves
 from actors.engine import GeneratorError
+from actors.patience import reported
 from actors.trajectory import Completion
 from actors.waves import GeneratorFailed
 from cluster.config import FleetConfig
@@ -153,7 +154,9 @@ class Place:
         """Have generators until it is left; False when its restarts are used up. See Member for the last two."""
         while not self.leaving:
             try:
-                async with start(self.name) as worker:
+                async with contextlib.AsyncExitStack() as stack:
+                    with reported(self.name, lambda: f"its engine to start ({self.cause})"):
+                        worker = await stack.enter_async_context(start(self.name))
                     await self._host(Member(worker, self._config.watch_s, silence_s, standing))
             except Exception as error:
                 self.error, self.cause = error, f"it did not start: {error}"
@@ -187,4 +190,5 @@ class Place:
         count = f"{self._losses} of {self._config.max_restarts}"
         log.warning("%s is lost: %s. It is replaced in %g s (%s)", self.name, self.cause, seconds, count)
         self.restarts += 1
-        await asyncio.sleep(seconds)
+        with reported(self.name, lambda: f"its turn to be replaced ({count}), lost since {self.cause}"):
+            await asyncio.sleep(seconds)

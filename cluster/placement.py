@@ -83,7 +83,7 @@ def _check_size(processes: Sequence[Process]) -> None:
     if needs[0] > sum(node.cpus for node in nodes) or needs[1] > sum(node.gpus for node in nodes):
         raise ResourceError(
             f"the processes need {needs[0]:g} CPUs and {needs[1]:g} GPUs, and the cluster has {_text(nodes)}. Use "
-            "fewer generators or learner ranks, or add machines"
+            "fewer generators, learner ranks or reward replicas, or add machines"
         )
 
 

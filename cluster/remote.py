@@ -18,6 +18,7 @@ from cluster.handle import LIVE, ActorDied, Handle
 from cluster.host import Failure, Host, recipe
 from cluster.reaping import ACTOR_MARK
 from cluster.redaction import SECRET_NAME
+from cluster.vitals import Vitals
 
 _ROOT = Path(__file__).resolve().parents[1]
 _THREAD_VARIABLES = (
@@ -90,6 +91,14 @@ class RemoteHandle(Handle):
         LIVE.discard(self)
         if ray.is_initialized():
             ray.kill(self._actor)
+
+    async def _vitals(self) -> Vitals:
+        if self._killed:
+            raise ActorDied(self._name, _KILLED)
+        try:
+            return await self._actor.vitals.remote()
+        except RayActorError as error:
+            raise ActorDied(self._name, _KILLED if self._killed else _reason(error)) from None
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
         if self._killed:

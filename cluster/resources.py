@@ -136,6 +136,7 @@ def plan_machine(config: Config, cores: int, gpus: int) -> Plan:
         learner_ranks=config.cluster.learner_ranks,
         waves_in_flight=config.rollout.waves_in_flight,
         tensor_parallel_size=config.generator.tensor_parallel_size,
+        reward_replicas=config.cluster.reward_replicas,
     )
 
 
@@ -157,22 +158,24 @@ def default_plan(
     learner_ranks: int,
     waves_in_flight: int = 1,
     tensor_parallel_size: int = 1,
+    reward_replicas: int = 1,
 ) -> Plan:
-    """The plan for one machine: processes "generator-0", ..., "learner-0", ..., "reward".
+    """The plan for one machine: processes "generator-0", ..., "learner-0", ..., "reward-0", ...
 
     A generator has `tensor_parallel_size` GPUs, in one bundle, since vLLM's workers for them are children of one
     process.
 
     Synchronous (`max_staleness` 0): the generators share the cores, then the learner has all of them.
     Asynchronous: learner and generators compute at the same time and get half of the cores each. With one
-    wave in flight the reward service scores while the generator that sent the wave waits, so it borrows that
-    one's threads; with more, it counts as one more generator. On CPU each generator is pinned to cores of its
-    own. With GPUs each process has its own where there are enough; else, unless a generator needs more than one,
-    some share one.
+    wave in flight a reward replica scores while the generator that sent the wave waits, so it borrows that one's
+    threads, and no more replicas compute at once than there are generators; with more, each counts as one more
+    generator. On CPU each generator is pinned to cores of its own. With GPUs each process has its own where there are
+    enough; else, unless a generator needs more than one, some share one.
 
     The plan may not fit: see check. Raises: ValueError for a count below 1.
     """
-    for key, count in {"generators": generators, "learner_ranks": learner_ranks, "cores": cores}.items():
+    counts = {"generators": generators, "learner_ranks": learner_ranks, "reward_replicas": reward_replicas}
+    for key, count in {**counts, "cores": cores}.items():
         if count < 1:
             raise ValueError(f"{key} is {count}: give at least 1")
     together = max_staleness > 0
@@ -180,8 +183,8 @@ def default_plan(
     learner_cores = max(learner_ranks, cores // 2) if together else cores
     rollout_cores = cores - learner_cores if together else cores
     learner_threads = max(1, learner_cores // learner_ranks)
-    threads = max(1, rollout_cores // (generators if borrowing else generators + 1))
-    count = generators + learner_ranks + 1
+    threads = max(1, rollout_cores // (generators if borrowing else generators + reward_replicas))
+    count = sum(counts.values())
     whole = gpus >= count or tensor_parallel_size > 1
     share = 0.0 if not gpus else 1.0 if whole else math.floor(1e4 / math.ceil(count / gpus)) / 1e4
     own = share * tensor_parallel_size
@@ -200,18 +203,19 @@ def default_plan(
         Process(name=f"learner-{i}", threads=learner_threads, cpus=learner_threads, gpus=share)
         for i in range(learner_ranks)
     ]
-    reward = Process(name="reward", threads=threads, cpus=threads, gpus=share)
-    return Plan(processes=(*learner, *rollout, reward), phases=_phases(rollout, learner, reward, together, borrowing))
+    reward = [Process(name=f"reward-{i}", threads=threads, cpus=threads, gpus=share) for i in range(reward_replicas)]
+    return Plan(processes=(*learner, *rollout, *reward), phases=_phases(rollout, learner, reward, together, borrowing))
 
 
 def _phases(
-    rollout: Sequence[Process], learner: Sequence[Process], reward: Process, together: bool, borrowing: bool
+    rollout: Sequence[Process], learner: Sequence[Process], reward: Sequence[Process], together: bool, borrowing: bool
 ) -> tuple[Phase, ...]:
-    generators, ranks = [process.name for process in rollout], [process.name for process in learner]
+    generators, ranks, replicas = ([process.name for process in kind] for kind in (rollout, learner, reward))
     if borrowing:
-        phases = {"generate": generators, "score": [*generators[1:], reward.name]}
+        busy = min(len(replicas), len(generators))
+        phases = {"generate": generators, "score": [*generators[busy:], *replicas[:busy]]}
     else:
-        phases = {"generate and score": [*generators, reward.name]}
+        phases = {"generate and score": [*generators, *replicas]}
     if together:
         phases = {f"{name} and update": [*names, *ranks] for name, names in phases.items()}
     else:
@@ -231,14 +235,14 @@ def check(plan: Plan, *, cores: int, gpus: float) -> None:
             raise ResourceError(
                 f"{total} threads would compute at the same time on {cores} cores in the phase "
                 f"{phase.name!r} ({each}). Beyond the cores they run 5 to 15 times slower: use fewer "
-                f"generators or learner ranks, fewer threads for each, or a machine with {total} cores"
+                f"generators, learner ranks or reward replicas, fewer threads for each, or a machine with {total} cores"
             )
         _check_pins(phase, processes)
     if plan.gpus > gpus:
         each = ", ".join(f"{process.name}: {process.gpus:g}" for process in plan.processes if process.gpus)
         raise ResourceError(
-            f"the processes need {plan.gpus:g} GPUs and there are {gpus:g} ({each}). Use fewer generators or "
-            "learner ranks, let processes share a GPU, or add GPUs"
+            f"the processes need {plan.gpus:g} GPUs and there are {gpus:g} ({each}). Use fewer generators, "
+            "learner ranks or reward replicas, let processes share a GPU, or add GPUs"
         )
 
 

@@ -248,6 +248,11 @@ def _rows(path: Path, unreadable: list[str]) -> Iterator[dict[str, Any]]:
             unreadable.append(f"{path.name}:{line_number}: not a JSON object")
 
 
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file that can be read; one that is half written cannot, as yet."""
+    return _rows(file, [])
+
+
 def read_metrics(path: Path) -> dict[str, dict[str, Series]]:
     """The metrics of a run directory, by stage and name; rows that cannot be read, as yet, are left out."""
     return _metrics(path / "metrics.jsonl", [])

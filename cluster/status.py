@@ -1,81 +1,171 @@
-"""What a run is doing now: RUN/status.json, written every few seconds, and how it is shown.
+"""What a run is doing now: RUN/status.json, written every few seconds.
 
-The controller knows every process and every call that has no answer yet, so it can say who waits for whom and for how
-long without asking anybody: a process that hangs still shows up. The file needs no connection to the run, so
-`rayward status` works from any machine that sees the run directory.
+The controller knows every process, every call that has no answer yet and every wait, so it can say who waits for whom
+and for how long without asking anybody: a process that hangs still shows up. What a process takes and does, it is asked
+beside the work. The file needs no connection to the run, so `rayward status` works from any machine that sees the run
+directory.
 """
 
+import asyncio
 import contextlib
 import json
+import logging
 import os
+import re
 import socket
+import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from cluster.console import duration
-from cluster.handle import LIVE, Handle
+from actors.patience import waits
+from cluster.handle import LIVE, Handle, local
 from cluster.repeating import repeating
-from cluster.run_files import read_metrics
+from cluster.run_files import read_metrics, read_rows
+from cluster.vitals import SCORERS, Controller, Vitals
 
 FILE = "status.json"
 INTERVAL_S = 2.0
-"""Seconds between two writes."""
-_SILENT_S = 5 * INTERVAL_S  # after which a run counts as gone or stuck
-_SPARKS = "▁▂▃▄▅▆▇█"
-_CURVES = ("score/mean", "gold/mean", "kl/mean", "parity/mean_gap", "time/iteration")
-_CURVE_WIDTH = 60
+"""Seconds between two writes, and between two questions to a process."""
+_SILENT_S = 5 * INTERVAL_S  # after which a run, or a process, counts as gone or stuck
+_PACE_STEPS = 10  # steps that the time left is reckoned from
+_ALERTS = 5  # of the newest
+_KINDS = ("controller", "learner", "generator", "reward")
+_PHASES: list[tuple[str, str]] = []  # (name, stage) of those that are under way, the outermost first
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessStatus:
-    """One actor, learner rank or service, as the controller sees it."""
+    """The controller, an actor, a learner rank or a reward replica, as the controller sees it."""
 
     name: str
-    """generator-0, learner-1, reward, .."""
+    """generator-0, learner-1, reward-0, .."""
     state: str
-    """idle, working or dead"""
+    """starting, idle, working, paused (it stands still while weights arrive), silent or dead"""
     waiting: tuple[tuple[str, float], ...]
     """(method, seconds) of each call that the controller waits for, the oldest first"""
     answered: int
     """calls answered since it started"""
     died: str
     """why it is gone; empty while it lives"""
+    silent_s: float
+    """seconds for which it has not said how it is; 0 when it has"""
+    vitals: Vitals | None
+    """what it takes and does, as it said last; None before the first time"""
+    cores: float | None
+    """cores that it has kept busy lately"""
+    rates: Mapping[str, float]
+    """by how much each of its facts has grown lately, a second"""
 
     @classmethod
     def of(cls, handle: Handle) -> "ProcessStatus":
         """The status behind a handle."""
-        waiting = tuple(handle.waiting)
-        state = "dead" if handle.died else "working" if waiting else "idle"
-        return cls(name=handle.name, state=state, waiting=waiting, answered=handle.answered, died=handle.died)
+        waiting, pulse = tuple(handle.waiting), handle.pulse
+        return cls(
+            name=handle.name,
+            state=_process_state(handle, bool(waiting)),
+            waiting=waiting,
+            answered=handle.answered,
+            died=handle.died,
+            silent_s=pulse.silent_s,
+            vitals=pulse.last,
+            cores=pulse.cores,
+            rates=pulse.rates,
+        )
+
+
+def _process_state(handle: Handle, called: bool) -> str:
+    last, silent_s = handle.pulse.last, handle.pulse.silent_s
+    if handle.died:
+        return "dead"
+    if last is None and silent_s:
+        return "starting"
+    if silent_s > _SILENT_S:
+        return "silent"
+    facts = last.facts if last else {}
+    if facts.get("paused"):
+        return "paused"
+    return "working" if called or (last and last.doing) or facts.get("waiting") or facts.get("running") else "idle"
+
+
+def processes() -> list[ProcessStatus]:
+    """Every process that there is a live handle of: the controller, learner ranks, generators, reward replicas."""
+    return sorted((ProcessStatus.of(handle) for handle in list(LIVE)), key=lambda one: _order(one.name))
+
+
+def _order(name: str) -> tuple[int, list[int], str]:
+    kind = name.partition("-")[0]
+    return _KINDS.index(kind) if kind in _KINDS else len(_KINDS), [int(n) for n in re.findall(r"\d+", name)], name
+
+
+@contextlib.asynccontextmanager
+async def attending(every_s: float = INTERVAL_S) -> AsyncIterator[None]:
+    """Until the block ends, ask every process for its vitals and have every wait say its words, beside the work."""
+    me = local(Controller(), "controller")
+
+    async def work() -> None:
+        while True:
+            try:
+                for wait in waits():
+                    wait.look()
+                await asyncio.gather(*(handle.attend(every_s / 2) for handle in list(LIVE)))
+            except Exception:  # what is shown of a run must not stop it
+                log.exception("the state of a process could not be asked for")
+            await asyncio.sleep(every_s)
+
+    task = asyncio.create_task(work(), name="attending")
+    try:
+        yield
+    finally:
+        me.kill()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@contextlib.contextmanager
+def under_way(phase: str, stage: str) -> Iterator[None]:
+    """Have the status say that a phase of a stage is under way until the block ends."""
+    _PHASES.append((phase, stage))
+    try:
+        yield
+    finally:
+        _PHASES.remove((phase, stage))
 
 
 def snapshot(command: str) -> dict[str, Any]:
-    """What RUN/status.json holds: this process and every live handle, as JSON values."""
-    processes = sorted((ProcessStatus.of(handle) for handle in list(LIVE)), key=lambda one: one.name)
+    """What RUN/status.json holds: this process, every live handle and every wait, as JSON values."""
     return {
         "time": time.time(),
         "command": command,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "processes": [asdict(process) for process in processes],
+        "phases": [{"phase": phase, "stage": stage} for phase, stage in _PHASES],
+        "processes": [asdict(process) for process in processes()],
+        "paused": _paused(),
+        "waits": [{"who": wait.who, "for": wait.text, "seconds": wait.seconds} for wait in waits()],
     }
+
+
+def _paused() -> dict[str, Any] | None:
+    """Since when and why the run waits for scores."""
+    pause = next((client.paused for client in list(SCORERS) if client.paused), None)
+    return None if pause is None else {"reason": pause.reason, "seconds": time.time() - pause.since}
 
 
 @contextlib.contextmanager
 def reporting(run_dir: Path, command: str, interval_s: float = INTERVAL_S) -> Iterator[None]:
     """Keep RUN/status.json up to date until the block ends, and say there how it ended."""
+    started = time.time()
 
     def write(**more: str) -> None:
         aside = run_dir / f".{FILE}.{os.getpid()}"
         with contextlib.suppress(OSError):  # a full disk must not stop the run that it reports on
-            aside.write_text(json.dumps(snapshot(command) | more))
+            aside.write_text(json.dumps({**snapshot(command), "started": started, **more}))
             aside.replace(run_dir / FILE)
 
     write()
@@ -92,7 +182,10 @@ def reporting(run_dir: Path, command: str, interval_s: float = INTERVAL_S) -> It
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """RUN/status.json with the newest metrics of each stage. Raises ValueError where there is none."""
+    """RUN/status.json with the newest metrics of each stage, how far it is, and the last alerts.
+
+    Raises ValueError where there is none.
+    """
     path = run_dir / FILE
     if not path.is_file():
         raise ValueError(
@@ -102,72 +195,46 @@ def read(run_dir: Path) -> dict[str, Any]:
     status["silent_s"] = max(0.0, time.time() - status["time"])
     status["state"] = _state(status)
     status["curves"] = read_metrics(run_dir)
+    status["progress"] = _progress(status, run_dir)
+    alerts = run_dir / "alerts.jsonl"
+    status["alerts"] = [row for row in read_rows(alerts) if {"time", "text"} <= row.keys()][-_ALERTS:]
     return status
 
 
 def _state(status: Mapping[str, Any]) -> str:
-    """ "done", "failed", "stopped", "running", or what is known of a run that has fallen silent."""
+    """ "done", "failed", "stopped", "running", "paused", or what is known of a run that has fallen silent."""
     if ended := status.get("ended"):
         return ended
     if status["host"] == socket.gethostname() and not Path(f"/proc/{status['pid']}").exists():
         return "killed"
-    return "running" if status["silent_s"] < _SILENT_S else "silent"
+    if status["silent_s"] >= _SILENT_S:
+        return "silent"
+    return "paused" if status.get("paused") else "running"
 
 
-def render(status: Mapping[str, Any], run_dir: Path, curves: bool = False) -> RenderableType:
-    """The status for a terminal: a headline, a row a process, and with `curves` how the newest stage is going."""
-    shown: list[RenderableType] = [_headline(status, run_dir), _processes(status["processes"])]
-    if curves and status["curves"]:
-        stage = list(status["curves"])[-1]
-        shown.append(_sparklines(stage, status["curves"][stage]))
-    return Group(*shown)
+def _progress(status: Mapping[str, Any], run_dir: Path) -> dict[str, Any] | None:
+    """The stage that is at work, its step, of how many, and the seconds that are left; None before the first."""
+    curves = status["curves"]
+    newest = next(reversed(curves), "")
+    current = status["phases"][-1]["stage"] if status.get("phases") else newest
+    facts = next((p["vitals"]["facts"] for p in status["processes"] if p["name"] == "controller" and p["vitals"]), {})
+    if "iterations" in facts:  # PPO is at work, and its first iteration has logged nothing yet
+        stage, step, total = current, int(facts["version"]), int(facts["iterations"])
+    else:
+        stage = current if current in curves else newest
+        step = max((step for series in curves.get(stage, {}).values() for step in series), default=0)
+        total = int(next(iter(curves.get(stage, {}).get("progress/total", {}).values()), 0))
+    if not stage:
+        return None
+    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("stage") == stage] if step else []
+    seconds = _pace([(row["step"], row["time"]) for row in rows if {"step", "time"} <= row.keys()])
+    left = None if seconds is None or not total or status["state"] != "running" else seconds * (total - step)
+    return {"stage": stage, "step": step, "total": total or None, "step_s": seconds, "left_s": left}
 
 
-def _headline(status: Mapping[str, Any], run_dir: Path) -> Text:
-    state = status["state"]
-    what = {
-        "running": f"running on {status['host']} (pid {status['pid']})",
-        "killed": "killed: its process is gone. Remedy: the same command with --resume",
-        "silent": f"silent for {duration(status['silent_s'])}: its machine is gone, or it is stopped",
-    }.get(state, state)
-    text = Text(f"rayward {status['command']}  {run_dir}: {what}")
-    text.stylize({"running": "green", "done": "green"}.get(state, "bold red"))
-    return text
-
-
-def _processes(processes: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("process", "state", "the run waits for", "since", "calls open", "answered"):
-        table.add_column(column, justify="right" if column in ("since", "calls open", "answered") else "left")
-    for one in processes:
-        method, seconds = one["waiting"][0] if one["waiting"] else ("", 0.0)
-        table.add_row(
-            one["name"],
-            one["state"],
-            one["died"] or method,
-            duration(seconds) if method else "",
-            str(len(one["waiting"])),
-            str(one["answered"]),
-            style="red" if one["state"] == "dead" else None,
-        )
-    return table
-
-
-def _sparklines(stage: str, metrics: Mapping[str, Mapping[int, float]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in (stage, "last", "course"):
-        table.add_column(column, justify="right" if column == "last" else "left")
-    for name in [*(n for n in _CURVES if n in metrics), *(n for n in metrics if n.endswith("/loss"))]:
-        values = list(metrics[name].values())
-        table.add_row(name, f"{values[-1]:.4g}", sparkline(values[-_CURVE_WIDTH:]))
-    steps = [step for series in metrics.values() for step in series]
-    total = next(iter(metrics.get("progress/total", {}).values()), 0)
-    table.add_row("step", f"{max(steps, default=0)}", f"of {total:g}" if total else "")
-    return table
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """A curve of one character a value, between its smallest and its largest."""
-    low, high = min(values), max(values)
-    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_SPARKS[round((value - low) * scale)] for value in values)
+def _pace(logged: Sequence[tuple[int, float]]) -> float | None:
+    """Seconds a step, by the median of the last ones: a pause or a resume is no step."""
+    first = dict(reversed(logged))  # a checkpoint's row comes later, under the same step
+    newest = sorted(first.items())[-_PACE_STEPS - 1 :]
+    gaps = [(late - early) / (to - since) for (since, early), (to, late) in pairwise(newest) if late > early]
+    return statistics.median(gaps) if gaps else None

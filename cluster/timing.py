@@ -173,13 +173,18 @@ class Clock:
     def _score(self, tokens: int) -> list[Phase]:
         scoring, shape = self.config.scoring, self.models.reward
         size = sum(part.kind == "model" for part in scoring.parts) * shape.body
-        process, machine = self.at["reward" if "reward" in self.at else "reward-0"]
+        process, machine = self.at["reward-0"]
         if not size or (machine.gpus and not process.gpus):  # how fast the cores of such a machine are, nobody knows
             return []
         wide = scoring.dtype == "float32"
-        seconds = forward_seconds(size, tokens, speed(process, machine, wide).flops)
+        seconds = forward_seconds(size, tokens, speed(process, machine, wide).flops) / self._replicas()
         share = self.pace(shape, process, machine, wide).forward
         return [Phase(name="score", least=seconds, expected=seconds / share, formula="2 N T / F: reward model")]
+
+    def _replicas(self) -> int:
+        """Reward replicas that compute at once: each scores a wave of its own; 1 without generators."""
+        replicas, generators = (sum(name.startswith(kind) for name in self.at) for kind in ("reward-", "generator-"))
+        return min(replicas, generators * self.config.rollout.waves_in_flight) or 1
 
     def _read(self, name: str, step: str, tokens: int, passes: int) -> Phase:
         """A forward pass of all networks on the learner, without gradients."""

@@ -25,6 +25,7 @@ from cluster.history import area, forget_stage, has_all, last_steps, remember_ru
 from cluster.lineage import Artefact
 from cluster.prometheus import Exporter
 from cluster.repeating import repeating
+from cluster.status import under_way
 from cluster.wandb_feed import WandbFeed
 from cluster.wandb_records import (
     Record,
@@ -81,6 +82,7 @@ class Tracker:
         self._sent = last_steps(run_dir) if self._known else {}
         self._wandb = None if config.mode == "disabled" else WandbFeed(config, self._start, wandb)
         self._alerts = Alerts(config.alerts, self._alert)
+        self._counted: Callable[[str], None] = lambda kind: None
         self._closing = contextlib.ExitStack()
         self._axes: set[str] = set()
         self._phases: list[tuple[str, str, float]] = []
@@ -105,6 +107,7 @@ class Tracker:
             exporter = Exporter(self.run_dir.name, self._config.prometheus_host, self._config.prometheus_port)
             self._closing.callback(exporter.close)
             self._sinks.append(exporter.step)
+            self._counted = exporter.alert
         if self._config.tensorboard:
             self._events = self._closing.enter_context(event_files(self.run_dir / "tensorboard"))
         self._closing.enter_context(repeating(self._alerts.tick, _TICK_S, "alerts"))
@@ -144,7 +147,7 @@ class Tracker:
         """Show and record how long a phase takes, even if it fails; `stage` is what it belongs to."""
         started = time.monotonic()
         try:
-            with self.console.phase(name):
+            with self.console.phase(name), under_way(name, stage or name):
                 yield
         finally:
             seconds = time.monotonic() - started
@@ -178,6 +181,7 @@ class Tracker:
         if alert.over:
             self.console.line(alert.text)
         else:
+            self._counted(alert.kind)
             self.console.warning(alert.text)
         title = f"{self._start['name']}: {alert.kind}{' is over' if alert.over else ''}"
         self._feed(lambda wandb, run: run.alert(title, alert.text, "INFO" if alert.over else "WARN"))

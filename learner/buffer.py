@@ -58,7 +58,7 @@ class Buffer:
         self._admitted = version * prompts_per_batch
         self._taken = version * prompts_per_batch
         self._again: list[Ticket] = []
-        self._in_flight: dict[Ticket, float] = {}
+        self._in_flight: dict[Ticket, tuple[str, float]] = {}  # at whom, since when
         self._ready: dict[int, tuple[Ticket, list[Trajectory]]] = {}
         self._issued = 0
         self._trained = 0
@@ -66,9 +66,10 @@ class Buffer:
         self._late = 0
         self._bell = _Bell()
 
-    async def admit(self, n: int) -> list[Ticket]:
+    async def admit(self, n: int, holder: str = "an actor") -> list[Ticket]:
         """Wait until a prompt may be sampled, then hand out 1 to n tickets, those to be tried again first.
 
+        `holder` is who samples them, for whoever waits for the answer.
         The wait ends with the learner's next `advance`, with `fail` or with `close`: the learner's own
         deadlines bound it. Raises what `fail` was given, or BufferClosed.
         """
@@ -76,7 +77,7 @@ class Buffer:
         while not self._again and self._capacity() == 0:
             await self._bell.wait()
         self._bell.check()
-        return [self._issue() for _ in range(min(n, len(self._again) + self._capacity()))]
+        return [self._issue(holder) for _ in range(min(n, len(self._again) + self._capacity()))]
 
     def put(self, ticket: Ticket, trajectories: Sequence[Trajectory]) -> None:
         """Store the samples of a ticket.
@@ -157,7 +158,9 @@ class Buffer:
                     raise
             left = self._paused_s() - paused_s
             if left <= 0:
-                raise TimeoutError(f"waited {deadline_s:g} s for batch {self.version}: {self._lack(numbers)}")
+                raise TimeoutError(
+                    f"waited {deadline_s:g} s for batch {self.version}: {self._lack(numbers, named=True)}"
+                )
             left = max(left, 1.0)
 
     def advance(self) -> None:
@@ -231,29 +234,38 @@ class Buffer:
         """Wait until all these tickets are answered."""
         if all(number in self._ready for number in numbers):
             return
-        what = f"the learner waits for batch {self.version}"
         async with self._waiting():
-            with reported(lambda: f"{what}: {self._lack(numbers)}"):
+            with reported("the learner", lambda: f"batch {self.version}: {self._lack(numbers)}"):
                 while any(number not in self._ready for number in numbers):
                     await self._bell.wait()
 
-    def _lack(self, numbers: Sequence[int]) -> str:
+    def standing(self) -> dict[str, float]:
+        """The version, of how many, and samples that are out or ready: what a run's status shows."""
+        total = {} if math.isinf(self._batches) else {"iterations": self._batches}
+        held = {"out": len(self._in_flight), "ready": len(self._ready)}
+        samples = {name: float(count * self.samples_per_prompt) for name, count in held.items()}
+        return {"version": float(self.version), **total, **samples}
+
+    def _lack(self, numbers: Sequence[int], named: bool = False) -> str:
+        """What is missing of a batch and at whom, or `named`, ticket by ticket."""
         missing = [number for number in numbers if number not in self._ready]
-        states = _describe(missing, self._in_flight, self._clock(), self._ledger)
-        return f"{len(missing)} of its {len(numbers)} prompts are missing: {states}"
+        count = f"{len(missing)} of its {len(numbers)} prompts"
+        if not named:
+            return f"{count}: {_holders(missing, self._in_flight, self._clock())}"
+        return f"{count} are missing: {_describe(missing, self._in_flight, self._clock(), self._ledger)}"
 
     def _capacity(self) -> int:
         ahead = min(self.version + 1 + self.max_staleness, self._batches)
         return max(int(ahead * self.prompts_per_batch) - self._admitted, 0)
 
-    def _issue(self) -> Ticket:
+    def _issue(self, holder: str) -> Ticket:
         if self._again:
             ticket = heapq.heappop(self._again)
         else:
             ticket = Ticket(number=self._admitted, attempt=0)
             self._admitted += 1
         self._issued += 1
-        self._in_flight[ticket] = self._clock()
+        self._in_flight[ticket] = (holder, self._clock())
         self._ledger.record("issued", ticket, version=self.version)
         return ticket
 
@@ -283,11 +295,28 @@ class _Bell:
             self.ring()
 
 
-def _describe(missing: Sequence[int], in_flight: Mapping[Ticket, float], now: float, ledger: Ledger) -> str:
-    out = {ticket.number: (ticket.attempt, now - since) for ticket, since in in_flight.items()}
+_InFlight = Mapping[Ticket, tuple[str, float]]
+
+
+def _holders(missing: Sequence[int], in_flight: _InFlight, now: float) -> str:
+    """How many are at whom: "8 at generator-1 for 9 s, 4 with no actor"."""
+    out = {ticket.number: found for ticket, found in in_flight.items()}
+    holders: dict[str, list[float]] = {}
+    for number in missing:
+        if number in out:
+            holder, since = out[number]
+            holders.setdefault(holder, []).append(now - since)
+    states = [f"{len(ages)} at {holder} for {max(ages):.0f} s" for holder, ages in sorted(holders.items())]
+    if nowhere := sum(number not in out for number in missing):
+        states.append(f"{nowhere} with no actor")
+    return ", ".join(states)
+
+
+def _describe(missing: Sequence[int], in_flight: _InFlight, now: float, ledger: Ledger) -> str:
+    out = {ticket.number: (ticket.attempt, now - since, at) for ticket, (at, since) in in_flight.items()}
     states = []
     for number in missing[:_NAMED_IN_ERRORS]:
-        where = "attempt {}, out for {:.1f} s".format(*out[number]) if number in out else "with no actor"
+        where = "attempt {}, out for {:.1f} s at {}".format(*out[number]) if number in out else "with no actor"
         states.append(f"{ledger.name(number)} {where}")
     if len(missing) > len(states):
         states.append(f"and {len(missing) - len(states)} more")

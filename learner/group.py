@@ -137,9 +137,9 @@ class LearnerGroup:
         """Write what training goes on from: of every trained network weights, optimizer, average, random numbers."""
         await self._every("save_state", folder)
 
-    async def load_state(self, folder: Path) -> None:
+    async def load_state(self, folder: Path, version: int) -> None:
         """Go on from `save_state`, after `load` of the same networks with the same configuration."""
-        await self._every("load_state", folder)
+        await self._every("load_state", folder, version)
 
     async def _every(self, method: str, *args: Any) -> list[Any]:
         return await asyncio.gather(*(getattr(rank, method)(*args) for rank in self.ranks))

@@ -254,10 +254,10 @@ class Publisher:
 
         def waiting() -> str:
             names = ", ".join(name for name, task in tasks.items() if not task.done())
-            return f"publishing waits for {names} to {phase} (deadline {seconds:g} s)"
+            return f"{names} to {phase} (deadline {seconds:g} s)"
 
         try:
-            with reported(waiting):
+            with reported("publishing", waiting):
                 done, pending = await asyncio.wait(tasks.values(), timeout=seconds, return_when=until)
         finally:
             for task in tasks.values():

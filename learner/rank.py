@@ -26,6 +26,8 @@ class Rank:
         self.rank = rank
         self.world_size = world_size
         self.threads = threads
+        self.version = 0
+        """PPO updates that the policy has had."""
         self._engines: dict[str, Engine] = {}
         self._frozen: dict[str, Frozen] = {}
         self._tokenizers: dict[str, ChatEncoding] = {}
@@ -79,6 +81,7 @@ class Rank:
             held.close()
         for store in (self._engines, self._frozen, self._tokenizers):
             store.clear()
+        self.version = 0
 
     def save(self, name: str, path: Path, ema: bool = False) -> None:
         """Write the network (or its moving average) as a plain Hugging Face folder, from rank 0. A collective."""
@@ -102,8 +105,12 @@ class Rank:
             (folder / name).mkdir(parents=True, exist_ok=True)
             engine.save_state(folder / name)
 
-    def load_state(self, folder: Path) -> None:
-        """Go on from `save_state`, after `load` of the same networks. Raises ValueError for another layout."""
+    def load_state(self, folder: Path, version: int) -> None:
+        """Go on from `save_state` of that version, after `load` of the same networks.
+
+        Raises ValueError for another layout.
+        """
+        self.version = version
         for name, engine in self._engines.items():
             engine.load_state(folder / name)
 

@@ -132,7 +132,12 @@ class LearnerWorker(SupervisedRank):
             sums = self._policy_step(batch, targets, rows, text, step)
             add_sums(sums, self._critic_step(batch, targets, rows, step))
             results.append(sums)
+        self.version += 1
         return results
+
+    def standing(self) -> dict[str, float]:
+        """What a run's status shows, from any thread: the version, where PPO's networks are loaded."""
+        return {"version": float(self.version)} if "critic" in self._engines else {}
 
     def _policy_step(
         self, batch: Batch, targets: Targets, rows: list[int], text: Sequence[ChatExample], step: PPOStep

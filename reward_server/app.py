@@ -74,6 +74,8 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
     app.openapi_version = "3.0.3"  # the newest that the page's Swagger UI reads
     closed = APIRouter(dependencies=[] if token is None else [Depends(_bearing(token))])
 
+    app.state.scoring = scoring
+
     @app.middleware("http")
     async def observed(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         started = time.monotonic()
@@ -209,6 +211,11 @@ class ScoreServer:
         self._server = server
         self._thread = thread
         self.url = url
+
+    def standing(self) -> dict[str, float]:
+        """Posts that are computed or wait, and responses scored so far; from any thread."""
+        app: Any = self._server.config.app
+        return {"waiting": float(app.state.scoring.waiting), "scored": float(app.state.scoring.scored)}
 
     def close(self, deadline_s: float = 10.0) -> None:
         """Stop taking requests, finish those under way; raises TimeoutError when that takes too long."""

@@ -71,6 +71,8 @@ class Batching:
         self._source = source
         self._limits = limits
         self._computed = computed
+        self.scored = 0
+        """Responses scored so far."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self._known: OrderedDict[str, tuple[bytes, _Post, int]] = OrderedDict()
         self._queue: list[_Post] = []
@@ -162,6 +164,7 @@ class Batching:
         batch = _share([post for post in posts if not post.over], self._limits.batch_tokens, self._limits.max_batch)
         self._score([(post, place) for post, _, place in batch])
         scored = [tokens for post, tokens, place in batch if post.replies[place] is not None]
+        self.scored += len(scored)
         self._computed(Turn(responses=len(scored), tokens=sum(scored), seconds=time.monotonic() - started))
 
     def _measure(self, post: _Post) -> None:

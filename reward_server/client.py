@@ -105,6 +105,11 @@ class RewardClient:
         """Seconds of all pauses so far."""
         return self._pauses_s + (time.monotonic() - self._paused_at if self.paused else 0.0)
 
+    def moved(self, index: int, url: str) -> None:
+        """Ask replica `index` at another address from now on, where it was started again."""
+        self.urls = (*self.urls[:index], url, *self.urls[index + 1 :])
+        self._replicas.all[index].url, self._replicas.all[index].rests_until = url.rstrip("/"), 0.0
+
     async def close(self) -> None:
         """Close the connections."""
         await self._replicas.close()

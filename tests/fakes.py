@@ -75,6 +75,7 @@ class FakeClock:
 class FakeGenerator:
     """Samples letters that depend on the seeds only; tokens carry `version`."""
 
+    name: str = "fake"
     version: int = 0
     fault: Callable[[list[list[int]]], BaseException | None] = lambda queries: None
     """asked before each wave; what it returns is raised"""

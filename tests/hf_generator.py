@@ -17,6 +17,8 @@ from reward_server.sources import Source
 class HfGenerator:
     """Samples token by token with a Hugging Face model whose weights it is given by `receive`."""
 
+    name = "hf"
+
     def __init__(self, path: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.encoding = ChatEncoding.load(path)

@@ -132,6 +132,10 @@ def test_requests_in_flight_survive_updates_and_every_token_tells_its_version(se
         keep(version)
         sampling = asyncio.ensure_future(served.generator.generate(QUERIES * 2, range(64), 240, 1.0))
         await asyncio.sleep(0.2)
+        standing = served.generator.standing()
+        assert standing["version"] == version
+        assert standing["running"] + standing["waiting"] == 64
+        assert standing["running"] == standing["most"] < 64
         while not sampling.done():
             publish.source.train()  # pyright: ignore[reportAttributeAccessIssue]
             version += 1
@@ -142,8 +146,12 @@ def test_requests_in_flight_survive_updates_and_every_token_tells_its_version(se
             await asyncio.sleep(0.2)
         return await sampling
 
+    before = served.generator.standing()["tokens"]
     completions = served.runner.run(update_while_sampling())
     assert len(completions) == 64
+    after = served.generator.standing()
+    assert (after["running"], after["waiting"], after["paused"]) == (0, 0, 0)
+    assert after["tokens"] - before == sum(len(completion.response_ids) for completion in completions)
     across = [completion for completion in completions if len(set(completion.versions)) > 1]
     assert across
     beyonds = []

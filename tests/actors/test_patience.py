@@ -6,7 +6,7 @@ import logging
 import pytest
 
 import actors.patience
-from actors.patience import reported
+from actors.patience import reported, waits
 from learner.buffer import Buffer
 from learner.ledger import Ledger
 
@@ -15,7 +15,7 @@ def test_a_long_wait_is_told_again_and_again_in_its_present_words(caplog: pytest
     names = ["a", "b"]
 
     async def wait() -> None:
-        with reported(lambda: f"x waits for {' and '.join(names)}", every_s=0.05):
+        with reported("x", lambda: " and ".join(names), every_s=0.05):
             await asyncio.sleep(0.07)
             names.remove("a")
             await asyncio.sleep(0.05)
@@ -31,7 +31,7 @@ def test_a_long_wait_is_told_again_and_again_in_its_present_words(caplog: pytest
 
 def test_a_short_wait_and_one_that_fails_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
     async def fail() -> None:
-        with reported(lambda: "never told", every_s=0.05):
+        with reported("x", lambda: "never told", every_s=0.05):
             raise ValueError
         raise AssertionError
 
@@ -44,18 +44,25 @@ def test_a_short_wait_and_one_that_fails_say_nothing(caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
-def test_the_learner_says_which_tickets_it_waits_for(
+def test_the_learner_says_at_whom_the_tickets_are_that_it_waits_for(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actors.patience, "REPORT_S", 0.05)
 
     async def wait() -> None:
         buffer = Buffer(2, 1, 0, ledger=Ledger(None))
-        await buffer.admit(1)
-        with pytest.raises(TimeoutError):
-            await buffer.take(0.12)
+        await buffer.admit(1, "generator-1")
+        taking = asyncio.create_task(buffer.take(0.12))
+        await asyncio.sleep(0)
+        (wait,) = waits()
+        assert (wait.who, wait.text[:8]) == ("the learner", "batch 0:")
+        await buffer.admit(1, "generator-0")
+        wait.look()
+        assert "2 of its 2 prompts: 1 at generator-0 for 0 s, 1 at generator-1 for 0 s" in wait.text
+        with pytest.raises(TimeoutError, match=r"ticket 0 attempt 0, out for 0.1 s at generator-1; ticket 1"):
+            await taking
+        assert waits() == []
 
     asyncio.run(wait())
     text = caplog.records[0].getMessage()
-    assert "the learner waits for batch 0: 2 of its 2 prompts are missing: ticket 0 attempt 0, out for" in text
-    assert "ticket 1 with no actor" in text
+    assert "for 0 s the learner waits for batch 0: 2 of its 2 prompts: 1 at" in text

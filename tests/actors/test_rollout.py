@@ -330,6 +330,8 @@ def test_too_few_responses_are_a_failed_wave() -> None:
 
 def test_a_generator_that_missed_the_weights_is_not_trained_on() -> None:
     class Stuck:
+        name = "stuck"
+
         def __init__(self) -> None:
             self.inner = FakeGenerator(version=0)
 

@@ -82,7 +82,7 @@ def test_processes_of_several_machines_have_cores_of_their_own(
     config = Config(cluster=ClusterConfig(address="10.0.0.1:6379", learner_ranks=2))
     there = [machine(f"node-{index}", *sizes) for index, sizes in enumerate(machines)]
     plan = plan_cluster(config, there)
-    assert {p.name for p in plan.processes} == {"generator-0", "learner-0", "learner-1", "reward"}
+    assert {p.name for p in plan.processes} == {"generator-0", "learner-0", "learner-1", "reward-0"}
     assert {(p.threads, p.cpus, p.pin) for p in plan.processes} == {(threads, cpus, None)}
     fits = sum(p.cpus for p in plan.processes) <= sum(machine.cpus for machine in there)
     assert fits == (not place_processes(plan.processes, there, by_cpus=True).unplaced)

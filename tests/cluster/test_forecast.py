@@ -56,7 +56,7 @@ def test_the_quickstart_fits_a_laptop():
     ppo = plan.steps[-1].batches
     assert isinstance(ppo, PPOPlan)
     assert (ppo.episodes, ppo.minibatches, ppo.pretraining_sequences) == (64, 2, 8)
-    assert {one.process.name for one in plan.steps[-1].held} == {"generator-0", "generator-1", "learner-0", "reward"}
+    assert {one.process.name for one in plan.steps[-1].held} == {"generator-0", "generator-1", "learner-0", "reward-0"}
     assert list(phases(plan)) == ["generate", "score", "evaluate", "update policy", "update critic", "publish"]
     least, expected = plan.steps[-1].seconds
     assert least == pytest.approx(sum(phases(plan).values()))

@@ -117,7 +117,7 @@ def test_every_machine_is_surveyed(cluster: Machines, tmp_path: Path) -> None:
 
 def test_a_plan_gives_every_process_cores_of_its_own_for_all_machines(cluster: Machines) -> None:
     plan = plan_live(Config(cluster=config(cluster, learner_ranks=2)))
-    names = ("generator-0", "learner-0", "learner-1", "reward")
+    names = ("generator-0", "learner-0", "learner-1", "reward-0")
     assert {p.name: (p.threads, p.cpus, p.pin) for p in plan.processes} == dict.fromkeys(names, (1, 1, None))
     with place(plan.first(KINDS, 1), deadline_s=30):
         assert ray.available_resources()["CPU"] == 3.0

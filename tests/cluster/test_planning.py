@@ -64,7 +64,7 @@ def test_json_has_bytes_seconds_and_counts(capsys: pytest.CaptureFixture[str]):
     assert found["models"]["policy"]["parameters"] == 8_030_261_248
     memory = found["steps"]["ppo"]["memory"]
     assert memory["learner-0"]["reference: weights"]["device"] == 2 * 8_030_261_248
-    assert memory.keys() == {"generator-0", "learner-0", "learner-1", "reward"}
+    assert memory.keys() == {"generator-0", "learner-0", "learner-1", "reward-0"}
     assert found["steps"]["ppo"]["batches"]["total_episodes"] == 256_000
     assert [process["machine"] for process in found["processes"]] == ["node-0"] * 4
     assert found["steps"]["ppo"]["least_s"] > 0
@@ -172,10 +172,10 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str,
         ("baseline", ["learner-0"], ["baseline"]),
         ("sample", ["generator-0", "generator-1"], ["sample"]),
         ("reward", ["learner-0"], ["reward"]),
-        ("select", ["generator-0", "generator-1", "reward"], ["select"]),
-        ("ppo", ["learner-0", "generator-0", "generator-1", "reward"], ["ppo"]),
-        ("rounds", ["learner-0", "generator-0", "generator-1", "reward"], ["sample", "reward", "ppo"]),
-        ("evaluate", ["learner-0", "generator-0", "generator-1", "reward"], ["evaluate"]),
+        ("select", ["generator-0", "generator-1", "reward-0"], ["select"]),
+        ("ppo", ["learner-0", "generator-0", "generator-1", "reward-0"], ["ppo"]),
+        ("rounds", ["learner-0", "generator-0", "generator-1", "reward-0"], ["sample", "reward", "ppo"]),
+        ("evaluate", ["learner-0", "generator-0", "generator-1", "reward-0"], ["evaluate"]),
         ("serve", ["reward-0"], ["serve"]),
     ],
 )

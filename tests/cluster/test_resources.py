@@ -37,12 +37,12 @@ def threads(found: Plan) -> dict[str, int]:
 
 def test_synchronous_generators_share_the_cores_and_the_learner_has_all() -> None:
     found = plan()
-    assert threads(found) == {"generator-0": 1, "generator-1": 1, "learner-0": 2, "reward": 1}
+    assert threads(found) == {"generator-0": 1, "generator-1": 1, "learner-0": 2, "reward-0": 1}
     assert [found.process(f"generator-{i}").pin for i in range(2)] == [(0,), (1,)]
     assert found.process("learner-0").pin is None
     assert [(phase.name, phase.processes) for phase in found.phases] == [
         ("generate", ("generator-0", "generator-1")),
-        ("score", ("generator-1", "reward")),
+        ("score", ("generator-1", "reward-0")),
         ("update", ("learner-0",)),
     ]
     assert found.cpus == 5
@@ -51,10 +51,10 @@ def test_synchronous_generators_share_the_cores_and_the_learner_has_all() -> Non
 
 def test_asynchronous_rollout_and_learner_split_the_cores() -> None:
     found = plan(generators=1, max_staleness=2)
-    assert threads(found) == {"generator-0": 1, "learner-0": 1, "reward": 1}
+    assert threads(found) == {"generator-0": 1, "learner-0": 1, "reward-0": 1}
     assert [phase.processes for phase in found.phases] == [
         ("generator-0", "learner-0"),
-        ("reward", "learner-0"),
+        ("reward-0", "learner-0"),
     ]
     check(found, cores=2, gpus=0)
     with pytest.raises(ResourceError, match="generate and update"):
@@ -64,12 +64,12 @@ def test_asynchronous_rollout_and_learner_split_the_cores() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"cores": 8}, {"generator-0": 4, "generator-1": 4, "learner-0": 8, "reward": 4}),
+        ({"cores": 8}, {"generator-0": 4, "generator-1": 4, "learner-0": 8, "reward-0": 4}),
         ({"cores": 8, "learner_ranks": 2}, {"learner-0": 4, "learner-1": 4}),
-        ({"cores": 9, "waves_in_flight": 2}, {"generator-0": 3, "generator-1": 3, "reward": 3}),
-        ({"cores": 8, "max_staleness": 1}, {"generator-0": 2, "generator-1": 2, "learner-0": 4, "reward": 2}),
-        ({"generators": 1}, {"generator-0": 2, "learner-0": 2, "reward": 2}),
-        ({"cores": 1, "generators": 1}, {"generator-0": 1, "learner-0": 1, "reward": 1}),
+        ({"cores": 9, "waves_in_flight": 2}, {"generator-0": 3, "generator-1": 3, "reward-0": 3}),
+        ({"cores": 8, "max_staleness": 1}, {"generator-0": 2, "generator-1": 2, "learner-0": 4, "reward-0": 2}),
+        ({"generators": 1}, {"generator-0": 2, "learner-0": 2, "reward-0": 2}),
+        ({"cores": 1, "generators": 1}, {"generator-0": 1, "learner-0": 1, "reward-0": 1}),
     ],
 )
 def test_threads_of_other_machines(changes: dict[str, int], expected: dict[str, int]) -> None:
@@ -85,7 +85,7 @@ def test_too_many_threads_name_the_phase_each_process_the_sum_and_the_remedy() -
         r"\(generator-0: 1, generator-1: 1, generator-2: 1\).*use fewer generators.*a machine with 3 cores$",
     ):
         check(plan(generators=3), cores=2, gpus=0)
-    with pytest.raises(ResourceError, match=r"'generate and score' \(.*reward: 1\)"):
+    with pytest.raises(ResourceError, match=r"'generate and score' \(.*reward-0: 1\)"):
         check(plan(waves_in_flight=2), cores=2, gpus=0)
     with pytest.raises(ResourceError, match=r"'update' \(learner-0: 1, learner-1: 1, learner-2: 1\)"):
         check(plan(learner_ranks=3), cores=2, gpus=0)
@@ -110,7 +110,7 @@ def test_gpus_are_one_each_or_evenly_shared() -> None:
     assert {process.pin for process in whole.processes} == {None}
     assert max(threads(whole).values()) == 8
     check(whole, cores=32, gpus=4)
-    with pytest.raises(ResourceError, match=r"need 4 GPUs and there are 2 \(learner-0: 1, .*reward: 1\)"):
+    with pytest.raises(ResourceError, match=r"need 4 GPUs and there are 2 \(learner-0: 1, .*reward-0: 1\)"):
         check(whole, cores=32, gpus=2)
     two = plan(generators=2, learner_ranks=1, gpus=2, cores=32)  # 4 processes, 2 on each GPU
     assert {process.gpus for process in two.processes} == {0.5}
@@ -120,14 +120,14 @@ def test_gpus_are_one_each_or_evenly_shared() -> None:
 
 
 def test_generators_that_may_join_later_are_not_asked_for_at_the_start() -> None:
-    assert [process.name for process in plan(generators=3).first(KINDS, 1)] == ["learner-0", "generator-0", "reward"]
+    assert [process.name for process in plan(generators=3).first(KINDS, 1)] == ["learner-0", "generator-0", "reward-0"]
     assert [process.name for process in plan(generators=12).first(("generator",), 11)][-1] == "generator-10"
 
 
 def test_some_kinds_alone_keep_the_phases_in_which_they_compute() -> None:
     some = plan(generators=2).of(["learner", "reward"])
-    assert [process.name for process in some.processes] == ["learner-0", "reward"]
-    assert {phase.name: phase.processes for phase in some.phases} == {"score": ("reward",), "update": ("learner-0",)}
+    assert [process.name for process in some.processes] == ["learner-0", "reward-0"]
+    assert {phase.name: phase.processes for phase in some.phases} == {"score": ("reward-0",), "update": ("learner-0",)}
 
 
 def test_a_single_copy_of_the_reward_service_is_the_command_itself() -> None:

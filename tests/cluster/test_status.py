@@ -2,14 +2,19 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import subprocess
 import time
 
 import pytest
 from rich.console import Console
 
-from cluster.handle import LIVE, ActorDied, local
-from cluster.status import FILE, read, render, reporting, snapshot, sparkline
+from actors.patience import reported
+from cluster.handle import LIVE, ActorDied, LocalHandle, local
+from cluster.screen import render, screen
+from cluster.status import FILE, attending, read, reporting, snapshot, under_way
+from cluster.vitals import SCORERS
+from reward_server.client import Pause, RewardClient
 
 
 class Worker:
@@ -31,7 +36,8 @@ def no_other_handles():
 
 def shown(run_dir, curves=False):
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(render(read(run_dir), run_dir, curves))
+    found = read(run_dir)
+    console.print(screen(found, "mine", 120, 30) if curves else render(found, "mine", 120))
     return console.export_text()
 
 
@@ -133,6 +139,87 @@ def test_the_curves_are_of_the_newest_stage_and_of_the_last_try_of_a_step(tmp_pa
     assert "sft" not in text
 
 
-def test_a_sparkline_spans_its_values():
-    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert sparkline([5, 5]) == "▁▁"
+def test_how_far_it_is_comes_of_the_buffer_or_of_the_metrics_and_the_time_left_of_the_last_steps(tmp_path):
+    def row(step, when, stage="ppo"):
+        return {"stage": stage, "step": step, "time": when, "score/mean": 1.0, "progress/total": 9.0}
+
+    write(tmp_path, processes=[])
+    rows = [row(5, 0.0, "sft"), row(1, 100.0), row(2, 110.0), row(2, 111.0), row(3, 500.0), row(4, 510.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = {"stage": "ppo", "step": 4, "total": 9, "step_s": 10.0, "left_s": 50.0}  # a pause is no step
+    assert read(tmp_path)["progress"] == expected
+    buffer = {"name": "controller", "vitals": {"facts": {"version": 0.0, "iterations": 7.0}}}
+    write(tmp_path, processes=[buffer], phases=[{"phase": "x", "stage": "ppo-noptx"}])
+    assert read(tmp_path)["progress"] == {
+        "stage": "ppo-noptx",
+        "step": 0,
+        "total": 7,
+        "step_s": None,
+        "left_s": None,
+    }
+
+
+def test_a_phase_and_a_wait_are_told_while_they_last():
+    async def scenario():
+        with under_way("load networks", "ppo"), reported("the learner", lambda: "batch 3"):
+            return snapshot("ppo")
+
+    during, after = asyncio.run(scenario()), snapshot("ppo")
+    assert during["phases"] == [{"phase": "load networks", "stage": "ppo"}]
+    assert [(wait["who"], wait["for"]) for wait in during["waits"]] == [("the learner", "batch 3")]
+    assert (after["phases"], after["waits"], after["paused"]) == ([], [], None)
+
+
+def test_a_run_without_scores_is_paused(tmp_path):
+    client = RewardClient("http://127.0.0.1:1")
+    SCORERS.add(client)
+    client.paused = Pause(since=time.time() - 70, reason="HTTP 503")
+    try:
+        write(tmp_path)
+    finally:
+        SCORERS.discard(client)
+    found = read(tmp_path)
+    assert found["state"] == "paused"
+    assert found["paused"]["reason"] == "HTTP 503"
+    assert 69 < found["paused"]["seconds"] < 75
+
+
+class Stuck(LocalHandle):
+    """A process that answers nothing about itself from some time on."""
+
+    answers = 2
+
+    async def _vitals(self):
+        self.answers -= 1
+        if self.answers < 0:
+            await asyncio.sleep(3600)
+        return await super()._vitals()
+
+
+def test_every_process_is_asked_again_and_again_and_one_that_falls_silent_is_told(monkeypatch):
+    monkeypatch.setattr("cluster.status._SILENT_S", 0.3)
+
+    async def scenario():
+        well, stuck = local(Worker(), "generator-10"), Stuck(Worker(), "generator-9", 60.0)
+        async with attending(every_s=0.05):
+            call = asyncio.create_task(well.update(release := asyncio.Event()))
+            await asyncio.sleep(0.15)
+            early = snapshot("ppo")
+            await asyncio.sleep(0.6)
+            late = snapshot("ppo")
+            release.set()
+            await call
+        for handle in (well, stuck):
+            handle.kill()
+        return early, late, snapshot("ppo")
+
+    early, late, after = asyncio.run(scenario())
+    assert json.loads(json.dumps(late)) is not None
+    assert [one["name"] for one in late["processes"]] == ["controller", "generator-9", "generator-10"]
+    assert [one["state"] for one in late["processes"]] == ["idle", "silent", "working"]
+    assert "silent" not in [one["state"] for one in early["processes"]]
+    silent, well = late["processes"][1:]
+    assert 0.3 < silent["silent_s"] < 5
+    assert (well["silent_s"], well["vitals"]["pid"]) == (0.0, os.getpid())
+    assert well["cores"] is not None
+    assert after["processes"] == []

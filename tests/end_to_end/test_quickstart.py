@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from cluster import dashboard
 from cluster.dashboard import SECTIONS
 from learner.ledger import audit
+from reward_server.address import free_port
 from reward_server.encoding import ChatEncoding
 from tests.wandb_runs import history, records
+from tests.witness import witnessed
 
 ITERATIONS = 8
 SHORT = {
@@ -28,18 +30,23 @@ SHORT = {
     "ppo.prompts_per_batch": 64,
     "ppo.minibatch_size": 32,
     "evaluation.prompts": 48,
+    "cluster.reward_replicas": 2,
 }
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    options = [part for key, value in SHORT.items() for part in (f"--{key}", str(value))]
+    port = free_port("127.0.0.1")
+    settings = {**SHORT, "tracking.prometheus_port": port}
+    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "cluster.cli", "quickstart", "--tiny", "--run", str(folder), *options]
     environment = {**os.environ, "WANDB_API_KEY": "canary-0123456789abcdef0123456789abcdef01234567"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    with witnessed(folder, port) as seen:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
+    (folder / "seen.json").write_text(json.dumps(seen))
     assert done.stderr == ""  # the chatter of libraries belongs into the log files
     return folder
 
@@ -132,6 +139,56 @@ def test_every_sample_is_accounted_for(run):
         assert found.issued == found.trained + sum(found.dropped.values()) + found.outstanding
         assert found.outstanding == 0
         assert found.violations == ()
+
+
+PROCESSES = {"controller", "learner-0", "generator-0", "generator-1", "reward-0", "reward-1"}
+
+
+def test_while_it_works_every_process_says_what_it_takes_and_does(run):
+    seen = json.loads((run / "seen.json").read_text())["status"]
+    assert {one["state"] for one in seen} <= {"running", "done"}
+    told = {}
+    for status in seen:
+        for one in status["processes"]:
+            assert one["state"] in ("starting", "idle", "working", "paused", "silent"), one
+            if one["vitals"]:
+                told.setdefault(one["name"], []).append(one)
+    assert told.keys() == PROCESSES
+    facts = {name: [one["vitals"]["facts"] for one in found] for name, found in told.items()}
+    for name in ("controller", "learner-0", "generator-0", "generator-1"):
+        assert max(fact.get("version", 0) for fact in facts[name]) >= ITERATIONS - 1, name
+    assert max(fact["tokens"] for fact in facts["generator-0"]) > 1000
+    assert max(fact["running"] for fact in facts["generator-1"]) > 0
+    assert sum(max(fact["scored"] for fact in facts[f"reward-{i}"]) for i in range(2)) > ITERATIONS * 64
+    for name, found in told.items():
+        assert found[-1]["vitals"]["resident"] > 100 * 2**20, name
+        assert found[-1]["vitals"]["cpu_s"] > 1, name
+    assert max(one["cores"] or 0 for one in told["learner-0"]) > 0.5
+    assert "language_model_step" in {one["vitals"]["doing"] for one in told["learner-0"]}
+
+
+def test_while_it_works_it_says_how_far_it_is_and_who_waits_for_whom(run):
+    seen = json.loads((run / "seen.json").read_text())["status"]
+    waits = [f"{wait['who']} waits for {wait['for']}" for one in seen for wait in one["waits"]]
+    expected = r"the learner waits for batch \d+: \d+ of its 64 prompts: .*\d+ at generator-[01] for \d+ s"
+    assert any(re.fullmatch(expected, wait) for wait in waits), waits
+    assert any(re.fullmatch(r"generator-0 waits for its engine to start .*", wait) for wait in waits), waits
+    steps = [one["progress"]["step"] for one in seen if one["progress"] and one["progress"]["stage"] == "ppo"]
+    assert steps == sorted(steps)
+    assert steps[-1] >= ITERATIONS - 1
+    left = [one["progress"]["left_s"] for one in seen if one["progress"] and one["progress"]["stage"] == "ppo"]
+    assert 0 < max(filter(None, left)) < 300
+    assert "start the vLLM actors" in {phase["phase"] for one in seen for phase in one["phases"]}
+
+
+def test_prometheus_is_told_of_every_process(run):
+    pages = json.loads((run / "seen.json").read_text())["page"]
+    text = "\n".join(pages)
+    for series in ("resident_bytes", "cpu_seconds_total", "alive", "silent_seconds"):
+        found = set(re.findall(rf'rayward_process_{series}{{[^}}]*process="([^"]+)"', text))
+        assert found == PROCESSES, series
+    assert 'rayward_wait_seconds{run="run",who="the learner"}' in text
+    assert 'rayward_paused{run="run"} 0.0' in text
 
 
 def test_the_models_are_plain_folders(run):

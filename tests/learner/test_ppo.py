@@ -368,7 +368,7 @@ def train(worker, learner, folders, run_dir=None, killed_at=None, **settings):
         start = found.version if found else 0
         buffer = Buffer(config.prompts_per_batch, 1, config.max_staleness, start, ledger=ledger)
         if found:
-            await learner.load_state(found.networks)
+            await learner.load_state(found.networks, start)
             generator.receive(worker, start)
             buffer.restore(found.state["buffer"])
         elif run_dir and (run_dir / "ledger.jsonl").exists():
