@@ -35,7 +35,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clock(shape: Shape, config: Config, response: int = RESPONSE) -> Clock:
     machine = Machine(name="a", cpus=machine_cores(), memory=GIB, gpus=0, device=measured_cores())
-    alone = {name: (Process(name=name, threads=1, cpus=1), machine) for name in ("generator-0", "learner-0", "reward")}
+    names = ("generator-0", "learner-0", "reward-0")
+    alone = {name: (Process(name=name, threads=1, cpus=1), machine) for name in names}
     lengths = Lengths(prompt=PROMPT, response=response, longest=response)
     return Clock(config, Models(policy=shape, reward=shape), lengths, alone, 10**6, pace_of(config))
 
