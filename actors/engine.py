@@ -52,12 +52,15 @@ class Sampled:
 class Engine:
     """vLLM's asynchronous engine, in child processes; used from the event loop that awaited `start`."""
 
-    def __init__(self, config: GeneratorConfig, model_path: Path, name: str, worker_extension: str) -> None:
-        """`worker_extension`: qualified name of a class that vLLM adds to its workers."""
+    def __init__(
+        self, config: GeneratorConfig, model_path: Path, name: str, worker_extension: str, direct: bool = False
+    ) -> None:
+        """`worker_extension`: qualified name of a class that vLLM adds to its workers; `direct`: see Generator."""
         self.config = config
         self.model_path = model_path
         self.name = name
         self.worker_extension = worker_extension
+        self.direct = direct
         self.vocabulary = 0
         self._llm: AsyncLLM | None = None
         self._unusable = "it was not started"
@@ -187,7 +190,7 @@ class Engine:
     def _load(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = _arguments(self.config, self.model_path, self.worker_extension)
+        arguments = _arguments(self.config, self.model_path, self.worker_extension, self.direct)
         self._llm = AsyncLLM.from_engine_args(arguments)
         self.vocabulary = self._llm.model_config.get_vocab_size()
 
@@ -277,7 +280,7 @@ class Engine:
         return GeneratorError(f"generator {self.name!r}: the engine failed to {what}: {type(error).__name__}: {error}")
 
 
-def _arguments(config: GeneratorConfig, model_path: Path, worker_extension: str) -> "AsyncEngineArgs":
+def _arguments(config: GeneratorConfig, model_path: Path, worker_extension: str, direct: bool) -> "AsyncEngineArgs":
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -305,7 +308,7 @@ def _arguments(config: GeneratorConfig, model_path: Path, worker_extension: str)
         stream_interval=_STREAM_INTERVAL,
         use_tqdm_on_load=False,
         disable_log_stats=True,
-        weight_transfer_config=WeightTransferConfig(backend="rayward_nccl" if cuda else "rayward_gloo"),
+        weight_transfer_config=WeightTransferConfig(backend="rayward_nccl" if direct else "rayward_gloo"),
         worker_extension_cls=worker_extension,
     )
 

@@ -29,11 +29,14 @@ class Generator:
     worker_extension: ClassVar[str] = "actors.weights.WeightReceiver"
     """Qualified name of the class that vLLM adds to its workers, where its module registers our transfer."""
 
-    def __init__(self, config: GeneratorConfig, model_path: str | Path, name: str = "generator") -> None:
+    def __init__(
+        self, config: GeneratorConfig, model_path: str | Path, name: str = "generator", direct: bool = False
+    ) -> None:
+        """`direct`: weights come from the learner's GPU over NCCL; otherwise through main memory over gloo."""
         self.config = config
         self.model_path = Path(model_path)
         self.name = name
-        self._engine = Engine(config, self.model_path, name, self.worker_extension)
+        self._engine = Engine(config, self.model_path, name, self.worker_extension, direct)
         self._encoding: ChatEncoding
         self._transfer_deadline_s = config.call_deadline_s
 

@@ -45,7 +45,14 @@ class Processes:
         async with contextlib.AsyncExitStack() as stack:
             handles = [
                 await stack.enter_async_context(
-                    self._process(LearnerWorker, f"learner-{rank}", rank, ranks, self._threads(f"learner-{rank}"))
+                    self._process(
+                        LearnerWorker,
+                        f"learner-{rank}",
+                        rank,
+                        ranks,
+                        self._threads(f"learner-{rank}"),
+                        self.plan.gpus_apart,
+                    )
                 )
                 for rank in range(ranks)
             ]
@@ -60,7 +67,7 @@ class Processes:
         @contextlib.asynccontextmanager
         async def start(name: str) -> AsyncIterator[Worker]:
             own = config.model_copy(update={"threads": self._threads(name)})
-            async with self._process(Generator, name, own, model_path, name) as handle:
+            async with self._process(Generator, name, own, model_path, name, self.plan.gpus_apart) as handle:
                 await handle.call("start", deadline_s=config.start_deadline_s + 30)
                 yield cast(Worker, handle)  # a handle has the methods of its class, which no type checker sees
 

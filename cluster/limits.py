@@ -117,13 +117,13 @@ def shared_ranks(devices: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def shared_with_learner(devices: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Generators on the GPU of the rank that publishes, which NCCL does not let meet."""
+    """Generators on the GPU of the rank that publishes, which NCCL takes into no group together."""
     sender = set(devices.get("learner-0", ()))
     names = [name for name, at in devices.items() if name.startswith("generator-") and sender & set(at)]
     if names:
         yield (
-            f"learner-0 and {', '.join(names)} share {min(sender)}. Between GPUs weights are published by NCCL, which "
-            "refuses two members of a group on one GPU: expect PPO to stop at its first publication"
+            f"learner-0 and {', '.join(names)} share {min(sender)}: weights are published through main memory (gloo), "
+            "as NCCL takes no two members of a group on one GPU"
         )
 
 

@@ -71,6 +71,11 @@ class Plan:
         """GPUs of all processes together."""
         return sum(process.gpus for process in self.processes)
 
+    @property
+    def gpus_apart(self) -> bool:
+        """Whether learner and generators have GPUs of their own: NCCL takes no two members of a group on one."""
+        return all(process.gpus >= 1 for process in self.processes if not process.name.startswith("reward-"))
+
     def first(self, kinds: Sequence[Kind], generators: int) -> list[Process]:
         """The processes of these kinds with which a run starts, of generators only so many; more may join later."""
         later = {f"generator-{index}" for index in range(generators, len(self.processes))}

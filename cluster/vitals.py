@@ -77,12 +77,13 @@ def measure(obj: Any, *, family: bool = True, doing: str = "", since: float = 0.
 def _gpu_bytes() -> int | None:
     """Asked of the driver, which starts nothing on the GPU. None without torch, a GPU, or NVIDIA's library for it."""
     torch = sys.modules.get("torch")
-    if torch is None or not (count := torch.cuda.device_count()):
+    if torch is None:
         return None
     try:
-        return sum(torch.cuda.device_memory_used(device) for device in range(count))
-    except (ModuleNotFoundError, RuntimeError):
+        used = [torch.cuda.device_memory_used(device) for device in range(torch.cuda.device_count())]
+    except (AttributeError, ModuleNotFoundError, RuntimeError):  # without attributes while another thread imports it
         return None
+    return sum(used) if used else None
 
 
 class Pulse:

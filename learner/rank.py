@@ -22,10 +22,12 @@ from reward_server.encoding import ChatEncoding
 class Rank:
     """One process of the learner, with networks that it trains and networks that it only reads."""
 
-    def __init__(self, rank: int, world_size: int, threads: int) -> None:
+    def __init__(self, rank: int, world_size: int, threads: int, direct: bool = False) -> None:
+        """`direct`: weights go to the generators' GPUs over NCCL; otherwise through main memory over gloo."""
         self.rank = rank
         self.world_size = world_size
         self.threads = threads
+        self.direct = direct
         self.version = 0
         """PPO updates that the policy has had."""
         self._engines: dict[str, Engine] = {}
@@ -116,7 +118,7 @@ class Rank:
 
     def open_sender(self, config: PublishConfig) -> None:
         """Prepare to send weights from this rank."""
-        sender = NcclWeightSender if torch.cuda.is_available() else WeightSender
+        sender = NcclWeightSender if self.direct else WeightSender
         self._sender = sender(config.bucket_mb, config.deadline_s, self._host)
 
     def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.engine import _arguments
 from actors.generator import Generator, GeneratorError, GeneratorTimeout
 from actors.transfer import Manifest, Rendezvous, checksum
 from learner.config import ParityConfig, PublishConfig
@@ -158,6 +159,13 @@ def test_an_untied_model_is_in_parity_and_no_process_outlives_a_killed_generator
             patience.cancel()
             process.kill()
     wait_until_gone(report["children"], 5)
+
+
+@pytest.mark.parametrize(("direct", "backend"), [(False, "rayward_gloo"), (True, "rayward_nccl")])
+def test_weights_come_over_nccl_only_where_that_is_said(tmp_path: Path, direct: bool, backend: str) -> None:
+    transfer = _arguments(ENGINE, tmp_path, Generator.worker_extension, direct).weight_transfer_config
+    assert transfer is not None
+    assert transfer.backend == backend
 
 
 def test_vllms_receiver_between_gpus_takes_our_words_and_adds_up_what_it_loads(

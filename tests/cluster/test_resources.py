@@ -35,6 +35,14 @@ def threads(found: Plan) -> dict[str, int]:
     return {process.name: process.threads for process in found.processes}
 
 
+@pytest.mark.parametrize(
+    ("gpus", "size", "apart"),
+    [(0, 1, False), (1, 1, False), (3, 1, False), (4, 1, True), (8, 1, True), (5, 2, True)],
+)
+def test_nccl_connects_processes_that_share_no_gpu(gpus: int, size: int, apart: bool) -> None:
+    assert plan(cores=16, gpus=gpus, tensor_parallel_size=size).gpus_apart is apart
+
+
 def test_synchronous_generators_share_the_cores_and_the_learner_has_all() -> None:
     found = plan()
     assert threads(found) == {"generator-0": 1, "generator-1": 1, "learner-0": 2, "reward-0": 1}

@@ -31,6 +31,11 @@ SHORT = {
     "ppo.minibatch_size": 32,
     "evaluation.prompts": 48,
     "cluster.reward_replicas": 2,
+    "tracking.tensorboard": "true",
+}
+CANARIES = {
+    name: f"canary-{number}-0123456789abcdef0123456789abcdef"
+    for number, name in enumerate(("WANDB_API_KEY", "HF_TOKEN", "RAYWARD_REWARD_TOKEN", "RAY_AUTH_TOKEN"))
 }
 
 
@@ -41,7 +46,7 @@ def run(tmp_path_factory):
     settings = {**SHORT, "tracking.prometheus_port": port}
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "cluster.cli", "quickstart", "--tiny", "--run", str(folder), *options]
-    environment = {**os.environ, "WANDB_API_KEY": "canary-0123456789abcdef0123456789abcdef01234567"}
+    environment = {**os.environ, **CANARIES}
     with witnessed(folder, port) as seen:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -213,6 +218,12 @@ def test_the_report_says_whose_verdicts_it_shows(run):
 
 
 def test_no_file_of_the_run_holds_a_secret(run):
-    for path in run.rglob("*"):
-        if path.is_file():
-            assert b"canary-0123456789abcdef" not in path.read_bytes(), path
+    """Nor do the console, the curves of W&B and TensorBoard, checkpoints, and what Ray keeps of the session."""
+    files = [path for path in run.rglob("*") if path.is_file()]
+    names = {path.relative_to(run).parts[0] for path in files}
+    assert names >= {"checkpoints", "logs", "tensorboard", "wandb", "status.json", "seen.json", "stdout.txt"}
+    pid = json.loads((run / "status.json").read_text())["pid"]
+    (session,) = Path("/tmp/ray").glob(f"session_*_{pid}")
+    files += [path for path in session.rglob("*") if path.is_file()]
+    for path in files:
+        assert b"canary-" not in path.read_bytes(), path
