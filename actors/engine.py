@@ -235,13 +235,13 @@ class Engine:
 
         self._requests += 1
         self._under_way += 1
-        last = None
+        last, counted = None, 0
         try:
             async for output in self._live().generate(tokens_input(prompt), params, f"{self.name}-{self._requests}"):
                 self._progress = time.monotonic()
-                before = 0 if last is None else len(last.outputs[0].token_ids)
-                self._tokens += len(output.outputs[0].token_ids) - before
-                last = output
+                tokens = len(output.outputs[0].token_ids)  # of a list that vLLM goes on filling
+                self._tokens += tokens - counted
+                last, counted = output, tokens
         except (EngineDeadError, EngineGenerateError) as error:
             raise self._failed("sample", error) from error
         finally:

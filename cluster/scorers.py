@@ -40,6 +40,7 @@ async def scorers(
 
     Raises what kept one of them from starting.
     """
+    assert names, "no replica is planned"
     urls = [asyncio.get_running_loop().create_future() for _ in names]
     client: asyncio.Future[RewardClient] = asyncio.get_running_loop().create_future()
     keepers = [

@@ -70,7 +70,7 @@ def survey(packages: Sequence[str], folder: Path) -> tuple[Surveyed, ...]:
         }
 
     task: Any = ray.remote(look)
-    nodes, begun = cluster_nodes(), time.time()
+    nodes, begun = sorted(cluster_nodes(), key=lambda node: node.name), time.time()
     asked = {
         node.name: task.options(
             num_cpus=0,

@@ -134,8 +134,8 @@ def test_requests_in_flight_survive_updates_and_every_token_tells_its_version(se
         await asyncio.sleep(0.2)
         standing = served.generator.standing()
         assert standing["version"] == version
-        assert standing["running"] + standing["waiting"] == 64
         assert standing["running"] == standing["most"] < 64
+        assert 0 < standing["waiting"] <= 64 - standing["most"]  # some may have ended
         while not sampling.done():
             publish.source.train()  # pyright: ignore[reportAttributeAccessIssue]
             version += 1
@@ -151,7 +151,8 @@ def test_requests_in_flight_survive_updates_and_every_token_tells_its_version(se
     assert len(completions) == 64
     after = served.generator.standing()
     assert (after["running"], after["waiting"], after["paused"]) == (0, 0, 0)
-    assert after["tokens"] - before == sum(len(completion.response_ids) for completion in completions)
+    sampled = sum(len(completion.response_ids) for completion in completions)
+    assert after["tokens"] - before == sampled + (len(states) - 1) * len(PROBES)  # a probe takes a token, too
     across = [completion for completion in completions if len(set(completion.versions)) > 1]
     assert across
     beyonds = []
@@ -182,9 +183,9 @@ def test_after_an_update_tokens_follow_from_the_new_weights_alone_if_the_cache_i
 
     async def update_while_sampling() -> tuple[int, list[Completion]]:
         version = await served.generator.version() + 1
-        sampling = asyncio.ensure_future(served.generator.generate(QUERIES[:8], range(8), 200, 1.0))
-        await asyncio.sleep(0.3)
         publish.source.train()  # pyright: ignore[reportAttributeAccessIssue]
+        sampling = asyncio.ensure_future(served.generator.generate(QUERIES[:8], range(8), 200, 1.0))
+        await asyncio.sleep(0.1)
         assert (await publish.publish([served.generator], version)).lost == {}
         return version, await sampling
 

@@ -120,7 +120,9 @@ def test_the_memory_of_a_rank_is_near_its_estimate(measured: Measured):
 @pytest.mark.slow
 def test_the_seconds_of_a_rank_are_near_what_is_expected(measured: Measured):
     machine = Machine(name="a", cpus=machine_cores(), memory=GIB, gpus=0, device=measured_cores())
-    alone = {name: (Process(name=name, threads=1, cpus=1), machine) for name in ("generator-0", "learner-0", "reward")}
+    alone = {
+        name: (Process(name=name, threads=1, cpus=1), machine) for name in ("generator-0", "learner-0", "reward-0")
+    }
     lengths = Lengths(prompt=TOKENS // 2, response=TOKENS // 2, longest=TOKENS // 2)
     clock = Clock(measured.config, measured.models, lengths, alone, 10**6, pace_of(measured.config))
     batches = batches_of(measured.config, "ppo", lengths, Path("nowhere"))

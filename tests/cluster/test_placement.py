@@ -46,7 +46,7 @@ pytestmark = pytest.mark.slow
 class Sampler:
     """A generator without an engine."""
 
-    def __init__(self, config: GeneratorConfig, model_path: Path, name: str) -> None:
+    def __init__(self, config: GeneratorConfig, model_path: Path, name: str, direct: bool) -> None:
         self.tokens = 0
         self.inner = FakeGenerator()
 
@@ -145,7 +145,7 @@ def test_ranks_and_reward_service_of_different_machines_meet_at_their_addresses(
     monkeypatch.setattr(build.secrets, "token_urlsafe", lambda size: made.append("canary" * 8) or made[-1])
     tiny_causal_lm(tmp_path / "model")
     source = SourceConfig(parts=(PartConfig(kind="length"),))
-    plan = processes(learner_0=1.5, learner_1=1.5, reward=0.5)
+    plan = processes(learner_0=1.5, learner_1=1.5, reward_0=0.5)
 
     async def scenario(placement: Any) -> None:
         run = Processes(config(cluster, learner_ranks=2), plan, tmp_path / "logs", placement)
