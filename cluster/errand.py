@@ -9,7 +9,7 @@ import contextlib
 import json
 import shlex
 import time
-from collections.abc import AsyncIterator, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from cluster.submit import JobError, JobRow, connect, job
 
 _OUTCOMES = {"SUCCEEDED": "done", "FAILED": "failed", "STOPPED": "stopped"}
 _FETCH_S = 120.0  # for a short job to start and print
+_END_S = 20.0  # for it to end when it is stopped
+_SETTLE_S = 2.5  # Ray looks at a job once a second, and lists one as failed that is deleted before it saw the end
 _POLL_S = 0.5
 
 
@@ -40,11 +42,12 @@ def looks_of_job(address: str | None, name: str, live: bool) -> Generator[dict[s
             return
         time.sleep(INTERVAL_S)
         row = job(client, name)
-    for found in _from_here(Path(row.run)) if _seen_here(row) else _fetched(client, row, live):
-        row = job(client, name)
-        yield _joined(found, row)
-        if not live or row.status in _OUTCOMES:
-            return
+    with contextlib.closing(_from_here(Path(row.run)) if _seen_here(row) else _fetched(client, row, live)) as looks:
+        for found in looks:
+            row = job(client, name)
+            yield _joined(found, row)
+            if not live or row.status in _OUTCOMES:
+                return
 
 
 def _before(row: JobRow) -> dict[str, Any]:
@@ -117,18 +120,27 @@ def _answer(client: JobSubmissionClient, errand: str) -> dict[str, Any]:
 def _lines(client: JobSubmissionClient, errand: str) -> Generator[dict[str, Any]]:
     """Each line of JSON that a job prints, as it comes."""
     with asyncio.Runner() as runner:
-        texts: AsyncIterator[str] = client.tail_job_logs(errand)
+        texts: Any = client.tail_job_logs(errand)
         rest = ""
-        while (text := runner.run(anext(texts, None))) is not None:  # pyright: ignore[reportArgumentType]
-            *whole, rest = (rest + text).split("\n")
-            yield from (json.loads(line) for line in whole if line.startswith("{"))
+        try:
+            while (text := runner.run(_next(texts))) is not None:
+                *whole, rest = (rest + text).split("\n")
+                yield from (json.loads(line) for line in whole if line.startswith("{"))
+        finally:
+            runner.run(texts.aclose())
+
+
+async def _next(texts: Any) -> str | None:
+    return await anext(texts, None)
 
 
 def _take_back(client: JobSubmissionClient, errand: str) -> None:
     """End the errand, and have nobody find it in the list of jobs; what cannot be is left."""
     with contextlib.suppress(Exception):
-        client.stop_job(errand)
-        end = time.monotonic() + 10
+        if client.get_job_status(errand).value not in _OUTCOMES:
+            client.stop_job(errand)
+        end = time.monotonic() + _END_S
         while client.get_job_status(errand).value not in _OUTCOMES and time.monotonic() < end:
             time.sleep(_POLL_S)
+        time.sleep(_SETTLE_S)
         client.delete_job(errand)

@@ -24,11 +24,11 @@ def status(given: argparse.Namespace) -> int:
     """Show what every process of a run is doing; 1 when the run failed, was killed or has fallen silent."""
     with contextlib.closing(_looks(given, live=False)) as looks:
         found = next(looks)
-    if given.json:
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-    else:
-        console = Rich(highlight=False)
-        console.print(render(found, given.run, console.width))
+        if given.json:
+            sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        else:
+            console = Rich(highlight=False)
+            console.print(render(found, given.run, console.width))
     return FAILED if found["state"] in _GONE else DONE
 
 
