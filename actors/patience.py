@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 REPORT_S = 60.0
 """Seconds between two lines about the same wait."""
+_SETTLE_S = 0.1  # in which those who are waited for learn of it
 log = logging.getLogger(__name__)
 
 
@@ -55,10 +56,11 @@ def reported(who: str, what: Callable[[], str], every_s: float | None = None) ->
         log.warning("for %.0f s %s waits for %s", wait.seconds, wait.who, wait.text)
         timer = loop.call_later(seconds, report)
 
-    timer = loop.call_later(seconds, report)
+    timer, settled = loop.call_later(seconds, report), loop.call_later(_SETTLE_S, wait.look)
     _OPEN.add(wait)
     try:
         yield
     finally:
         timer.cancel()
+        settled.cancel()
         _OPEN.discard(wait)

@@ -66,3 +66,15 @@ def test_the_learner_says_at_whom_the_tickets_are_that_it_waits_for(
     asyncio.run(wait())
     text = caplog.records[0].getMessage()
     assert "for 0 s the learner waits for batch 0: 2 of its 2 prompts: 1 at" in text
+
+
+def test_what_happens_in_the_moment_after_a_wait_began_is_in_its_words() -> None:
+    at = ["nobody"]
+
+    async def wait() -> None:
+        with reported("x", lambda: at[0]):
+            at[0] = "generator-0"
+            await asyncio.sleep(0.15)
+            assert [one.text for one in waits()] == ["generator-0"]
+
+    asyncio.run(wait())
