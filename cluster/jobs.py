@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Rich
@@ -83,7 +84,7 @@ def _ordered(given: argparse.Namespace) -> Order:
         raise ConfigError(f"{name!r} cannot be submitted. {remedy}")
     command, settings = COMMANDS[name], None
     if command.own:
-        run_dir, told = own_parser(name).parse_args(words).run, [name, *words]
+        run_dir, told = Path(own_parser(name).parse_args(words).run), [name, *words]
     else:
         call = parse(command, words)
         run_dir, named = call.run_dir, call.file is not None or call.preset is not None

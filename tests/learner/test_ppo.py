@@ -417,8 +417,10 @@ def test_the_score_rises(worker, learner, folders, network, iterations):
     assert sum(scores[-3:]) / 3 > scores[0] + 0.2
     assert lines[-1]["kl/mean"] > 0.1 > abs(lines[0]["kl/mean"])
     # the sampler's and the learner's log-probs of a token are the same number, after every publish
-    bound = 1e-4 if network.dtype == "float32" else 0.2
-    assert max(line["importance/log_ratio_max"] for line in lines) < bound
+    # (bfloat16 rounds an unlikely token by half a nat now and then; with the weights of a version before, the mean of
+    # an iteration is above 0.2, and with the right ones it was 0.014 at most)
+    gap, bound = ("max", 1e-4) if network.dtype == "float32" else ("mean", 0.05)
+    assert max(line[f"importance/log_ratio_{gap}"] for line in lines) < bound
     assert {line["staleness/max"] for line in lines} == {0.0}
 
 
