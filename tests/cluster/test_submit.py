@@ -281,7 +281,7 @@ def test_how_a_run_stands_can_be_asked_there(cluster, tmp_path, capfd):
     with reporting(tmp_path, "ppo"):
         pass
     assert rayward("submit", "--address", cluster, "status", tmp_path) == 0
-    assert f"rayward ppo  {tmp_path}: done" in " ".join(capfd.readouterr().out.split("\n"))
+    assert f"rayward ppo {tmp_path}: done" in " ".join(capfd.readouterr().out.split())
 
 
 @pytest.mark.slow
