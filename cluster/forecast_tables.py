@@ -194,7 +194,8 @@ def _times(found: Forecast) -> RenderableType:
 def _tolerance(found: Forecast) -> str:
     if any(machine.gpus for machine in found.site.machines):
         return "On GPUs none of this has been measured."
-    return f"Held within a factor of {TIME_FACTOR:g} on a small model; larger ones train up to 3 times as long: docs/cluster.md."
+    held = f"Held within a factor of {TIME_FACTOR:g} on a small model"
+    return f"{held}; larger ones train up to 3 times as long: docs/cluster.md."
 
 
 def _under(title: str, table: Table) -> RenderableType:
