@@ -14,8 +14,7 @@ from pathlib import Path
 
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|KEY|CREDENTIALS)$")
 """Names of environment variables that hold a secret."""
-SHORTEST = 8
-"""Characters of a value that counts; a shorter one may be any word."""
+_SHORTEST = 8  # characters of a value that counts; a shorter one may be any word
 _URL = re.compile(r"(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)")
 
 
@@ -23,8 +22,8 @@ def secrets() -> dict[str, str]:
     """Each secret by where it comes from: an environment variable or a file."""
     found = {name: value.strip() for name, value in os.environ.items() if SECRET_NAME.search(name.upper())}
     # A variable such as GOOGLE_APPLICATION_CREDENTIALS names a file, and its name is no secret.
-    found = {name: value for name, value in found.items() if len(value) >= SHORTEST and not os.path.exists(value)}
-    return found | dict(_stored())
+    found = {name: value for name, value in found.items() if not os.path.exists(value)} | dict(_stored())
+    return {where: value for where, value in found.items() if len(value) >= _SHORTEST}
 
 
 def secret_files() -> tuple[Path, ...]:
@@ -73,11 +72,10 @@ def _stored() -> Iterator[tuple[str, str]]:
             value = path.read_text(encoding="utf-8").strip()
         except (OSError, ValueError):
             continue
-        if len(value) >= SHORTEST:
-            yield str(path), value
+        yield str(path), value
     file = Path.home() / ".netrc"
     try:
         hosts = netrc.netrc(file).hosts
     except (OSError, netrc.NetrcParseError):
         return
-    yield from ((f"{file}, {host}", login[2]) for host, login in hosts.items() if len(login[2] or "") >= SHORTEST)
+    yield from ((f"{file}, {host}", login[2] or "") for host, login in hosts.items())

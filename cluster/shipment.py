@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, get_excludes_from_ignore_files
 
-from cluster.redaction import SHORTEST, secrets
+from cluster.redaction import secrets
 from cluster.settings import ConfigError, save_toml, to_toml
 
 PACKAGES = ("reward_server", "actors", "learner", "cluster")
@@ -96,7 +96,7 @@ def _files(folder: Path, name: str, rules: Sequence[Callable[[Path], bool]]) -> 
 
 
 def _refuse_secrets(path: Path, files: dict[str, Path]) -> None:
-    known = {where: value.encode() for where, value in secrets().items() if len(value) >= SHORTEST}
+    known = {where: value.encode() for where, value in secrets().items()}
     for name, file in files.items():
         why = None
         if any(fnmatch.fnmatch(file.name, pattern) for pattern in _PRIVATE):
