@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from reward_server.records import read_records, row_conversation, row_id, row_text
+from reward_server.preferences.records import read_records, row_conversation, row_id, row_text
 from reward_server.schema import Message
 
 

@@ -111,7 +111,7 @@ class StaleTrajectories(RuntimeError):
 
 
 class TrajectoryBuffer(Protocol):
-    """What those who sample need of `learner.buffer.Buffer`, which documents it."""
+    """What those who sample need of `learner.data.buffer.Buffer`, which documents it."""
 
     async def admit(self, n: int, holder: str) -> list[Ticket]: ...
     def generated(self, ticket: Ticket) -> None: ...

@@ -11,7 +11,6 @@ from typing import Protocol
 from uuid import uuid4
 
 from actors.config import RolloutConfig
-from actors.patience import reported
 from actors.prompts import Prompt, PromptEncoding, PromptStream, encode_prompt, stable_hash
 from actors.trajectory import (
     Completion,
@@ -21,6 +20,7 @@ from actors.trajectory import (
     Trajectory,
     TrajectoryBuffer,
 )
+from actors.waits import reported
 from reward_server.schema import ScoreReply, ScoreRequest
 
 # A generator that fails twice in a row is taken to be broken; so a ticket that it has spoilt twice still has

@@ -14,9 +14,9 @@ from datetime import date
 from pathlib import Path
 from statistics import fmean
 
-from cluster.config import Config
-from cluster.planning import foresee
-from cluster.settings import compose, read_toml
+from cluster.config.load import compose, read_toml
+from cluster.config.schema import Config
+from cluster.plan.dry_run import foresee
 
 STEPS = ("sft", "sample", "reward")
 LAPS = {  # what the loop measures of an iteration, and the phases of the plan in it

@@ -94,7 +94,7 @@ def served(model: Path, run: Path, threads: int, replicas: int) -> Iterator[str]
         "serve.threads": str(max(1, threads // replicas)),
         "tracking.mode": "disabled",
     }
-    command = [sys.executable, "-m", "cluster.cli", "serve", "--run", str(run)]
+    command = [sys.executable, "-m", "cluster.cli.main", "serve", "--run", str(run)]
     command += [word for key, value in settings.items() for word in (f"--{key}", value)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[1])
     assert process.stdout is not None

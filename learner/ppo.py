@@ -5,17 +5,17 @@ from typing import Protocol
 
 from actors.chat import ChatExample
 from actors.trajectory import Trajectory
-from learner.advantages import gae, penalised_rewards, whiten
-from learner.batch import Batch, collate, minibatches
-from learner.buffer import Buffer
 from learner.config import PPOConfig
-from learner.kl import adapted_coefficient, kl_per_response
-from learner.losses import importance_weights
-from learner.observables import Laps, iteration_metrics
-from learner.schedules import warmup
+from learner.data.batch import Batch, collate, minibatches
+from learner.data.buffer import Buffer
+from learner.maths.advantages import gae, penalised_rewards, whiten
+from learner.maths.kl import adapted_coefficient, kl_per_response
+from learner.maths.losses import importance_weights
+from learner.maths.schedules import warmup
+from learner.metrics import Laps, iteration_metrics
 from learner.sft import Log
-from learner.skips import Skips
-from learner.worker import Evaluation, PPOStep, Targets
+from learner.worker.skipped_steps import Skips
+from learner.worker.worker import Evaluation, PPOStep, Targets
 
 
 class Learner(Protocol):

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from learner.agreement import Agreement, agreement
 from learner.config import RewardModelingConfig
-from learner.corpora import split_held_out
-from learner.group import LearnerGroup
-from learner.schedules import cosine_to_tenth
+from learner.data.corpora import split_held_out
+from learner.maths.agreement import Agreement, agreement
+from learner.maths.schedules import cosine_to_tenth
 from learner.sft import Log
-from learner.skips import Skips
+from learner.worker.group import LearnerGroup
+from learner.worker.skipped_steps import Skips
 from reward_server.encoding import ChatEncoding
-from reward_server.labeling import Comparison
 from reward_server.model import Normalisation
+from reward_server.preferences.labeling import Comparison
 
 _logger = logging.getLogger(__name__)
 

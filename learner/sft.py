@@ -8,9 +8,9 @@ from typing import Protocol
 from actors.chat import ChatExample
 from actors.prompts import Shuffle
 from learner.config import SFTConfig
-from learner.group import LearnerGroup
-from learner.schedules import cosine_to_tenth
-from learner.skips import Skips
+from learner.maths.schedules import cosine_to_tenth
+from learner.worker.group import LearnerGroup
+from learner.worker.skipped_steps import Skips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

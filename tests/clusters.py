@@ -10,7 +10,7 @@ import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
 from ray.cluster_utils import Cluster
 
-from cluster.reaping import SPAWNING, kill_marked
+from cluster.runtime.orphans import SPAWNING, kill_marked
 
 _HEALTH = {  # a machine that is gone is noticed in two seconds, not in a quarter of a minute
     "RAY_health_check_initial_delay_ms": "0",

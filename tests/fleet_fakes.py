@@ -13,14 +13,14 @@ from actors.prompts import PromptStream
 from actors.rollout import rollout
 from actors.trajectory import Completion, Trajectory
 from actors.transfer import Manifest, Rendezvous
-from cluster.config import FleetConfig
-from cluster.fleet import Fleet
-from cluster.handle import ActorDied
-from cluster.members import Worker
-from learner.buffer import Buffer
+from cluster.config.schema import FleetConfig
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.worker import Worker
+from cluster.runtime.handle import ActorDied
 from learner.config import ParityConfig, PublishConfig
-from learner.ledger import Ledger
-from learner.publish import Probe, Publisher
+from learner.data.buffer import Buffer
+from learner.data.ledger import Ledger
+from learner.weights.publish import Probe, Publisher
 from tests.fakes import FakeEncoding, FakeGenerator, FakeScorer, prompts
 
 T = TypeVar("T")

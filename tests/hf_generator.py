@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.trajectory import Completion
-from learner.worker import LearnerWorker
+from learner.worker.worker import LearnerWorker
 from reward_server.encoding import ChatEncoding
 from reward_server.schema import ScoreReply, ScoreRequest
 from reward_server.sources import Source

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from actors.transfer import Bucket, Manifest, Rendezvous, TransferError
 from learner.config import PublishConfig
-from learner.sender import WeightSender
+from learner.weights.sender import WeightSender
 
 
 def token_logprobs(model: PreTrainedModel, ids: Sequence[int], temperature: float = 1.0) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from learner.engine import whole
-from learner.group import LearnerGroup
-from learner.worker import LearnerWorker
+from learner.worker.engine import whole
+from learner.worker.group import LearnerGroup
+from learner.worker.worker import LearnerWorker
 
 DEADLINE_S = 200.0
 

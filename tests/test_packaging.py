@@ -56,6 +56,9 @@ def test_our_packages_are_the_ones_imported():
         assert spec is not None
         assert spec.origin == str(ROOT / package / "__init__.py")
         assert (ROOT / package / "__init__.py").read_text() == ""
+        for room in (ROOT / package).glob("*/**/__init__.py"):  # says what the room owns, and nothing else is in it
+            (docstring,) = ast.parse(room.read_text(encoding="utf-8")).body
+            assert isinstance(docstring, ast.Expr), room
 
 
 def test_the_packages_are_listed_and_complete():

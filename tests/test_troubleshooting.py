@@ -17,7 +17,7 @@ def texts() -> tuple[str, ...]:
     """Every text in the code; a NUL stands for what is put into it."""
     found = []
     for package in ("reward_server", "actors", "learner", "cluster"):
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):
                     parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.status import read
+from cluster.status.snapshot import read
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from actors.generator import Generator
 from learner.config import ParityConfig, PublishConfig
-from learner.publish import Probe, Publisher
+from learner.weights.publish import Probe, Publisher
 from tests.actors.conftest import ENGINE
 from tests.hf_learner import HfLearner
 from tests.tiny_models import tiny_causal_lm

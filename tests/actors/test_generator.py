@@ -13,7 +13,7 @@ from actors.generator import Generator, GeneratorError
 from actors.trajectory import Completion
 from actors.transfer import Manifest
 from learner.config import ParityConfig, PublishConfig
-from learner.publish import Probe, Publisher, PublishError, StaleWeights
+from learner.weights.publish import Probe, Publisher, PublishError, StaleWeights
 from tests.actors.conftest import ENGINE, STOP_IDS, Served
 from tests.hf_learner import CorruptingSender, DyingSender, HfLearner, token_logprobs
 from tests.tiny_models import tiny_tokenizer

@@ -17,7 +17,7 @@ from actors.prompts import (
     read_prompts,
     stable_hash,
 )
-from reward_server.records import RecordError
+from reward_server.preferences.records import RecordError
 from reward_server.schema import Message
 from tests.fakes import FakeEncoding, prompts
 

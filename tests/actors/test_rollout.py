@@ -16,8 +16,8 @@ from actors.prompts import Prompt, PromptStream
 from actors.rollout import rollout
 from actors.trajectory import Completion, Trajectory
 from actors.waves import Generator, GeneratorFailed, PromptFailed
-from learner.buffer import Buffer
-from learner.ledger import Ledger, audit
+from learner.data.buffer import Buffer
+from learner.data.ledger import Ledger, audit
 from reward_server.address import free_port
 from reward_server.app import serve
 from reward_server.client import RewardClient

@@ -22,7 +22,7 @@ from actors.engine import _arguments
 from actors.generator import Generator, GeneratorError, GeneratorTimeout
 from actors.transfer import Manifest, Rendezvous, checksum
 from learner.config import ParityConfig, PublishConfig
-from learner.publish import ParityError, Probe, Publisher
+from learner.weights.publish import ParityError, Probe, Publisher
 from tests.actors.conftest import ENGINE, Served
 from tests.hf_learner import HfLearner
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from actors.chat import chat_example
 from learner.config import NetworkConfig, OptimizerConfig
-from learner.worker import LearnerWorker
+from learner.worker.worker import LearnerWorker
 from reward_server.encoding import ChatEncoding
 from reward_server.model import load_reward_model
 from reward_server.schema import Message

@@ -14,8 +14,8 @@ from actors.config import GeneratorConfig
 from actors.generator import Generator
 from actors.transfer import Manifest, Rendezvous
 from learner.config import NetworkConfig, ParityConfig, PublishConfig
-from learner.publish import Probe, Publisher
-from learner.worker import LearnerWorker
+from learner.weights.publish import Probe, Publisher
+from learner.worker.worker import LearnerWorker
 from tests.tiny_models import tiny_causal_lm
 
 pytestmark = pytest.mark.slow

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from cluster.alignment import Alignment
-from cluster.build import Processes
-from cluster.config import Config, TrackingConfig
-from cluster.fleet import Fleet
-from cluster.remote import RemoteHandle
-from cluster.resources import default_plan
-from cluster.session import start_ray
-from cluster.steps import Job
-from cluster.tracking import Tracker
-from learner.ledger import audit
-from learner.publish import Publisher
+from cluster.config.schema import Config, TrackingConfig
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.processes import Processes
+from cluster.pipeline.job import Job
+from cluster.pipeline.ppo import Alignment
+from cluster.runtime.actor import RemoteHandle
+from cluster.runtime.resources import default_plan
+from cluster.runtime.session import start_ray
+from cluster.tracking.tracker import Tracker
+from learner.data.ledger import audit
+from learner.weights.publish import Publisher
 from tests.fakes import FakeScorer
 from tests.tiny_models import CORPUS, tiny_causal_lm, tiny_reward_model
 

@@ -12,14 +12,14 @@ from statistics import fmean
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cluster import dashboard
-from cluster.dashboard import SECTIONS
-from learner.ledger import audit
+from cluster.tracking.workspace import SECTIONS
+from learner.data.ledger import audit
 from reward_server.address import free_port
 from reward_server.encoding import ChatEncoding
 from tests.wandb_runs import history, records
 from tests.witness import witnessed
 
+ROOT = Path(__file__).parents[2]
 ITERATIONS = 8
 SHORT = {
     "quickstart.pretraining": 150,
@@ -46,7 +46,7 @@ def run(tmp_path_factory):
     port = free_port("127.0.0.1")
     settings = {**SHORT, "tracking.prometheus_port": port}
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "cluster.cli", "quickstart", "--tiny", "--run", str(folder), *options]
+    command = [sys.executable, "-m", "cluster.cli.main", "quickstart", "--tiny", "--run", str(folder), *options]
     environment = {**os.environ, **CANARIES}
     with witnessed(folder, port) as seen:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
@@ -98,12 +98,12 @@ def logged(run):
 def test_every_plot_of_the_dashboards_has_its_metric(run):
     found = {name if name.startswith(f"{stage}/") else f"{stage}/{name}" for stage, name in logged(run)}
     assert {metric for plots in SECTIONS.values() for metrics in plots.values() for metric in metrics} <= found
-    grafana = (Path(dashboard.__file__).parent / "grafana.json").read_text()
+    grafana = (ROOT / "cluster" / "deploy" / "grafana.json").read_text()
     assert {f"ppo/{name}" for name in re.findall(r'name=\\"([^"\\]+)\\"', grafana)} <= found
 
 
 def test_every_metric_is_in_the_documentation_and_the_other_way_round(run):
-    page = (Path(dashboard.__file__).parent.parent / "docs" / "metrics.md").read_text()
+    page = (ROOT / "docs" / "metrics.md").read_text()
     told = set(re.findall(r"`([\w<>-]+(?:/[\w<>-]+)+)`", "".join(re.findall(r"^\| (.*?) \|", page, re.MULTILINE))))
     found = {name.replace(f"{stage}/", "<stage>/", 1) for stage, name in logged(run)}
     found = {re.sub(r"(age|gap)_\d+$", r"\1_<n>", name) for name in found}

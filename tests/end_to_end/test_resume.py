@@ -58,7 +58,7 @@ def command(made: Path, run: Path, *words: str) -> list[str]:
     for name in ("prompts", "prompts_heldout", "pretraining", "pretraining_valid"):
         settings[f"data.{name}"] = made / f"{name}.jsonl"
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "cluster.cli", "ppo", "--run", str(run), *options, *words]
+    return [sys.executable, "-m", "cluster.cli.main", "ppo", "--run", str(run), *options, *words]
 
 
 def rayward(*words: Any) -> subprocess.CompletedProcess[str]:
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(made:
     for name in ("sft", "ppo-000001", "ppo-000002", "ppo-000003", "ppo"):
         one, other = ((run / "evaluations" / f"{name}.jsonl").read_text() for run in (whole, parts))
         assert one == other
-    audited = rayward(sys.executable, "-m", "cluster.cli", "audit", parts, "--json")
+    audited = rayward(sys.executable, "-m", "cluster.cli.main", "audit", parts, "--json")
     assert audited.returncode == 0, audited.stdout + audited.stderr
     stage = json.loads(audited.stdout)["stages"]["ppo"]
     assert (stage["trained"], stage["twice"], stage["resumed"], stage["outstanding"]) == (48, 0, 1, 0)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from learner.ledger import audit
+from learner.data.ledger import audit
 from tests.tiny_models import tiny_causal_lm
 
 ROUNDS = 2
@@ -79,7 +79,7 @@ def command(folder, name):
     words += ["--rounds.count", ROUNDS, "--rounds.labelers", "simulated", "--rounds.sft_completions", 1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(folder)])}
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *map(str, words)],
+        [sys.executable, "-m", "cluster.cli.main", *map(str, words)],
         capture_output=True,
         text=True,
         timeout=280,

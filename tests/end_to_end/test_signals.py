@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.reaping import SESSION_MARK
+from cluster.runtime.orphans import SESSION_MARK
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def test_ctrl_c_while_processes_start_ends_the_run_and_everything_it_started(
     options = [part for key, value in {**SETTINGS, **inputs}.items() for part in (f"--{key}", str(value))]
     # A session of its own: a background shell may have told its children to ignore Ctrl-C.
     program = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "ppo", "--run", str(run), *options],
+        [sys.executable, "-m", "cluster.cli.main", "ppo", "--run", str(run), *options],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

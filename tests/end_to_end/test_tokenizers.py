@@ -13,8 +13,8 @@ from actors.config import MissingEos, RolloutConfig
 from actors.prompts import Prompt, PromptStream
 from actors.rollout import rollout
 from actors.trajectory import Trajectory
-from learner.buffer import Buffer
-from learner.ledger import Ledger
+from learner.data.buffer import Buffer
+from learner.data.ledger import Ledger
 from reward_server.bearer import TOKEN_VARIABLE
 from reward_server.client import RewardClient
 from reward_server.config import SourceConfig

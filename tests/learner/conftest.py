@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.group import LearnerGroup
-from learner.worker import LearnerWorker
+from learner.worker.group import LearnerGroup
+from learner.worker.worker import LearnerWorker
 from tests.ranks import InProcess, OpenWorker
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model
 

@@ -19,11 +19,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from actors.transfer import GlooGroup, TransferError, checksum
-from learner.batch import Batch, collate
 from learner.config import NetworkConfig, OptimizerConfig, PublishConfig
-from learner.group import LearnerGroup
-from learner.networks import load_network, merged_weights
-from learner.worker import Evaluation, PPOStep, Targets
+from learner.data.batch import Batch, collate
+from learner.worker.group import LearnerGroup
+from learner.worker.networks import load_network, merged_weights
+from learner.worker.worker import Evaluation, PPOStep, Targets
 from tests.ranks import InProcess, processes
 from tests.tiny_batches import example, tokens, trajectory
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model

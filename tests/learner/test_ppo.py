@@ -13,13 +13,13 @@ from actors.config import MissingEos, RolloutConfig
 from actors.prompts import PromptStream
 from actors.rollout import rollout
 from actors.trajectory import Completion, SampleKey, Trajectory
-from learner.buffer import Buffer
-from learner.checkpoint import Checkpoints
 from learner.config import ImportanceConfig, KLConfig, NetworkConfig, OptimizerConfig, PPOConfig, PretrainingConfig
-from learner.ledger import Ledger, audit
+from learner.data.buffer import Buffer
+from learner.data.ledger import Ledger, audit
 from learner.ppo import ppo
-from learner.skips import NonFiniteSteps
-from learner.worker import Evaluation
+from learner.weights.checkpoint import Checkpoints
+from learner.worker.skipped_steps import NonFiniteSteps
+from learner.worker.worker import Evaluation
 from reward_server.sources import FunctionSource
 from tests.fakes import prompts
 from tests.hf_generator import HfGenerator, SourceScorer

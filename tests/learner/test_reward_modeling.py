@@ -15,8 +15,8 @@ from learner.reward_modeling import (
     reward_modeling,
     split_groups,
 )
-from reward_server.labeling import Comparison
 from reward_server.model import load_reward_model, normalisation
+from reward_server.preferences.labeling import Comparison
 from reward_server.schema import Message
 from tests.fakes import ASSISTANT, EOS, USER, FakeEncoding
 from tests.tiny_batches import tokens

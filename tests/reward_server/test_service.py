@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from cluster.handle import local
+from cluster.runtime.handle import local
 from reward_server import service
 from reward_server.bearer import TOKEN_VARIABLE
 from reward_server.client import RewardClient, RewardUnavailable

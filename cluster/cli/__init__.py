@@ -1,0 +1,4 @@
+"""A command line: the command `rayward` and its words.
+
+May import: every room.
+"""

@@ -1,0 +1,140 @@
+"""Which epoch of an SFT model is the best: the one whose responses the reward model scores highest.
+
+InstructGPT chooses its SFT models so (section 3.5, C.1): the held-out loss rises after the first epoch, while the score
+and people's liking go on rising. The reward model is younger than the epochs, so they are kept until it is there.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from rich.table import Table
+
+from actors.prompts import Prompt, check_prompts, read_prompts
+from actors.sampling import sample
+from actors.waves import Generator, Scorer
+from cluster.pipeline.job import Job
+from learner.maths.intervals import bootstrap_interval
+from reward_server.encoding import ChatEncoding
+from reward_server.schema import ScoreRequest
+
+Open = Callable[[Path], AbstractAsyncContextManager[Sequence[Generator]]]
+"""Starts generators with the weights of a folder"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """What the reward model says of one epoch's weights."""
+
+    epoch: int
+    """from 1"""
+    score: float
+    """mean over the validation prompts, of one response each, truncated ones too"""
+    score_ci: tuple[float, float]
+    """95 % bootstrap interval of it over the prompts"""
+    eos_rate: float
+    """share of the responses that ended by themselves"""
+    tokens: float
+    """mean length of the responses"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contest:
+    """What is compared, and on what."""
+
+    epochs: tuple[Path, ...]
+    """folders of the kept epochs, in their order"""
+    prompts: tuple[Prompt, ...]
+    """validation prompts"""
+    encoding: ChatEncoding
+    """of the model"""
+
+
+def read_contest(job: Job) -> Contest:
+    """Find the epochs and read the prompts, before anything heavy starts. Raises ValueError when there are none."""
+    name = job.config.select.model
+    folder = job.run_dir / f"{name}-epochs"
+    found = [path for path in folder.glob("*") if path.name.isdigit() and (path / "config.json").is_file()]
+    if not found:
+        raise ValueError(
+            f"{folder} holds no epochs to choose among: run `rayward {name} --{name}.select reward` in this run "
+            "directory first"
+        )
+    epochs = sorted(found, key=lambda path: int(path.name))
+    prompts = read_prompts(job.file("prompts_valid"), job.config.data.max_bad_rows)
+    encoding = ChatEncoding.load(epochs[0])
+    check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
+    return Contest(epochs=tuple(epochs), prompts=tuple(prompts), encoding=encoding)
+
+
+async def run_select(job: Job, generators: Open, rewards: Scorer, contest: Contest) -> int:
+    """Compare the epochs, write RUN/selection-NAME.json, and make the best of them RUN/NAME; returns its number."""
+    name, prompts = job.config.select.model, contest.prompts
+    found = []
+    with job.tracker.phase(f"select: {len(contest.epochs)} epochs on {len(prompts)} prompts", f"select-{name}"):
+        for folder in contest.epochs:
+            async with generators(folder) as opened:
+                one = await _measure(job, opened, rewards, contest, int(folder.name))
+            found.append(one)
+            low, high = one.score_ci
+            metrics = {"score": one.score, "score_low": low, "score_high": high, "eos_rate": one.eos_rate}
+            job.tracker.log(f"select-{name}", one.epoch, {f"select/{key}": value for key, value in metrics.items()})
+    chosen = max(found, key=lambda one: one.score)
+    best = contest.epochs[found.index(chosen)]
+    job.install(best, name)
+    job.made(name, job.run_dir / name, best, job.file("prompts_valid"))
+    rows = [asdict(one) for one in found]
+    text = json.dumps({"model": name, "chosen": chosen.epoch, "prompts": len(prompts), "epochs": rows}, indent=2)
+    (job.run_dir / f"selection-{name}.json").write_text(text + "\n")
+    job.summarise("select", name, epoch=chosen.epoch, score=chosen.score, score_ci=chosen.score_ci)
+    job.tracker.console.show(_table(found, chosen))
+    return chosen.epoch
+
+
+async def _measure(
+    job: Job, generators: Sequence[Generator], rewards: Scorer, contest: Contest, epoch: int
+) -> Candidate:
+    """One response a prompt at temperature 1, from the same seeds for every epoch."""
+    rollout = job.config.rollout.model_copy(update={"temperature": 1.0})
+    groups = await sample(
+        generators, contest.prompts, contest.encoding, rollout, samples=1, seed=job.config.select.seed
+    )
+    completions = [group[0] for group in groups]
+    replies = await rewards.score(
+        [
+            ScoreRequest(
+                id=f"{job.tracker.run_id}/select-{job.config.select.model}-{epoch}/{prompt.id}",
+                prompt=prompt.messages,
+                response=completion.text,
+                ended=completion.ended,
+            )
+            for prompt, completion in zip(contest.prompts, completions, strict=True)
+        ]
+    )
+    scores = torch.tensor([reply.score for reply in replies], dtype=torch.float64)
+    return Candidate(
+        epoch=epoch,
+        score=fmean(scores.tolist()),
+        score_ci=bootstrap_interval(scores, torch.ones(len(scores), dtype=torch.long), resamples=1000, seed=0),
+        eos_rate=fmean(completion.ended for completion in completions),
+        tokens=fmean(len(completion.response_ids) for completion in completions),
+    )
+
+
+def _table(found: Sequence[Candidate], chosen: Candidate) -> Table:
+    table = Table("epoch", "score", "95% CI", "ended", "tokens", box=None, header_style="dim")
+    for one in found:
+        low, high = one.score_ci
+        row = (
+            f"{one.epoch}",
+            f"{one.score:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{one.eos_rate:.2f}",
+            f"{one.tokens:.1f}",
+        )
+        table.add_row(*row, style="bold" if one is chosen else None)
+    return table

@@ -1,0 +1,304 @@
+"""What a run left behind, read back from the plain files of its directory.
+
+A report must be possible of a run that was killed, that did one step only, or that an older version made. So
+a missing file is an empty part, a row that cannot be read is told and left out, and nothing but a directory
+without any of the files is an error. Texts come from models and strangers: control characters become visible.
+"""
+
+import json
+import math
+import re
+import statistics
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Series = dict[int, float]
+"""value by step, in the order of steps"""
+
+_FILES = ("config.toml", "environment.json", "metrics.jsonl", "phases.jsonl", "summary.json", "evaluations")
+_VADER = "simulated:vader"
+_ON_THE_WAY = re.compile(r"-\d{6}$")  # ppo-000010: after iteration 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One phase of the run."""
+
+    stage: str
+    """the step it belongs to: sft, reward, ppo, .."""
+    name: str
+    """what was done"""
+    seconds: float
+    """how long it took"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A held-out prompt and one model's response to it."""
+
+    id: str
+    """of the prompt"""
+    prompt: tuple[tuple[str, str], ...]
+    """(role, text) of each message"""
+    response: str
+    """the response"""
+    ended: bool
+    """it ended by itself; False: it was cut at the longest length allowed"""
+    gold: float | None
+    """verdict of the labeler"""
+    score: float | None
+    """verdict of the reward model"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What a figure was before and after training, where both are known."""
+
+    before: float
+    """of the SFT model"""
+    after: float
+    """of the trained model"""
+    interval: tuple[float, float] | None = None
+    """95 % confidence interval of the difference over held-out prompts, paired by prompt"""
+    count: int = 0
+    """held-out prompts behind the interval"""
+
+    @property
+    def difference(self) -> float:
+        """After minus before."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything a report shows, apart from the models."""
+
+    path: Path
+    """the run directory"""
+    config: dict[str, Any]
+    """the resolved configuration"""
+    config_text: str
+    """the same as it stands in config.toml"""
+    environment: dict[str, Any]
+    """versions, machine, command, date"""
+    summary: dict[str, Any]
+    """final figures, as documented in cluster/report/report.py"""
+    metrics: dict[str, dict[str, Series]]
+    """by stage and metric; a step that was logged twice, as after a resume, counts as it was logged last"""
+    phases: tuple[Phase, ...]
+    """in the order in which they ended"""
+    evaluations: dict[str, tuple[Sample, ...]]
+    """held-out samples by label (sft, ppo, ..), sorted by id; of what was measured on the way the curves tell"""
+    calibration: dict[str, Any]
+    """of the reward model"""
+    unreadable: tuple[str, ...]
+    """files and rows that were left out, and why"""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Stages that are PPO runs, the one called ppo first."""
+        found = {*self.metrics, *self.evaluations, *_table(self.summary, "ppo")}
+        arms = (stage for stage in found if stage == "ppo" or stage.startswith("ppo-"))
+        return tuple(sorted(stage for stage in arms if not stage.endswith("-start")))
+
+    @property
+    def labeler(self) -> str:
+        """The words that have to stand wherever a verdict is shown."""
+        if caption := self.summary.get("labeler"):
+            return visible(str(caption))
+        name = _table(self.config, "labeler").get("name")
+        if name is None:
+            return "labeler (not recorded)"
+        return visible(f"simulated labeler ({'VADER' if name == _VADER else name})")
+
+    @property
+    def rankings(self) -> str:
+        """Who ranked what the reward model learnt from and is measured on: people, or the simulated labeler."""
+        found = self.summary.get("rankings")
+        return visible(str(found)) if found else self.labeler
+
+    def change(self, arm: str, quantity: str) -> Change | None:
+        """How PPO changed "gold", "score" or "pretraining_loss": by the samples, else by the summary."""
+        pairs = self._pairs(arm, quantity)
+        if not pairs:
+            table = self.figures("ppo", arm)
+            before, after = number(table.get(f"{quantity}_before")), number(table.get(f"{quantity}_after"))
+            return None if before is None or after is None else Change(before=before, after=after)
+        before, after = (statistics.fmean(column) for column in zip(*pairs, strict=True))
+        if len(pairs) < 2:
+            return Change(before=before, after=after)
+        error = statistics.stdev(later - earlier for earlier, later in pairs) / math.sqrt(len(pairs))
+        interval = (after - before - 1.96 * error, after - before + 1.96 * error)
+        return Change(before=before, after=after, interval=interval, count=len(pairs))
+
+    def _pairs(self, arm: str, quantity: str) -> list[tuple[float, float]]:
+        if quantity not in ("gold", "score"):
+            return []
+        start = self.evaluations.get(f"{arm}-start", self.evaluations.get("sft", ()))
+        earlier = {sample.id: getattr(sample, quantity) for sample in start}
+        later = {sample.id: getattr(sample, quantity) for sample in self.evaluations.get(arm, ())}
+        return [
+            (earlier[key], later[key])
+            for key in earlier.keys() & later.keys()
+            if earlier[key] is not None and later[key] is not None
+        ]
+
+    def series(self, stage: str, metric: str) -> Series:
+        """One curve; empty when the run has not logged it."""
+        return self.metrics.get(stage, {}).get(metric, {})
+
+    def figures(self, *keys: str) -> dict[str, Any]:
+        """A table of the summary; empty when there is none."""
+        table = self.summary
+        for key in keys:
+            table = _table(table, key)
+        return table
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory. Raises ValueError when it is none."""
+    if not any((path / name).exists() for name in _FILES):
+        kind = "holds no run" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {kind}: expected a directory with at least one of {', '.join(_FILES)}")
+    unreadable: list[str] = []
+    config_text = _text(path / "config.toml", unreadable)
+    try:
+        config = tomllib.loads(config_text)
+    except tomllib.TOMLDecodeError as error:
+        config = {}
+        unreadable.append(f"config.toml: {error}")
+    files = [file for file in sorted((path / "evaluations").glob("*.jsonl")) if not _ON_THE_WAY.search(file.stem)]
+    evaluations = {visible(file.stem): _samples(file, unreadable) for file in files}
+    return Run(
+        path=path,
+        config=config,
+        config_text=config_text,
+        environment=_object(path / "environment.json", unreadable),
+        summary=_object(path / "summary.json", unreadable),
+        metrics=_metrics(path / "metrics.jsonl", unreadable),
+        phases=tuple(_phases(path / "phases.jsonl", unreadable)),
+        evaluations={label: samples for label, samples in evaluations.items() if samples},
+        calibration=_object(path / "reward" / "calibration.json", unreadable),
+        unreadable=tuple(unreadable),
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def visible(text: str) -> str:
+    """Replace what a reader would not see, or would see in another order, by its escape: \\x1b, \\u202e.
+
+    Line breaks, spaces of all kinds and the joiner inside an emoji remain.
+    """
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\u200d"
+        else " "
+        if character.isspace() and character not in "\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\u2028\u2029"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def _table(parent: dict[str, Any], key: str) -> dict[str, Any]:
+    value = parent.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _text(path: Path, unreadable: list[str]) -> str:
+    if not path.is_file():
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        unreadable.append(f"{path.name}: {error}")
+        return ""
+
+
+def _object(path: Path, unreadable: list[str]) -> dict[str, Any]:
+    text = _text(path, unreadable)
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        unreadable.append(f"{path.name}: {error}")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _rows(path: Path, unreadable: list[str]) -> Iterator[dict[str, Any]]:
+    # not splitlines(): a sample may hold a character such as U+2028, which JSON does not escape
+    for line_number, line in enumerate(_text(path, unreadable).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            yield row
+        else:
+            unreadable.append(f"{path.name}:{line_number}: not a JSON object")
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file that can be read; one that is half written cannot, as yet."""
+    return _rows(file, [])
+
+
+def read_metrics(path: Path) -> dict[str, dict[str, Series]]:
+    """The metrics of a run directory, by stage and name; rows that cannot be read, as yet, are left out."""
+    return _metrics(path / "metrics.jsonl", [])
+
+
+def _metrics(path: Path, unreadable: list[str]) -> dict[str, dict[str, Series]]:
+    found: dict[str, dict[str, Series]] = {}
+    for row in _rows(path, unreadable):
+        step = row.get("step")
+        if not isinstance(step, int):
+            continue
+        stage = found.setdefault(visible(str(row.get("stage"))), {})
+        for name, value in row.items():
+            if "/" in name and (figure := number(value)) is not None:
+                stage.setdefault(name, {})[step] = figure
+    return {
+        stage: {name: dict(sorted(series.items())) for name, series in metrics.items()}
+        for stage, metrics in found.items()
+    }
+
+
+def _phases(path: Path, unreadable: list[str]) -> Iterator[Phase]:
+    for row in _rows(path, unreadable):
+        if (seconds := number(row.get("seconds"))) is not None:
+            stage, name = visible(str(row.get("stage", ""))), visible(str(row.get("phase", "")))
+            yield Phase(stage=stage, name=name, seconds=seconds)
+
+
+def _samples(path: Path, unreadable: list[str]) -> tuple[Sample, ...]:
+    samples = [
+        Sample(
+            id=visible(str(row["id"])),
+            prompt=_messages(row.get("prompt")),
+            response=visible(str(row.get("response", ""))),
+            ended=row.get("ended") is not False,
+            gold=number(row.get("gold")),
+            score=number(row.get("score")),
+        )
+        for row in _rows(path, unreadable)
+        if "id" in row
+    ]
+    return tuple(sorted(samples, key=lambda sample: sample.id))
+
+
+def _messages(prompt: Any) -> tuple[tuple[str, str], ...]:
+    if isinstance(prompt, str):
+        return (("user", visible(prompt)),)
+    turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
+    return tuple((visible(str(turn.get("role", ""))), visible(str(turn.get("content", "")))) for turn in turns)

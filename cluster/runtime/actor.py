@@ -1,0 +1,231 @@
+"""Plain class -> Ray actor -> handle: a process of its own whose public methods are awaitables."""
+
+import asyncio
+import dataclasses
+import os
+import pickle
+import secrets
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config.redaction import SECRET_NAME
+from cluster.runtime.handle import LIVE, ActorDied, Handle
+from cluster.runtime.health import Vitals
+from cluster.runtime.host import Failure, Host, recipe
+from cluster.runtime.orphans import ACTOR_MARK
+
+_ROOT = Path(__file__).resolve().parents[2]
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "RAYON_NUM_THREADS",
+)
+_PROBE_S = 1.0
+_TAIL_LINES = 5
+_KILLED = "it was killed by its handle"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ActorOptions:
+    """What an actor is called and what it may use."""
+
+    name: str
+    """In errors, logs and thread lists."""
+    cpus: float = 1.0
+    """Logical CPUs that Ray reserves for it."""
+    gpus: float = 0.0
+    """GPUs that Ray reserves for it; a part of one to share it."""
+    threads: int = 1
+    """Threads that compute in it, set for OpenMP, MKL, OpenBLAS, tokenizers and torch."""
+    pin: tuple[int, ...] | None = None
+    """Cores it and its children are bound to, counted from 0 among those it may use; None: wherever."""
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Environment variables set before its Python starts. Ray shows them to the whole cluster: no secrets."""
+    log_file: Path | None = None
+    """Its output and that of its children is appended here; None leaves it in Ray's session folder."""
+    placement: PlacementGroupSchedulingStrategy | None = None
+    """The bundle of a placement group it runs in."""
+    deadline_s: float = 60.0
+    """Seconds that a call may take when it is not told otherwise, start of the actor included."""
+
+
+class RemoteError(RuntimeError):
+    """An exception in an actor that cannot travel as itself, as it does not survive pickling."""
+
+
+class RemoteHandle(Handle):
+    """Handle of an object in an actor process. It belongs to the process that made it: no pickling."""
+
+    def __init__(self, cls: type, options: ActorOptions, actor: Any) -> None:
+        super().__init__(cls, options.name, options.deadline_s)
+        self._options = options
+        self._actor = actor
+        self._started = actor.started.remote()
+        self._next = 0
+        self._killed = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"the handle of actor {self._name!r} cannot be pickled: pass data, not handles")
+
+    async def ready(self, deadline_s: float) -> int:
+        """Wait until the actor runs and the object is made; the actor's process id.
+
+        Raises: what the constructor raises; TimeoutError; ActorDied.
+        """
+        return await self._answer(self._started, "__init__", deadline_s)
+
+    def kill(self) -> None:
+        """End the actor's process at once, without a word to the object. Its children follow in a second.
+
+        Every later call raises ActorDied; left to Ray, one may still be answered while the news is under way.
+        """
+        self._killed = True
+        LIVE.discard(self)
+        if ray.is_initialized():
+            ray.kill(self._actor)
+
+    async def _vitals(self) -> Vitals:
+        if self._killed:
+            raise ActorDied(self._name, _KILLED)
+        try:
+            return await self._actor.vitals.remote()
+        except RayActorError as error:
+            raise ActorDied(self._name, _KILLED if self._killed else _reason(error)) from None
+
+    async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
+        if self._killed:
+            raise ActorDied(self._name, _KILLED)
+        if self._methods[method]:
+            reference = self._actor.call_async.remote(method, args, kwargs)
+            return await self._answer(reference, method, deadline_s, cancel=True)
+        number = self._next
+        reference = self._actor.call_sync.remote(number, method, args, kwargs)
+        self._next += 1  # after the line that fails when an argument cannot be pickled
+        try:
+            return await self._answer(reference, method, deadline_s)
+        except RemoteError:
+            # Where the call never reached the object, the next one waits for its turn.
+            self._actor.skip.remote(number)
+            raise
+
+    async def _answer(self, reference: Any, method: str, deadline_s: float, cancel: bool = False) -> Any:
+        try:
+            async with asyncio.timeout(deadline_s):
+                outcome = await reference
+        except TimeoutError:
+            report = self._missed(method, deadline_s) + await self._whereabouts()
+            self._abandon(reference, cancel)
+            raise TimeoutError(report) from None
+        except asyncio.CancelledError:
+            self._abandon(reference, cancel)
+            raise
+        except RayActorError as error:
+            reason = _KILLED if self._killed else _reason(error)
+            raise ActorDied(self._name, reason, _tail(self._options.log_file)) from None
+        except RayError as error:
+            raise RemoteError(f"actor {self._name!r}: {method}() got no further than Ray: {error}") from None
+        if isinstance(outcome, Failure):
+            raise self._revived(outcome)
+        return outcome
+
+    def _abandon(self, reference: Any, cancel: bool) -> None:
+        """Nobody waits for this call any more: let an async method clean up (a sync one runs to its end)."""
+        if cancel and ray.is_initialized():
+            ray.cancel(reference)
+
+    def _revived(self, failure: Failure) -> BaseException:
+        error: BaseException = RemoteError(f"actor {self._name!r}: {failure.summary}")
+        if failure.error is not None:
+            try:
+                error = pickle.loads(failure.error)
+            except Exception as reason:  # its class is known in the actor and not here
+                error.add_note(f"(the exception itself could not be unpickled here: {reason})")
+        error.add_note(f"raised in actor {self._name!r}:\n{failure.traceback}")
+        return error
+
+    async def _whereabouts(self) -> str:
+        """What the actor does at the moment, for the report of a missed deadline."""
+        try:
+            async with asyncio.timeout(_PROBE_S):
+                stacks = await self._actor.stacks.remote()
+        except RayActorError as error:
+            return f"; it is dead: {_reason(error)}"
+        except TimeoutError:
+            if ray.wait([self._started], timeout=0)[0]:
+                return f"; it answers nothing within {_PROBE_S:g} s: it is stopped, or its event loop is blocked"
+            demand = f"{self._options.cpus:g} CPUs and {self._options.gpus:g} GPUs"
+            return f"; it has not started: it asks for {demand}, and the cluster has {_supply()}"
+        return f"; it stands at\n{stacks}" if stacks else "; it is idle now"
+
+
+def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> RemoteHandle:
+    """Start an actor process that makes `cls(*args, **kwargs)`; does not wait for it (`await
+    handle.ready(...)`).
+
+    Raises: RuntimeError without a Ray session; ValueError for options that cannot be met.
+    """
+    if not ray.is_initialized():
+        raise RuntimeError(f"actor {options.name!r} needs a Ray session: enter cluster.runtime.session.start_ray first")
+    if options.threads < 1:
+        raise ValueError(f"actor {options.name!r}: threads is {options.threads}, give at least 1")
+    if secret := sorted(key for key in options.env if SECRET_NAME.search(key.upper())):
+        raise ValueError(
+            f"actor {options.name!r}: env has {secret}. Ray shows these variables to the whole cluster: "
+            "set them where the cluster's machines start Ray instead"
+        )
+    mark = secrets.token_hex(8)
+    env = {variable: str(options.threads) for variable in _THREAD_VARIABLES}
+    env |= {"PYTHONPATH": python_path(), ACTOR_MARK: mark, **options.env}
+    actor = (
+        ray.remote(Host)
+        .options(
+            num_cpus=options.cpus,
+            num_gpus=options.gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": env},
+            scheduling_strategy=options.placement,
+        )
+        .remote(
+            recipe(cls, args, kwargs),
+            mark=f"{ACTOR_MARK}={mark}",
+            threads=options.threads,
+            pin=options.pin,
+            log_file=None if options.log_file is None else str(options.log_file.resolve()),
+        )
+    )
+    return RemoteHandle(cls, options, actor)
+
+
+def python_path() -> str:
+    """The checkout, then what is set. Not site-packages: it must not come before the standard library."""
+    paths = [] if str(_ROOT) == sysconfig.get_path("purelib") else [str(_ROOT)]
+    return os.pathsep.join(paths + [path for path in [os.environ.get("PYTHONPATH")] if path])
+
+
+def _reason(error: RayActorError) -> str:
+    """The sentence of Ray's report that says why; the rest of it guesses."""
+    lines = [line.strip() for line in str(error).splitlines() if line and not line.startswith("\t")]
+    text = " ".join(lines).removeprefix("The actor died unexpectedly before finishing this task. ")
+    return text.split(" Some common causes")[0]
+
+
+def _tail(path: Path | None) -> str:
+    if path is None or not path.is_file():
+        return "" if path is None else f"(its log is {path}, on the machine it ran on)"
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+    return f"the end of {path}:\n" + "\n".join(lines)
+
+
+def _supply() -> str:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU"))

@@ -1,0 +1,10 @@
+"""How a command ends, for the shell and for scripts."""
+
+DONE, FAILED, WRONG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+EXIT_CODES = {
+    DONE: "done",
+    FAILED: "it failed, or what it checks is not in order",
+    WRONG: "the command line or the settings are wrong, and nothing was done",
+    INTERRUPTED: "stopped by Ctrl-C",
+    TERMINATED: "stopped by SIGTERM",
+}

@@ -1,0 +1,269 @@
+"""Who computes when, with how many threads, cores and GPUs; checked before anything heavy starts.
+
+Threads that add up to more than the cores run 5 to 15 times slower, as OpenMP's barriers spin. Processes take
+turns, though, so what has to fit is each set of processes that compute at the same time: a phase.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from cluster.config.schema import Config
+from reward_server.config import ServeConfig
+
+_GPU_PROCESS_THREADS = 8  # beyond this a process that computes on a GPU has no use for more
+
+
+Kind = Literal["generator", "learner", "reward"]
+"""What the names of processes begin with."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class ResourceError(ValueError):
+    """The plan asks for more than the machine or cluster has."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One process of a run and what it may use."""
+
+    name: str
+    """Also the name of its actor and of its bundle."""
+    threads: int
+    """Threads that compute in it."""
+    cpus: float
+    """Logical CPUs that Ray reserves for it as long as it lives."""
+    gpus: float = 0.0
+    """GPUs that Ray reserves for it as long as it lives."""
+    pin: tuple[int, ...] | None = None
+    """Cores it is bound to, counted from 0 among those it may use."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A set of processes that compute at the same time."""
+
+    name: str
+    """What they do, for errors."""
+    processes: tuple[str, ...]
+    """Their names."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All processes of a run, and which of them compute at the same time."""
+
+    processes: tuple[Process, ...]
+    """Each process once."""
+    phases: tuple[Phase, ...]
+    """Every set of processes that can be computing at some moment."""
+
+    @property
+    def cpus(self) -> int:
+        """Logical CPUs to start a local Ray with. More than the cores where processes take turns on them."""
+        return math.ceil(sum(process.cpus for process in self.processes))
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all processes together."""
+        return sum(process.gpus for process in self.processes)
+
+    @property
+    def gpus_apart(self) -> bool:
+        """Whether learner and generators have GPUs of their own: NCCL takes no two members of a group on one."""
+        return all(process.gpus >= 1 for process in self.processes if not process.name.startswith("reward-"))
+
+    def first(self, kinds: Sequence[Kind], generators: int) -> list[Process]:
+        """The processes of these kinds with which a run starts, of generators only so many; more may join later."""
+        later = {f"generator-{index}" for index in range(generators, len(self.processes))}
+        return [p for p in self.processes if p.name.partition("-")[0] in kinds and p.name not in later]
+
+    def of(self, kinds: Sequence[Kind]) -> "Plan":
+        """The same plan for processes of these kinds alone, and the phases in which any of them computes."""
+        kept = tuple(one for one in self.processes if one.name.partition("-")[0] in kinds)
+        names = {one.name for one in kept}
+        parts = [Phase(name=p.name, processes=tuple(n for n in p.processes if n in names)) for p in self.phases]
+        return Plan(processes=kept, phases=tuple(part for part in parts if part.processes))
+
+    def process(self, name: str) -> Process:
+        """The process called `name`. Raises: KeyError."""
+        for process in self.processes:
+            if process.name == name:
+                return process
+        raise KeyError(f"the plan has no process {name!r}; it has {[process.name for process in self.processes]}")
+
+
+def machine_cores() -> int:
+    """Cores this process may use: its affinity, or the quota of its control group where that is smaller."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
+
+
+def machine_gpus() -> int:
+    """NVIDIA GPUs this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return sum(1 for device in visible.split(",") if device.strip() not in ("", "-1"))
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or the limit of its control group where that is smaller."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return total if text == "max" else min(total, int(text))
+
+
+def plan_run(config: Config) -> Plan:
+    """Threads and cores of every process on this machine; raises ResourceError when they do not fit."""
+    cores, gpus = machine_cores(), machine_gpus()
+    plan = plan_machine(config, cores, gpus)
+    check(plan, cores=cores, gpus=gpus)
+    return plan
+
+
+def plan_machine(config: Config, cores: int, gpus: int) -> Plan:
+    """The default plan of a run on one machine, with the generators that may join later."""
+    return default_plan(
+        generators=max(config.cluster.generators, config.cluster.max_generators or 0),
+        cores=cores,
+        gpus=gpus,
+        max_staleness=config.ppo.max_staleness,
+        learner_ranks=config.cluster.learner_ranks,
+        waves_in_flight=config.rollout.waves_in_flight,
+        tensor_parallel_size=config.generator.tensor_parallel_size,
+        reward_replicas=config.cluster.reward_replicas,
+    )
+
+
+def plan_replicas(serve: ServeConfig, gpus: int) -> Plan:
+    """The copies of `rayward serve`: as many as Ray Serve may start, or the one that the command itself is."""
+    own = serve.gpus if serve.on_ray else min(1, gpus)
+    names = [f"reward-{index}" for index in range(max(serve.replicas, serve.max_replicas or 1))]
+    cpus = serve.threads if serve.on_ray else 0
+    found = [Process(name=name, threads=serve.threads, cpus=cpus, gpus=own) for name in names]
+    return Plan(processes=tuple(found), phases=(Phase(name="score", processes=tuple(names)),))
+
+
+def default_plan(
+    *,
+    generators: int,
+    cores: int,
+    gpus: int,
+    max_staleness: int,
+    learner_ranks: int,
+    waves_in_flight: int = 1,
+    tensor_parallel_size: int = 1,
+    reward_replicas: int = 1,
+) -> Plan:
+    """The plan for one machine: processes "generator-0", ..., "learner-0", ..., "reward-0", ...
+
+    A generator has `tensor_parallel_size` GPUs, in one bundle, since vLLM's workers for them are children of one
+    process.
+
+    Synchronous (`max_staleness` 0): the generators share the cores, then the learner has all of them.
+    Asynchronous: learner and generators compute at the same time and get half of the cores each. With one
+    wave in flight a reward replica scores while the generator that sent the wave waits, so it borrows that one's
+    threads, and no more replicas compute at once than there are generators; with more, each counts as one more
+    generator. On CPU each generator is pinned to cores of its own. With GPUs each process has its own where there are
+    enough; else, unless a generator needs more than one, some share one.
+
+    The plan may not fit: see check. Raises: ValueError for a count below 1.
+    """
+    counts = {"generators": generators, "learner_ranks": learner_ranks, "reward_replicas": reward_replicas}
+    for key, count in {**counts, "cores": cores}.items():
+        if count < 1:
+            raise ValueError(f"{key} is {count}: give at least 1")
+    together = max_staleness > 0
+    borrowing = waves_in_flight == 1
+    learner_cores = max(learner_ranks, cores // 2) if together else cores
+    rollout_cores = cores - learner_cores if together else cores
+    learner_threads = max(1, learner_cores // learner_ranks)
+    threads = max(1, rollout_cores // (generators if borrowing else generators + reward_replicas))
+    count = sum(counts.values())
+    whole = gpus >= count or tensor_parallel_size > 1
+    share = 0.0 if not gpus else 1.0 if whole else math.floor(1e4 / math.ceil(count / gpus)) / 1e4
+    own = share * tensor_parallel_size
+    if gpus:
+        threads, learner_threads = (min(_GPU_PROCESS_THREADS, n) for n in (threads, learner_threads))
+
+    def pin(index: int) -> tuple[int, ...] | None:
+        first = index * threads
+        fits = not gpus and first + threads <= cores
+        return tuple(range(first, first + threads)) if fits else None
+
+    rollout = [
+        Process(name=f"generator-{i}", threads=threads, cpus=threads, gpus=own, pin=pin(i)) for i in range(generators)
+    ]
+    learner = [
+        Process(name=f"learner-{i}", threads=learner_threads, cpus=learner_threads, gpus=share)
+        for i in range(learner_ranks)
+    ]
+    reward = [Process(name=f"reward-{i}", threads=threads, cpus=threads, gpus=share) for i in range(reward_replicas)]
+    return Plan(processes=(*learner, *rollout, *reward), phases=_phases(rollout, learner, reward, together, borrowing))
+
+
+def _phases(
+    rollout: Sequence[Process], learner: Sequence[Process], reward: Sequence[Process], together: bool, borrowing: bool
+) -> tuple[Phase, ...]:
+    generators, ranks, replicas = ([process.name for process in kind] for kind in (rollout, learner, reward))
+    if borrowing:
+        busy = min(len(replicas), len(generators))
+        phases = {"generate": generators, "score": [*generators[busy:], *replicas[:busy]]}
+    else:
+        phases = {"generate and score": [*generators, *replicas]}
+    if together:
+        phases = {f"{name} and update": [*names, *ranks] for name, names in phases.items()}
+    else:
+        phases["update"] = ranks
+    return tuple(Phase(name=name, processes=tuple(names)) for name, names in phases.items())
+
+
+def check(plan: Plan, *, cores: int, gpus: float) -> None:
+    """Refuse a plan that does not fit `cores` and `gpus`.
+
+    Raises: ResourceError naming the phase, each process with its share, their sum, the limit and the remedy.
+    """
+    for phase in plan.phases:
+        processes = [plan.process(name) for name in phase.processes]
+        if (total := sum(process.threads for process in processes)) > cores:
+            each = ", ".join(f"{process.name}: {process.threads}" for process in processes)
+            raise ResourceError(
+                f"{total} threads would compute at the same time on {cores} cores in the phase "
+                f"{phase.name!r} ({each}). Beyond the cores they run 5 to 15 times slower: use fewer "
+                f"generators, learner ranks or reward replicas, fewer threads for each, or a machine with {total} cores"
+            )
+        _check_pins(phase, processes)
+    if plan.gpus > gpus:
+        each = ", ".join(f"{process.name}: {process.gpus:g}" for process in plan.processes if process.gpus)
+        raise ResourceError(
+            f"the processes need {plan.gpus:g} GPUs and there are {gpus:g} ({each}). Use fewer generators, "
+            "learner ranks or reward replicas, let processes share a GPU, or add GPUs"
+        )
+
+
+def _check_pins(phase: Phase, processes: Sequence[Process]) -> None:
+    taken: dict[int, str] = {}
+    for process in processes:
+        pin = process.pin or ()
+        if pin and process.threads > len(pin):
+            raise ResourceError(
+                f"{process.name} has {process.threads} threads on the {len(pin)} cores {list(pin)} that it "
+                "is pinned to: pin it to more cores or give it fewer threads"
+            )
+        for core in pin:
+            if core in taken:
+                raise ResourceError(
+                    f"{taken[core]} and {process.name} are both pinned to core {core} and compute at the "
+                    f"same time in the phase {phase.name!r}: pin them to different cores"
+                )
+            taken[core] = process.name

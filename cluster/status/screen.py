@@ -1,0 +1,301 @@
+"""How the status of a run looks in a terminal: a headline, its processes, who waits for whom, its curves and alerts."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster.tracking.console import duration
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+_CURVES = (
+    "score/mean",
+    "gold/mean",
+    "kl/mean",
+    "response/length",
+    "policy/entropy",
+    "parity/mean_gap",
+    "staleness/mean",
+    "time/iteration",
+)
+_STYLES = {
+    "running": "green",
+    "done": "green",
+    "working": "green",
+    "paused": "yellow",
+    "starting": "yellow",
+    "pending": "yellow",
+    "idle": "dim",
+}
+"""Of states of runs and processes; any other is a fault."""
+_LONG_S = 60.0  # a wait that asks for attention
+_ROOMY = 100  # columns from which a table has wide gaps
+_WIDE = 160  # columns from which waits and alerts stand side by side
+_SHOWN = 3  # waits, alerts and deaths on a screen
+_FEWEST_CURVES = 3
+_FEWEST_PROCESSES = 6  # one of each kind, and two that are not well
+
+
+def render(status: Mapping[str, Any], run: str, width: int) -> RenderableType:
+    """The status as it is printed once, on so many columns."""
+    parts: list[RenderableType] = [_headline(status, run), *_progress(status)]
+    if status["processes"]:
+        parts += [Text(), _processes(status["processes"], width), *_deaths(status["processes"])]
+    if status["waits"]:
+        parts += [Text(), *_waits(status["waits"], cut=False)]
+    return Group(*parts)
+
+
+def screen(status: Mapping[str, Any], run: str, width: int, height: int) -> RenderableType:
+    """The same for a screen of so many columns and rows, with the curves of the stage at work and the last alerts."""
+    found, inner = status["processes"], width - 4
+    head = [_headline(status, run), *_bar(status, inner), *_progress(status)]
+    waits, alerts = status["waits"][:_SHOWN], status["alerts"][-_SHOWN:]
+    parts: list[RenderableType] = [_panel("", head, len(head))]
+    left = height - len(head) - 2
+    side_by_side = width >= _WIDE and bool(waits and alerts)
+    for count, other in ((len(waits), len(alerts)),) if side_by_side else ((len(waits), 0), (len(alerts), 0)):
+        left -= max(count, other) + 2 if count or other else 0
+    deaths = _deaths(found)[:_SHOWN]
+    most = max(_FEWEST_PROCESSES, left - len(deaths) - 3 - (_FEWEST_CURVES + 2 if status["curves"] else 0))
+    rows = found if len(found) <= most else _by_kind(found)[:most]
+    if rows:
+        parts.append(_panel("processes", [_processes(rows, inner), *deaths], len(rows) + 1 + len(deaths)))
+        left -= len(rows) + 3 + len(deaths)
+    told = (
+        [_panel("who waits for whom", _waits(waits, cut=True), max(len(waits), len(alerts) * side_by_side))]
+        if waits
+        else []
+    )
+    warned = [_panel("alerts", _alerts(status), max(len(alerts), len(waits) * side_by_side))] if alerts else []
+    parts += [_beside(*told, *warned)] if side_by_side else [*told, *warned]
+    curves = _curves(status, inner, left - 2)
+    if curves.row_count:
+        parts.append(_panel(_stage(status), [curves], curves.row_count))
+    return Group(*parts)
+
+
+def _panel(title: str, lines: Sequence[RenderableType], rows: int) -> Panel:
+    return Panel(Group(*lines), title=title or None, title_align="left", border_style="dim", height=rows + 2)
+
+
+def _beside(*panels: RenderableType) -> Table:
+    grid = Table.grid(expand=True)
+    for _ in panels:
+        grid.add_column(ratio=1)
+    grid.add_row(*panels)
+    return grid
+
+
+def _headline(status: Mapping[str, Any], run: str) -> Text:
+    """What is run, where, and how that stands."""
+    state: str = status["state"]
+    what = {
+        "running": f"running on {status['host']} (pid {status['pid']}) for {duration(_age(status))}",
+        "killed": "killed: its process is gone. Remedy: the same command with --resume",
+        "silent": f"silent for {duration(status['silent_s'])}: its machine is gone, or it is stopped",
+        "paused": f"paused for {duration(_paused(status, 'seconds', 0.0))}: {_paused(status, 'reason', '')}",
+        "pending": f"pending: {status.get('job', {}).get('message', '')}",
+    }.get(state, state)
+    title = Text.assemble((f"rayward {status['command']}", "bold"), f"  {run}: ", (what, _style(state)))
+    if job := status.get("job"):
+        title.append(f"  (job {job['id']} is {job['status']})", "dim")
+    return title
+
+
+def _progress(status: Mapping[str, Any]) -> list[Text]:
+    """How far the stage at work is, and what is done at the moment."""
+    phases, progress = status.get("phases") or [], status["progress"]
+    under_way = [phases[-1]["phase"]] if phases and status["state"] == "running" else []
+    if progress is None:
+        return [Text(words) for words in under_way]
+    under_way = [words for words in under_way if not re.fullmatch(r".*: \d+ iterations", words)]
+    step, total = progress["step"], progress["total"]
+    words = f"{progress['stage']}: {'iteration' if progress['stage'].startswith('ppo') else 'step'} {step}"
+    words += f" of {total}" if total else ""
+    if progress["step_s"] is not None:
+        words += f", {duration(progress['step_s'])} each"
+    if progress["left_s"]:
+        words += f", about {duration(progress['left_s'])} left"
+    return [Text("; now ".join([words, *under_way]), overflow="ellipsis", no_wrap=True)]
+
+
+def _bar(status: Mapping[str, Any], width: int) -> list[RenderableType]:
+    progress = status["progress"]
+    if progress is None or not progress["total"]:
+        return []
+    return [_beside(ProgressBar(total=progress["total"], completed=progress["step"], width=width))]
+
+
+def _paused(status: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    return (status.get("paused") or {}).get(name, otherwise)
+
+
+def _age(status: Mapping[str, Any]) -> float:
+    return status["time"] - status.get("started", status["time"])
+
+
+def _style(state: str) -> str:
+    return _STYLES.get(state.split()[0], "bold red")
+
+
+def _processes(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """A row a process; what is too long for `width` columns is cut from its load."""
+    gpus = any((one["vitals"] or {}).get("gpu") is not None for one in rows)
+    nodes = len({one["vitals"]["node"] for one in rows if one["vitals"]}) > 1
+    gap = 2 if width >= _ROOMY else 1
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
+    right = {"version", "memory", "cores", "GPU"}
+    extra = [*(["GPU"] if gpus else []), *(["on"] if nodes else [])]
+    names = ("process", "state", "version", "load", "memory", "cores", *extra, "open call")
+    cells = [_cells(one, gpus, nodes) for one in rows]
+    longest = {name: max(len(name), *(len(row[index]) for row in cells)) for index, name in enumerate(names)}
+    others = sum(length for name, length in longest.items() if name != "load") + gap * (len(names) - 1)
+    for name in names:
+        columns = max(4, min(longest[name], width - others)) if name == "load" else longest[name]
+        justify = "right" if name in right else "left"
+        table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", width=columns)
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def _deaths(found: Sequence[Mapping[str, Any]]) -> list[Text]:
+    return [Text(f"{one['name']} is dead: {one['died']}", "red") for one in found if one["died"]]
+
+
+def _cells(one: Mapping[str, Any], gpus: bool, nodes: bool) -> list[str | Text]:
+    vitals, state = one["vitals"] or {}, one["state"]
+    facts = vitals.get("facts", {})
+    silent = f" {_short(one['silent_s'])}" if state == "silent" else ""
+    method, seconds = one["waiting"][0] if one["waiting"] else ("", 0.0)
+    return [
+        one["name"],
+        Text(state + silent, _style(state)),
+        f"{facts['version']:.0f}" if "version" in facts else "",
+        load(one),
+        _bytes(vitals["resident"]) if vitals else "",
+        "" if one["cores"] is None else f"{one['cores']:.1f}",
+        *([_bytes(vitals["gpu"]) if vitals.get("gpu") is not None else ""] if gpus else []),
+        *([vitals.get("node", "")] if nodes else []),
+        f"{method} {_short(seconds)}" if method else "",
+    ]
+
+
+def load(one: Mapping[str, Any]) -> str:
+    """What a process has to do, in words."""
+    vitals = one["vitals"] or {}
+    facts, rates = vitals.get("facts", {}), one["rates"]
+    if "most" in facts:
+        under_way = int(facts["running"] + facts["waiting"])
+        if facts["paused"]:
+            return f"{under_way} stand still"
+        queue = f" + {facts['waiting']:.0f} waiting" if facts["waiting"] else ""
+        return f"{facts['running']:.0f} of {facts['most']:.0f}{queue}, {rates.get('tokens', 0.0):.0f} tok/s"
+    if "scored" in facts:
+        return f"{facts['waiting']:.0f} posts, {rates.get('scored', 0.0):.0f} scores/s"
+    if "out" in facts:
+        return f"{facts['out']:.0f} samples out, {facts['ready']:.0f} ready"
+    return f"{vitals['doing']} {_short(vitals['doing_s'])}" if vitals.get("doing") else ""
+
+
+def _by_kind(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The processes of a kind as one, with what they take together; those that are not well on their own."""
+    well = [one for one in found if one["state"] in ("idle", "working", "paused") and one["vitals"]]
+    rows: list[Mapping[str, Any]] = []
+    for kind in dict.fromkeys(one["name"].partition("-")[0] for one in well):
+        group = [one for one in well if one["name"].partition("-")[0] == kind]
+        rows.append(group[0] if len(group) == 1 else _together(kind, group))
+    return [*rows, *(one for one in found if one not in well)]
+
+
+def _together(kind: str, group: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    facts: Counter[str] = Counter()
+    for one in group:
+        facts.update(one["vitals"]["facts"])
+    versions = [one["vitals"]["facts"]["version"] for one in group if "version" in one["vitals"]["facts"]]
+    gpus = [one["vitals"]["gpu"] for one in group if one["vitals"]["gpu"] is not None]
+    rates = {name: sum(one["rates"].get(name, 0.0) for one in group) for name in group[0]["rates"]}
+    state, count = Counter(one["state"] for one in group).most_common(1)[0]
+    return {
+        **max(group, key=lambda one: one["waiting"][0][1] if one["waiting"] else 0.0),
+        "name": f"{kind} x {len(group)}",
+        "state": state if count == len(group) else f"{state} ({count})",
+        "vitals": {
+            **group[0]["vitals"],
+            "resident": sum(one["vitals"]["resident"] for one in group),
+            "gpu": sum(gpus) if gpus else None,
+            "facts": {**facts, **({"version": min(versions)} if versions else {})},
+        },
+        "cores": sum(one["cores"] or 0.0 for one in group),
+        "rates": rates,
+    }
+
+
+def _waits(found: Sequence[Mapping[str, Any]], cut: bool) -> list[Text]:
+    return [
+        Text(
+            f"{wait['who']} waits for {wait['for']} ({_short(wait['seconds'])})",
+            "yellow" if wait["seconds"] >= _LONG_S else "",
+            overflow="ellipsis" if cut else "fold",
+            no_wrap=cut,
+        )
+        for wait in found
+    ]
+
+
+def _stage(status: Mapping[str, Any]) -> str:
+    stage = (status["progress"] or {}).get("stage", "")
+    return stage if stage in status["curves"] else next(reversed(status["curves"]), "")
+
+
+def _curves(status: Mapping[str, Any], width: int, most: int) -> Table:
+    """The course of the stage at work, a line a metric."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column("metric")
+    table.add_column("last", justify="right")
+    table.add_column("course", no_wrap=True)
+    metrics = status["curves"].get(_stage(status), {})
+    names = [*(n for n in _CURVES if n in metrics), *(n for n in metrics if n.endswith("/loss"))][: max(0, most)]
+    room = width - max((len(name) for name in names), default=0) - 12
+    for name in names:
+        values = list(metrics[name].values())
+        table.add_row(name, f"{values[-1]:.4g}", Text(sparkline(values, max(10, room)), "cyan"))
+    return table
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """A curve of at most `width` characters between its smallest and largest value; of more values, means of parts."""
+    count = min(len(values), width)
+    cuts = [len(values) * part // count for part in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    low, high = min(means), max(means)
+    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARKS[round((value - low) * scale)] for value in means)
+
+
+def _alerts(status: Mapping[str, Any]) -> list[Text]:
+    return [
+        Text(
+            f"{duration(max(0.0, status['time'] - one['time']))} before: {one['text']}",
+            "yellow",
+            overflow="ellipsis",
+            no_wrap=True,
+        )
+        for one in status["alerts"][-_SHOWN:]
+    ]
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else duration(seconds)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,122 @@
+"""What Prometheus can scrape from the controller: every metric of the run, and of every process what it takes and does.
+
+Ray exports figures of the machines, and the reward service has /metrics of its own; cluster/deploy/grafana.json is a
+dashboard over all three.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from actors.waits import waits
+from cluster.runtime.health import SCORERS
+from cluster.status.snapshot import processes
+
+
+class Exporter:
+    """Serves GET /metrics on `host:port` until it is closed."""
+
+    def __init__(self, run: str, host: str, port: int) -> None:
+        """`run` labels everything. Raises ValueError when the port is taken."""
+        self._run = run
+        self._registry = CollectorRegistry()
+        self._values = Gauge(
+            "rayward_metric", "Newest value of a metric", ["run", "stage", "name"], registry=self._registry
+        )
+        self._steps = Gauge("rayward_step", "Newest step", ["run", "stage"], registry=self._registry)
+        self._alerts = Counter("rayward_alerts", "Alerts by kind", ["run", "kind"], registry=self._registry)
+        self._registry.register(_Processes(run))
+        try:
+            self._server: WSGIServer
+            self._server, self._thread = start_http_server(port, host, self._registry)
+        except OSError as error:
+            raise ValueError(
+                f"tracking.prometheus_port = {port} cannot be opened on {host} ({error.strerror}). Remedy: another "
+                "port, or 0 for none"
+            ) from error
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._server.server_port
+
+    def step(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the newest values."""
+        self._steps.labels(self._run, stage).set(step)
+        for name, value in metrics.items():
+            self._values.labels(self._run, stage, name).set(value)
+
+    def alert(self, kind: str) -> None:
+        """Count an alert."""
+        self._alerts.labels(self._run, kind).inc()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5.0)
+
+
+_GAUGES = {
+    "version": "Version of the weights, of the buffer for the controller",
+    "running": "Sequences that are sampled",
+    "waiting": "Sequences or posts that wait",
+    "most": "Sequences that can be sampled at a time",
+    "paused": "1 while it stands still for new weights",
+    "out": "Samples under way",
+    "ready": "Samples that wait for their batch",
+    "iterations": "Iterations in all",
+}
+_COUNTERS = {"tokens": "Tokens sampled", "scored": "Responses scored"}
+"""Facts that processes tell of themselves."""
+
+
+class _Processes(Collector):
+    """The processes that the controller holds handles of, and who waits, as they are at the moment of a scrape."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["run", "process", "kind"]
+        found: dict[str, Metric] = {}
+
+        def gauge(name: str, text: str, value: float | None) -> None:
+            family = found.setdefault(name, GaugeMetricFamily(f"rayward_process_{name}", text, labels=labels))
+            if value is not None:
+                family.add_metric(names, value)  # pyright: ignore[reportAttributeAccessIssue]
+
+        def counter(name: str, text: str, value: float) -> None:
+            family = found.setdefault(name, CounterMetricFamily(f"rayward_process_{name}", text, labels=labels))
+            family.add_metric(names, value)  # pyright: ignore[reportAttributeAccessIssue]
+
+        for one in processes():
+            names = [self._run, one.name, re.sub(r"[-0-9.]+$", "", one.name)]
+            gauge("alive", "1 unless it was found dead", 0.0 if one.died else 1.0)
+            gauge("open_calls", "Calls without an answer yet", len(one.waiting))
+            oldest = one.waiting[0][1] if one.waiting else 0.0
+            gauge("oldest_wait_seconds", "Age of the oldest call without an answer", oldest)
+            counter("answered", "Calls answered", one.answered)
+            gauge("silent_seconds", "For how long it has not said how it is", one.silent_s)
+            if (vitals := one.vitals) is None:
+                continue
+            gauge("resident_bytes", "Main memory, with its children's", vitals.resident)
+            gauge("gpu_bytes", "Memory in use on its GPUs, by anybody", vitals.gpu)
+            counter("cpu_seconds", "Processor seconds, with those of the children that live", vitals.cpu_s)
+            for name, value in vitals.facts.items():
+                if name in _COUNTERS:
+                    counter(name, _COUNTERS[name], value)
+                elif name in _GAUGES:
+                    gauge(name, _GAUGES[name], value)
+        yield from found.values()
+        wait = GaugeMetricFamily("rayward_wait_seconds", "How long it has waited for somebody", labels=["run", "who"])
+        for who, seconds in {one.who: one.seconds for one in reversed(waits())}.items():
+            wait.add_metric([self._run, who], seconds)
+        yield wait
+        waits_for_scores = GaugeMetricFamily("rayward_paused", "1 while the run waits for scores", labels=["run"])
+        waits_for_scores.add_metric([self._run], float(any(client.paused for client in list(SCORERS))))
+        yield waits_for_scores

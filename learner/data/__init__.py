@@ -1,0 +1,1 @@
+"""What an update is made of: the experience buffer, its ledger, batches and texts."""

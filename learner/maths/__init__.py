@@ -1,0 +1,1 @@
+"""The mathematics of an update: pure functions of tensors and floats."""

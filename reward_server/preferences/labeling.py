@@ -1,0 +1,303 @@
+"""Comparisons of completions: reading and writing them, and ranking completions with a simulated labeler."""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from reward_server.config import LabelerConfig
+from reward_server.functions import call_function, load_function
+from reward_server.preferences.records import RecordError, read_records, row_conversation, row_id, row_text, write_whole
+from reward_server.preferences.trees import is_tree, sibling_groups
+from reward_server.schema import Message
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One prompt with K completions, ranked or to be ranked; one alone, or all tied, says nothing of any other."""
+
+    id: str
+    """unique in its file"""
+    prompt: tuple[Message, ...]
+    """the conversation up to the completions"""
+    responses: tuple[str, ...]
+    """the K completions"""
+    ended: tuple[bool, ...]
+    """K flags: the completion ended by itself, rather than being truncated"""
+    ranks: tuple[int, ...] | None
+    """K ranks, 0 for the best, equal ones for a tie; None before anybody ranked them"""
+    labeler: str | None
+    """who ranked them"""
+    group: str | None = None
+    """what it belongs to, such as a tree of conversations; a group is never split between training and held out"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless everything has K entries, K is at least 1, and ranks are not negative."""
+        count = len(self.responses)
+        if count < 1:
+            raise ValueError("a comparison needs completions, this one has none")
+        if len(self.ended) != count or (self.ranks is not None and len(self.ranks) != count):
+            given = len(self.ended) if self.ranks is None else len(self.ranks)
+            raise ValueError(f'"ranks" has {given} entries for {count} completions; give each completion one')
+        if self.ranks is not None and min(self.ranks) < 0:
+            raise ValueError(f'"ranks" must be 0 (best) or more, not {list(self.ranks)}')
+
+
+def read_comparisons(path: str | Path, max_bad_rows: int = 0) -> list[Comparison]:
+    """Read a JSONL file of comparisons, of pairs, or of ranked trees.
+
+    A comparison is {"id"?, "prompt": str | [messages], "completions": [{"text", "ended"?}], "ranks"?,
+    "labeler"?, "group"?}. A pair is {"chosen", "rejected"}: two transcripts "\\n\\nHuman: ..\\n\\nAssistant: .."
+    that differ in the last turn, two lists of messages that do, or two texts beside a "prompt". A tree (see
+    trees.py) gives a comparison for every message with two ranked replies or more; the other replies
+    are left out, with a warning that counts them. Raises RecordError with file:line and reason.
+    """
+    lines: dict[str, int] = {}
+    left_out = 0
+
+    def parse(row: dict[str, Any], line_number: int) -> list[Comparison]:
+        nonlocal left_out
+        name = row_id(row | {"id": row["message_tree_id"]} if "message_tree_id" in row else row, line_number)
+        if name in lines:
+            raise ValueError(f"id {name!r} was used in line {lines[name]}; give each row its own")
+        if is_tree(row):
+            comparisons, more = _tree(name, row)
+            left_out += more
+        else:
+            comparisons = [_pair(name, row) if "chosen" in row else _comparison(name, row)]
+        lines[name] = line_number
+        return comparisons
+
+    found = [comparison for row in read_records(path, parse, max_bad_rows) for comparison in row]
+    if not found:
+        raise RecordError(f"{path}: no message in it has two ranked replies, so there is nothing to compare")
+    if left_out:
+        log.warning(
+            "%s: %d comparisons; left out %d replies without a rank, or without a ranked sibling",
+            path,
+            len(found),
+            left_out,
+        )
+    return found
+
+
+def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> None:
+    """Write comparisons so that `read_comparisons` reads them back; a file appears whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, "".join(json.dumps(_row(comparison), ensure_ascii=False) + "\n" for comparison in comparisons))
+
+
+def _row(comparison: Comparison) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": comparison.id,
+        "prompt": [message.model_dump() for message in comparison.prompt],
+        "completions": [
+            {"text": text, "ended": ended} for text, ended in zip(comparison.responses, comparison.ended, strict=True)
+        ],
+    }
+    if comparison.ranks is not None:
+        row["ranks"] = list(comparison.ranks)
+    if comparison.labeler is not None:
+        row["labeler"] = comparison.labeler
+    if comparison.group is not None:
+        row["group"] = comparison.group
+    return row
+
+
+def _comparison(name: str, row: dict[str, Any]) -> Comparison:
+    completions = row.get("completions")
+    if not isinstance(completions, list):
+        raise ValueError(
+            f'a row has "prompt" and "completions", or "chosen" and "rejected"; this one has {sorted(row)}'
+        )
+    read = [_completion(number, completion) for number, completion in enumerate(completions)]
+    ranks, labeler = row.get("ranks"), row.get("labeler")
+    if ranks is not None and not (isinstance(ranks, list) and all(type(rank) is int for rank in ranks)):
+        raise ValueError(f'"ranks" must be a list of integers, 0 for the best, not {ranks!r:.60}')
+    if labeler is not None and not isinstance(labeler, str):
+        raise ValueError(f'"labeler" must be a string, not {labeler!r:.60}')
+    return Comparison(
+        id=name,
+        prompt=row_conversation(row),
+        responses=tuple(text for text, _ in read),
+        ended=tuple(ended for _, ended in read),
+        ranks=None if ranks is None else tuple(ranks),
+        labeler=labeler,
+        group=row_text(row, "group") if row.get("group") is not None else None,
+    )
+
+
+def _tree(name: str, row: dict[str, Any]) -> tuple[list[Comparison], int]:
+    """The comparisons of a tree, and how many replies of the assistant are in none of them."""
+    found = sibling_groups(name, row)
+    comparisons = [
+        Comparison(
+            id=group.name,
+            prompt=group.prompt,
+            responses=group.responses,
+            ended=(True,) * len(group.responses),
+            ranks=group.ranks,
+            labeler=None,
+            group=name,
+        )
+        for group in found
+        if len(group.responses) > 1
+    ]
+    return comparisons, sum(g.unranked + (len(g.responses) == 1) for g in found)
+
+
+def _completion(number: int, completion: Any) -> tuple[str, bool]:
+    if isinstance(completion, dict):
+        text, ended = completion.get("text"), completion.get("ended", True)
+        if isinstance(text, str) and isinstance(ended, bool):
+            return text, ended
+    raise ValueError(f'completions.{number} must be {{"text": str, "ended": true or false}}, not {completion!r:.60}')
+
+
+def _pair(name: str, row: dict[str, Any]) -> Comparison:
+    if "prompt" in row:
+        prompt = row_conversation(row)
+        chosen, rejected = row_text(row, "chosen"), row_text(row, "rejected")
+    else:
+        prompt, chosen = _transcript(row, "chosen")
+        other_prompt, rejected = _transcript(row, "rejected")
+        if prompt != other_prompt:
+            raise ValueError('"chosen" and "rejected" differ before their last turn; give them one prompt')
+    return Comparison(
+        id=name,
+        prompt=prompt,
+        responses=(chosen, rejected),
+        ended=(True, True),
+        ranks=(0, 1),
+        labeler=None,
+    )
+
+
+def _transcript(row: dict[str, Any], key: str) -> tuple[tuple[Message, ...], str]:
+    """Split a conversation into the prompt and the assistant's last turn."""
+    turns = row.get(key)
+    if isinstance(turns, str):
+        before, *pieces = _TURN.split(turns)
+        if before.strip() or not pieces:
+            raise ValueError(f'"{key}" must start with "\\n\\nHuman:", not {turns[:40]!r}; or give a "prompt" too')
+        turns = [
+            {"role": _ROLES[speaker], "content": text.strip()}
+            for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)
+        ]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f'"{key}" must be a transcript or a list of messages, not {turns!r:.60}')
+    last = turns[-1]
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        raise ValueError(f'"{key}" must end with a turn of the assistant, not {last!r:.60}')
+    if not isinstance(last.get("content"), str):
+        raise ValueError(f'the last turn of "{key}" must have a text as its content, not {last!r:.60}')
+    return row_conversation({key: turns[:-1]}, key), last["content"]
+
+
+class Labeler(Protocol):
+    """Judges completions by their text."""
+
+    @property
+    def name(self) -> str:
+        """What comparisons record as their labeler."""
+        ...
+
+    @property
+    def caption(self) -> str:
+        """Words that must stand wherever its verdicts are shown."""
+        ...
+
+    def verdicts(self, responses: Sequence[str]) -> list[float]:
+        """One number per response, higher is better."""
+        ...
+
+    def rank(self, responses: Sequence[str]) -> tuple[int, ...]:
+        """Ranks of one prompt's responses: 0 is best, equal is a tie."""
+        ...
+
+
+class VaderLabeler:
+    """A simulated labeler that likes positive sentiment (VADER, Hutto and Gilbert 2014); it is no person."""
+
+    name = "simulated:vader"
+    caption = "simulated labeler (VADER)"
+
+    def __init__(self, tie_margin: float) -> None:
+        """Call verdicts at most `tie_margin` apart a tie."""
+        self.tie_margin = tie_margin
+
+    @cached_property
+    def _analyzer(self) -> SentimentIntensityAnalyzer:
+        return SentimentIntensityAnalyzer()
+
+    def verdicts(self, responses: Sequence[str]) -> list[float]:
+        """VADER's compound sentiment of each response, in [-1, 1]; 0 for one without words."""
+        return [self._analyzer.polarity_scores(response)["compound"] for response in responses]
+
+    def rank(self, responses: Sequence[str]) -> tuple[int, ...]:
+        """Rank by sentiment."""
+        return rank_verdicts(self.verdicts(responses), self.tie_margin)
+
+
+class FunctionLabeler:
+    """A simulated labeler made of a function `(responses: list[str]) -> list[float]`."""
+
+    def __init__(self, name: str, function: Callable[..., Iterable[Any]], tie_margin: float) -> None:
+        """Take the function that `name`, module:function, stands for."""
+        self.name = name
+        self.caption = f"simulated labeler ({name})"
+        self.tie_margin = tie_margin
+        self._function = function
+
+    def verdicts(self, responses: Sequence[str]) -> list[float]:
+        """What the function says; raises UserFunctionError when it fails or breaks its contract."""
+        return call_function(self.name, self._function, len(responses), list(responses))
+
+    def rank(self, responses: Sequence[str]) -> tuple[int, ...]:
+        """Rank by the function."""
+        return rank_verdicts(self.verdicts(responses), self.tie_margin)
+
+
+def load_labeler(config: LabelerConfig) -> Labeler:
+    """Make the configured labeler. Raises ValueError when its function cannot be found, and UserFunctionError when it
+    fails on a text or breaks its contract: better now than after hours of training."""
+    if config.name == VaderLabeler.name:
+        return VaderLabeler(config.tie_margin)
+    labeler = FunctionLabeler(config.name, load_function(config.name), config.tie_margin)
+    labeler.verdicts(["A short text."])
+    return labeler
+
+
+def rank_verdicts(verdicts: Sequence[float], tie_margin: float) -> tuple[int, ...]:
+    """Turn verdicts into ranks 0, 1, .. without gaps, the highest verdict first.
+
+    A tie reaches `tie_margin` down from the best of the tie, so a chain of small steps does not tie its two
+    ends.
+    """
+    ranks = [0] * len(verdicts)
+    rank, best = -1, math.inf
+    for index in sorted(range(len(verdicts)), key=lambda index: -verdicts[index]):
+        if best - verdicts[index] > tie_margin:
+            rank, best = rank + 1, verdicts[index]
+        ranks[index] = rank
+    return tuple(ranks)
+
+
+def label(comparisons: Iterable[Comparison], labeler: Labeler) -> list[Comparison]:
+    """The same comparisons, ranked by the labeler and signed with its name."""
+    return [
+        replace(comparison, ranks=labeler.rank(comparison.responses), labeler=labeler.name)
+        for comparison in comparisons
+    ]

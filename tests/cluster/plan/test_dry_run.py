@@ -1,0 +1,231 @@
+"""`rayward plan` and --dry-run as they are typed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import main as cli
+from cluster.plan import dry_run as planning
+from cluster.plan.hardware import GIB, Device, Machine
+from reward_server.preferences.labeling import Comparison, write_comparisons
+from reward_server.schema import Message
+from tests.tiny_models import tiny_causal_lm
+
+NODE = '[{cpus = 8, memory_gib = 64, gpus = 4, gpu = "A100"}]'
+
+
+@pytest.fixture(autouse=True)
+def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores that need not be measured."""
+    cores = Device(name="2 cores", flops=4e11, bandwidth=3e10, memory=24 * GIB, link=15e9, source="given")
+    machine = Machine(name="this machine", cpus=2, memory=24 * GIB, gpus=0, device=cores)
+    monkeypatch.setattr(planning, "this_machine", lambda: machine)
+    monkeypatch.setattr(planning, "measured_cores", lambda: cores)
+
+
+def rayward(*words: str | Path) -> int:
+    return cli.main([*map(str, words)])
+
+
+def test_a_plan_is_printed_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert rayward("plan", "--preset", "quickstart") == 0
+    text = capsys.readouterr().out
+    for said in (
+        "this machine: 2 cores, 24.0 GiB, 0 GPUs",
+        "smollm2-135m: 134,515,008 parameters",
+        "64 prompts x 1 samples, each a trajectory",
+        "learner-0",
+        "policy: optimizer",
+        "up to 6 N T / F",
+        "20 of a prompt, 13 of a response on average",
+        "This plan fits.",
+    ):
+        assert said in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_that_cannot_work_is_exit_code_1(capsys: pytest.CaptureFixture[str]):
+    assert rayward("plan", "--preset", "quickstart", "--ppo.minibatch_size", "30") == 1
+    text = capsys.readouterr().out
+    assert "cannot work: ppo.minibatch_size = 30 does not divide" in text
+    assert text.rstrip().endswith("This plan cannot work as it stands.")
+
+
+def test_json_has_bytes_seconds_and_counts(capsys: pytest.CaptureFixture[str]):
+    words = ("--plan.model", "llama-3.1-8b", "--plan.nodes", NODE, "--cluster.learner_ranks", "2")
+    assert rayward("plan", "--json", *words) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["works"] is False
+    assert any("node-0/gpu-" in problem for problem in found["problems"])
+    assert found["models"]["policy"]["parameters"] == 8_030_261_248
+    memory = found["steps"]["ppo"]["memory"]
+    assert memory["learner-0"]["reference: weights"]["device"] == 2 * 8_030_261_248
+    assert memory.keys() == {"generator-0", "learner-0", "learner-1", "reward-0"}
+    assert found["steps"]["ppo"]["batches"]["total_episodes"] == 256_000
+    assert [process["machine"] for process in found["processes"]] == ["node-0"] * 4
+    assert found["steps"]["ppo"]["least_s"] > 0
+
+
+def test_a_dry_run_plans_one_command_and_says_what_would_stop_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tiny_causal_lm(tmp_path / "base")
+    run = tmp_path / "run"
+    assert rayward("sft", "--dry-run", "--run", run, "--models.base", tmp_path / "base", "--sft.max_tokens", "64") == 1
+    text = capsys.readouterr().out
+    assert "Step 1, SFT: memory" in text
+    assert "Step 3" not in text
+    assert "data.demonstrations is not set" in text
+    assert not run.exists()
+
+
+def test_the_own_model_of_a_run_is_what_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = tiny_causal_lm(tmp_path / "sft")
+    words = ("--preset", "quickstart", "--run", tmp_path, "--json")
+    rayward("plan", *words)
+    found = json.loads(capsys.readouterr().out)
+    assert found["models"]["policy"]["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plan"], "the size of the model is not known: set models.base"),
+        (["plan", "--plan.model", "lama"], "the size of lama is not known"),
+        (
+            ["plan", "--plan.nodes", '[{cpus = 1, memory_gib = 1, gpus = 1, gpu = "X"}]'],
+            "nothing is known of the device",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_told(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    if "--plan.model" not in words and len(words) > 1:
+        words += ["--plan.model", "smollm2-135m"]
+    assert rayward(*words) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_json_of_a_run_itself_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert rayward("sft", "--json") == 2
+    assert "--json goes with --dry-run" in capsys.readouterr().err
+
+
+def test_a_command_without_processes_says_what_it_reads_and_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    assert rayward("rank", "--dry-run", "--run", run) == 1
+    text = capsys.readouterr().out
+    assert "rayward rank works in its own process and starts no other" in text
+    assert f"Writes {run}/data/comparisons.jsonl" in text
+    assert f"data.completions is not set and {run}" in text
+    write_comparisons(tmp_path / "c.jsonl", [RANKED])
+    assert rayward("rank", "--dry-run", "--run", run, "--data.completions", tmp_path / "c.jsonl") == 0
+    assert capsys.readouterr().out.endswith("It can start.\n")
+    assert not run.exists()
+
+
+RANKED = Comparison(
+    id="c1",
+    prompt=(Message(role="user", content="Hi"),),
+    responses=("yes", "no"),
+    ended=(True, True),
+    ranks=None,
+    labeler=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["report", "{run}"], 0, "Reads nothing but the run directory"),
+        (["report", "{run}/none"], 1, "there is no run directory"),
+        (["audit", "{run}"], 1, "has no ledger-*.jsonl"),
+        (["lineage", "{run}"], 1, "has no lineage.jsonl"),
+        (["scale", "{run}", "0"], 1, "'0' generators cannot be asked for"),
+        (["scale", "{run}", "2"], 0, "Writes {run}/scale.json"),
+    ],
+)
+def test_commands_that_take_a_run_directory_alone_can_be_tried(
+    words: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [word.format(run=tmp_path) for word in words]
+    assert rayward(*words, "--dry-run") == code
+    assert said.format(run=tmp_path) in capsys.readouterr().out
+    assert rayward(*words, "--dry-run", "--json") == code
+    found = json.loads(capsys.readouterr().out)
+    assert (found["works"], found["processes"]) == (code == 0, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str, Any]:
+    rayward(*words, "--preset", "quickstart", "--dry-run", "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("command", "processes", "steps"),
+    [
+        ("sft", ["learner-0"], ["sft"]),
+        ("baseline", ["learner-0"], ["baseline"]),
+        ("sample", ["generator-0", "generator-1"], ["sample"]),
+        ("reward", ["learner-0"], ["reward"]),
+        ("select", ["generator-0", "generator-1", "reward-0"], ["select"]),
+        ("ppo", ["learner-0", "generator-0", "generator-1", "reward-0"], ["ppo"]),
+        ("rounds", ["learner-0", "generator-0", "generator-1", "reward-0"], ["sample", "reward", "ppo"]),
+        ("evaluate", ["learner-0", "generator-0", "generator-1", "reward-0"], ["evaluate"]),
+        ("serve", ["reward-0"], ["serve"]),
+    ],
+)
+def test_every_command_plans_the_processes_that_it_starts(
+    command: str, processes: list[str], steps: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    found = planned(capsys, command, "--run", tmp_path / "run")
+    assert [process["name"] for process in found["processes"]] == processes
+    assert list(found["steps"]) == steps
+    for step in found["steps"].values():
+        held = {name for name, items in step["memory"].items() if sum(one["host"] for one in items.values()) > 2**30}
+        assert held == set(step["memory"])
+    assert not found["works"]  # the run directory has nothing of what it reads
+    assert any(str(tmp_path) in problem for problem in found["problems"])
+
+
+def test_rounds_are_planned_as_often_as_they_are_gone_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    found = planned(capsys, "rounds", "--run", tmp_path, "--rounds.count", "3", "--rounds.prompts", "100")
+    steps = found["steps"]
+    assert steps["sample"]["batches"]["prompts"] == 100
+    assert steps["reward"]["batches"]["rows"] == 300 - 45  # the comparisons of all rounds, but those held out
+    assert {name: step["times"] for name, step in steps.items()} == {"sample": 3, "reward": 2, "ppo": 36}
+
+
+def test_replicas_of_the_reward_service_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ("--run", tmp_path, "--serve.max_replicas", "3")
+    found = planned(capsys, "serve", *words)
+    assert [process["name"] for process in found["processes"]] == ["reward-0", "reward-1", "reward-2"]
+    assert [phase["name"] for phase in found["steps"]["serve"]["phases"]] == ["score"]
+    assert "3 threads" in found["notes"][0]
+    assert found["problems"] == [problem for problem in found["problems"] if "no reward model" in problem]
+    rules = planned(capsys, "serve", "--run", tmp_path, "--scoring.parts", '[{kind = "length"}]')
+    assert rules["works"]
+    assert rules["models"]["reward"]["parameters"] == 0
+
+
+def test_what_the_run_directory_holds_already_stops_a_dry_run_as_it_would_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "sft.json").write_text('{"made_of": {}, "complete": true}')
+    tiny_causal_lm(tmp_path / "base")
+    rows = "".join(f'{{"prompt": "{i}", "response": "yes"}}\n' for i in range(40))
+    (tmp_path / "d.jsonl").write_text(rows)
+    words = ("--models.base", tmp_path / "base", "--data.demonstrations", tmp_path / "d.jsonl")
+    small = ("--sft.max_tokens", "64", "--sft.pretraining_share", "0", "--run", tmp_path)
+    assert rayward("sft", "--dry-run", *words, *small) == 1
+    assert "holds a stage 'sft' that is begun. Remedy: --resume" in capsys.readouterr().out
+    assert rayward("sft", "--dry-run", "--restart", *words, *small) == 0
+    assert "This plan fits." in capsys.readouterr().out
+    assert rayward("quickstart", "--dry-run", "--run", tmp_path) == 1
+    assert "holds a run already (sft)" in capsys.readouterr().out

@@ -1,0 +1,166 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.report import pictures
+from cluster.report.canvas import BEFORE, SERIES
+from cluster.report.sections import sections
+from cluster.rundir.files import Run, read_run
+from tests.synthetic_run import CAPTION, write_rows, write_run
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Run:
+    return read_run(write_run(tmp_path / "one"))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Run:
+    return read_run(write_run(tmp_path / "two", arms=("ppo", "ppo-noptx")))
+
+
+def titles(run: Run) -> dict[str, list[str]]:
+    return {section.title: [picture.title for picture in section.pictures] for section in sections(run)}
+
+
+def test_a_run_with_one_arm_gives_every_section(one: Run):
+    assert titles(one) == {
+        "Learning": [
+            f"Gold score, {CAPTION}",
+            "Score of the reward model",
+            "KL to the SFT model, nats a response",
+            "Reward: score minus the KL penalty",
+        ],
+        "Held-out measurements on the way": [
+            f"Gold on held-out prompts, {CAPTION}; 95% CI",
+            "Score on held-out prompts",
+            "KL on held-out prompts, nats a response",
+            "Loss on held-out pretraining text, nats a token",
+        ],
+        "What it cost": ["Alignment tax: loss on pretraining text", f"Gold bought with KL, {CAPTION}"],
+        "Held-out responses": [f"Gold score of responses, {CAPTION}", "Does the score still mean gold?"],
+        "The reward model": [
+            "Accuracy on held-out pairs",
+            "Accuracy by how many ranks apart",
+            "How often the higher score wins",
+            "Loss, nats a pair",
+        ],
+        "Supervised training": ["SFT loss, nats a token", "Score of each epoch: baseline"],
+        "Inside PPO": [
+            "Policy loss",
+            "Value loss",
+            "Pretraining loss of the mix",
+            "Variance explained by the critic",
+            "Response length, tokens",
+            "Responses that end by themselves",
+            "Entropy, nats a token",
+            "Share of clipped tokens",
+            "Parity gap, nats",
+        ],
+        "Time": ["Time of each phase", "Mean time of a PPO iteration"],
+    }
+
+
+def test_the_reward_model_is_shown_by_pairs_by_prompts_and_by_rank_gap(one: Run):
+    accuracy, gaps, *_ = pictures.reward_model(one)
+    assert "reward model 0.807; the same, mean of prompts 0.796" in accuracy.alt
+    assert "1 apart, 480 pairs 0.790; 2 apart, 240 pairs 0.880; 3 apart, 160 pairs 0.970" in gaps.alt
+
+
+def test_held_out_curves_go_from_before_to_after_and_two_points_are_no_curve(one: Run, tmp_path: Path):
+    gold, _, kl, _ = pictures.held_out(one)
+    assert "PPO-ptx from 0.120 to 0.620 over 5 points" in gold.alt
+    assert "PPO-ptx from 0 to 6.40 over 5 points" in kl.alt
+    write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": n, "heldout/gold": 0.5} for n in (0, 8)])
+    assert list(pictures.held_out(read_run(tmp_path))) == []
+
+
+def test_two_arms_are_compared_first_in_the_same_axes(one: Run, two: Run):
+    first = sections(two)[0]
+    assert first.title == "What the pretraining mix does"
+    gold, tax = first.pictures
+    assert "PPO-ptx from" in gold.alt
+    assert "; PPO from" in gold.alt
+    assert tax.alt.endswith("PPO-ptx from 3.97 to 4.01; PPO from 3.97 to 4.71.")
+    everything, expected = ([title for found in titles(run).values() for title in found] for run in (two, one))
+    assert sorted(everything) == sorted(expected)
+
+
+def test_arms_that_differ_in_something_else_are_told_apart_by_their_stage(tmp_path: Path):
+    run = read_run(write_run(tmp_path, arms=("ppo", "ppo-high-kl")))
+    assert pictures.arm_names(run) == {"ppo": "PPO-ptx (ppo)", "ppo-high-kl": "PPO-ptx (ppo-high-kl)"}
+    assert sections(run)[0].title == "The runs compared"
+
+
+def test_models_before_ppo_are_grey_and_come_first_and_are_shown_once(two: Run):
+    assert pictures.labels(two) == [
+        ("sft", "SFT", BEFORE),
+        ("ppo", "PPO-ptx", SERIES[0]),
+        ("ppo-noptx", "PPO", SERIES[1]),
+    ]
+
+
+def test_a_run_of_sft_only_gives_that_only(tmp_path: Path):
+    write_rows(
+        tmp_path / "metrics.jsonl",
+        [
+            {"stage": "sft", "step": 1, "sft/loss": 3.0},
+            {"stage": "pretraining", "step": 1, "pretraining/loss": 5.0},
+        ],
+    )
+    run = read_run(tmp_path)
+    assert titles(run) == {"Supervised training": ["SFT loss, nats a token", "Pretraining loss, nats a token"]}
+    assert [picture.title for picture in pictures.overview(run)] == titles(run)["Supervised training"]
+
+
+def test_the_overview_shows_gold_tax_distribution_and_kl(two: Run):
+    assert [picture.title for picture in pictures.overview(two)] == [
+        f"Gold score, {CAPTION}",
+        "Alignment tax: loss on pretraining text",
+        f"Gold score of responses, {CAPTION}",
+        "KL to the SFT model, nats a response",
+    ]
+
+
+def test_samples_without_verdicts_still_have_a_section(tmp_path: Path):
+    write_rows(tmp_path / "evaluations" / "policy.jsonl", [{"id": "a", "prompt": "?", "response": "!"}])
+    (found,) = sections(read_run(tmp_path))
+    assert found.samples
+    assert found.pictures == ()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {
+            "accuracy": "high",
+            "accuracy_ci": [0.1],
+            "bins": [{"predicted": 0.5}, 3, {"predicted": 0.5, "observed": 1}],
+        },
+        {"bins": "none"},
+        {"calibration": {"bins": []}},
+    ],
+)
+def test_figures_of_the_wrong_kind_give_no_picture(tmp_path: Path, table: dict[str, object]):
+    (tmp_path / "summary.json").write_text(json.dumps({"reward": table}))
+    assert sections(read_run(tmp_path)) == []
+
+
+def test_calibration_is_also_read_from_the_summary(tmp_path: Path):
+    bins = [{"margin": 0.25, "predicted": 0.56, "observed": 0.5, "count": 8}]
+    (tmp_path / "summary.json").write_text(json.dumps({"reward": {"calibration": bins}}))
+    (found,) = sections(read_run(tmp_path))
+    assert found.pictures[0].alt.endswith("0.56 predicted, 0.50 observed, 8 pairs.")
+
+
+def test_many_phases_are_summed_by_name_and_the_shortest_gathered(tmp_path: Path):
+    rows = [{"phase": f"part {number}", "stage": "ppo", "seconds": 10.0 + number} for number in range(20)]
+    rows += [
+        {"phase": "part 19", "stage": "ppo", "seconds": 100.0},
+        {"phase": "part 18", "stage": "sft", "seconds": 5},
+    ]
+    write_rows(tmp_path / "phases.jsonl", rows)
+    (picture,) = sections(read_run(tmp_path))[-1].pictures
+    # 21 rows; the longest 15 are parts 5 to 19 of ppo, the rest are parts 0 to 4 (10 to 14 s) and 5 s of sft
+    assert picture.alt.endswith("part 17 27.0; ppo: part 18 28.0; part 19 129; 6 more 65.0.")

@@ -1,0 +1,39 @@
+"""What later commands find of earlier ones."""
+
+import json
+from pathlib import Path
+
+from cluster.rundir.history import earlier_run, forget_stage, has_all, last_steps, remember_run
+from tests.synthetic_run import write_rows
+
+
+def test_each_command_has_its_own_wandb_run(tmp_path: Path):
+    assert earlier_run(tmp_path, "ppo") is None
+    remember_run(tmp_path, "ppo", "a1", finished=True)
+    remember_run(tmp_path, "sft", "b2", finished=True)
+    remember_run(tmp_path, "ppo", "c3", finished=False)
+    assert (earlier_run(tmp_path, "ppo"), earlier_run(tmp_path, "sft")) == ("c3", "b2")
+    assert [has_all(tmp_path, name) for name in ("ppo", "sft", "reward")] == [False, True, False]
+
+
+def test_the_last_step_of_each_area_of_a_stage_is_found_behind_a_torn_line(tmp_path: Path):
+    assert last_steps(tmp_path) == {}
+    rows = [
+        {"stage": "sft", "step": 3, "sft/loss": 1.0},
+        {"stage": "ppo", "step": 7, "score/mean": 1.0, "score/std": 1.0},
+        {"stage": "ppo", "step": 5, "score/mean": 1.0, "heldout/gold": 0.5},
+        {"step": 9, "score/mean": 1.0},
+    ]
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "ppo", "st')
+    assert last_steps(tmp_path) == {("sft", "sft"): 3, ("ppo", "score"): 7, ("ppo", "heldout"): 5}
+
+
+def test_a_stage_is_forgotten_and_the_others_are_not(tmp_path: Path):
+    write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": 1}, {"stage": "ppo-noptx", "step": 1}])
+    write_rows(tmp_path / "phases.jsonl", [{"phase": "ppo: 2 iterations", "stage": "ppo", "seconds": 1.0}])
+    forget_stage(tmp_path, "ppo")
+    (left,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert left["stage"] == "ppo-noptx"
+    assert (tmp_path / "phases.jsonl").read_text() == ""

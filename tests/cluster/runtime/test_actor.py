@@ -1,0 +1,423 @@
+"""Actors in processes of their own, on one local Ray session."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.runtime.actor import ActorOptions, RemoteError, RemoteHandle, remote
+from cluster.runtime.handle import ActorDied
+from cluster.runtime.placement import place
+from cluster.runtime.resources import Process, ResourceError
+from cluster.runtime.session import start_ray
+
+
+class Refusal(ValueError):
+    """An exception whose constructor takes more than a message."""
+
+    def __init__(self, *, value: int) -> None:
+        super().__init__(f"refused {value}")
+        self.value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _refusal, (self.value,)
+
+
+def _refusal(value: int) -> Refusal:
+    return Refusal(value=value)
+
+
+class Unpicklable(Exception):
+    """Loses an argument in pickling."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+class BadArgument:
+    """Pickles, but cannot be unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+class Worker:
+    """A plain class with everything an actor does."""
+
+    def __init__(self, start: int = 0) -> None:
+        if start < 0:
+            raise Refusal(value=start)
+        self.seen: list[int] = []
+        self.total = start
+        self.open = 0
+        self.most_open = 0
+        self.cancelled = False
+
+    def add(self, number: int, payload: np.ndarray | None = None) -> int:
+        self.seen.append(number)
+        self.total += number
+        return self.total
+
+    def order(self) -> list[int]:
+        return self.seen
+
+    def refuse(self, value: int) -> None:
+        raise Refusal(value=value)
+
+    def refuse_strangely(self) -> None:
+        raise Unpicklable("one", "two")
+
+    def block(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "done"
+
+    async def wait(self, seconds: float) -> int:
+        """The largest number of waits that were open at once."""
+        self.open += 1
+        self.most_open = max(self.open, self.most_open)
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        finally:
+            self.open -= 1
+        return self.most_open
+
+    async def was_cancelled(self) -> bool:
+        return self.cancelled
+
+    async def out_of_time(self) -> None:
+        raise TimeoutError("the method's own")
+
+    def surroundings(self) -> dict[str, Any]:
+        return {
+            "threads": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "COLOUR")},
+            "cores": sorted(os.sched_getaffinity(0)),
+            "child_cores": int(subprocess.check_output(["nproc"])),
+        }
+
+    def torch_threads(self) -> int:
+        import torch
+
+        return torch.get_num_threads()
+
+    def print_lines(self) -> None:
+        print("from print")  # noqa: T201
+        subprocess.run(["echo", "from a child"], check=True)
+        sys.stderr.write("from stderr\n")
+
+    def start_children(self) -> list[int]:
+        """One child in the actor's process group, and one that left its session."""
+        command = [sys.executable, "-c", "import time; time.sleep(1000)"]
+        return [subprocess.Popen(command, start_new_session=away).pid for away in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    logs = tmp_path_factory.mktemp("logs")
+    with start_ray("local", cpus=4, log_dir=logs):
+        yield logs
+
+
+@pytest.fixture(scope="module")
+def worker(session: Path) -> Iterator[RemoteHandle]:
+    """The actor of the tests that leave it as it is."""
+    options = ActorOptions(
+        name="worker-7",
+        cpus=1,
+        threads=1,
+        pin=(0,),
+        env={"COLOUR": "green"},
+        log_file=session / "actors" / "worker-7.log",
+        deadline_s=30,
+    )
+    handle = remote(Worker, 10, options=options)
+    asyncio.run(handle.ready(deadline_s=60))
+    yield handle
+    handle.kill()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def all_gone(pids: list[int], within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(alive(pid) for pid in pids)
+
+
+def test_methods_are_awaited_in_a_process_of_its_own(worker: RemoteHandle) -> None:
+    async def scenario() -> None:
+        pid = await worker.ready(deadline_s=60)
+        assert pid != os.getpid()
+        before = await worker.add(0)
+        assert await worker.add(number=5) == before + 5
+        assert await worker.call("add", 7, deadline_s=5) == before + 12
+
+    asyncio.run(scenario())
+
+
+def test_sync_methods_keep_their_order_although_large_arguments_arrive_late(worker: RemoteHandle) -> None:
+    large = np.zeros(3_000_000, np.float32)  # through the object store, so it takes longer than the next call
+
+    async def scenario() -> list[int]:
+        start = len(await worker.order())
+        await asyncio.gather(*(worker.add(i, large if i % 3 == 0 else None) for i in range(30)))
+        return (await worker.order())[start:]
+
+    assert asyncio.run(scenario()) == list(range(30))
+
+
+def test_async_methods_overlap_each_other_and_a_busy_sync_method(worker: RemoteHandle) -> None:
+    async def scenario() -> None:
+        busy = asyncio.ensure_future(worker.block(1.5))
+        start = time.monotonic()
+        assert max(await asyncio.gather(*(worker.wait(0.3) for _ in range(20)))) == 20
+        assert time.monotonic() - start < 1.2
+        assert not busy.done()
+        assert await busy == "done"
+
+    asyncio.run(scenario())
+
+
+def test_exceptions_come_back_as_themselves_with_the_actor_and_its_traceback(worker: RemoteHandle) -> None:
+    with pytest.raises(Refusal, match="refused 3") as caught:
+        asyncio.run(worker.refuse(3))
+    assert caught.value.value == 3
+    (note,) = caught.value.__notes__
+    assert "worker-7" in note
+    assert "in refuse" in note
+    with pytest.raises(TimeoutError, match="the method's own"):
+        asyncio.run(worker.out_of_time())
+
+
+def test_an_exception_that_cannot_be_pickled_still_tells_what_happened(worker: RemoteHandle) -> None:
+    with pytest.raises(RemoteError, match=r"worker-7.*Unpicklable: one"):
+        asyncio.run(worker.refuse_strangely())
+    assert asyncio.run(worker.add(0)) > 0
+
+
+def test_a_call_whose_argument_cannot_be_read_does_not_hold_up_the_next(worker: RemoteHandle) -> None:
+    async def scenario() -> None:
+        with pytest.raises(RemoteError, match="worker-7"):
+            await worker.add(BadArgument())
+        with pytest.raises(TypeError):  # a lock cannot be pickled: the call never leaves
+            await worker.add(__import__("threading").Lock())
+        assert await worker.call("add", 0, deadline_s=5) > 0
+
+    asyncio.run(scenario())
+
+
+def test_a_missed_deadline_names_actor_method_seconds_and_place(worker: RemoteHandle) -> None:
+    async def scenario() -> None:
+        with pytest.raises(TimeoutError, match=r"'worker-7': block\(\) did not answer within 0.3 s") as caught:
+            await worker.call("block", 1.5, deadline_s=0.3)
+        assert "in block" in str(caught.value)
+        assert "time.sleep(seconds)" in str(caught.value)
+
+    asyncio.run(scenario())
+
+
+def test_an_async_call_that_nobody_waits_for_is_cancelled_in_the_actor(worker: RemoteHandle) -> None:
+    async def scenario() -> None:
+        assert not await worker.was_cancelled()
+        with pytest.raises(TimeoutError, match=r"in wait[\s\S]*await asyncio.sleep"):
+            await worker.call("wait", 60, deadline_s=0.3)
+        end = time.monotonic() + 5
+        while not await worker.was_cancelled():
+            assert time.monotonic() < end, "the call goes on in the actor"
+
+    asyncio.run(scenario())
+
+
+def test_threads_environment_and_cores_are_as_told(worker: RemoteHandle) -> None:
+    found = asyncio.run(worker.surroundings())
+    assert found["threads"] == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COLOUR": "green"}
+    assert found["cores"] == [min(os.sched_getaffinity(0))]
+    assert found["child_cores"] == 1
+
+
+def test_output_of_actor_and_children_goes_to_its_log_file(
+    worker: RemoteHandle, session: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asyncio.run(worker.print_lines())
+    log = (session / "actors" / "worker-7.log").read_text()
+    assert [line for line in log.splitlines() if line.startswith("from ")] == [
+        "from print",
+        "from a child",
+        "from stderr",
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_handle_has_the_public_methods_only_and_stays_where_it_is(worker: RemoteHandle) -> None:
+    with pytest.raises(AttributeError, match=r"'worker-7' \(Worker\) has no public method 'vanish'.*'add'"):
+        worker.vanish  # noqa: B018
+    with pytest.raises(AttributeError, match="no public method '_private'"):
+        asyncio.run(worker.call("_private", deadline_s=1))
+    with pytest.raises(TypeError, match="worker-7"):
+        worker.__reduce__()
+
+
+def test_calls_made_before_the_actor_is_up_keep_their_order_too(session: Path) -> None:
+    handle = remote(Worker, options=ActorOptions(name="early", cpus=1))
+
+    async def scenario() -> list[int]:
+        await asyncio.gather(handle.wait(0), *(handle.add(i) for i in range(50)))
+        return await handle.order()
+
+    assert asyncio.run(scenario()) == list(range(50))
+    handle.kill()
+
+
+def test_a_failing_constructor_answers_every_call(session: Path) -> None:
+    handle = remote(Worker, -1, options=ActorOptions(name="broken", cpus=1))
+
+    async def scenario() -> None:
+        with pytest.raises(Refusal, match="refused -1"):
+            await handle.ready(deadline_s=60)
+        with pytest.raises(Refusal, match="refused -1"):
+            await handle.add(1)
+        with pytest.raises(Refusal, match="refused -1"):
+            await handle.wait(0)
+
+    asyncio.run(scenario())
+    handle.kill()
+
+
+def test_sigkill_is_told_with_the_log_and_leaves_no_child(session: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = session / "victim.log"
+    handle = remote(Worker, options=ActorOptions(name="victim", cpus=1, log_file=log))
+
+    async def scenario() -> list[int]:
+        pid = await handle.ready(deadline_s=60)
+        await handle.print_lines()
+        children = await handle.start_children()
+        assert all(alive(child) for child in children)
+        waiting = [asyncio.ensure_future(handle.wait(60)), asyncio.ensure_future(handle.block(60))]
+        await asyncio.sleep(0.2)
+        os.kill(pid, signal.SIGKILL)
+        for call in [*waiting, handle.add(1)]:
+            with pytest.raises(ActorDied, match=r"'victim' died: .*worker process has died") as caught:
+                await asyncio.wait_for(call, 10)
+            assert caught.value.name == "victim"
+            assert "from a child" in caught.value.log
+        return [pid, *children]
+
+    assert all_gone(asyncio.run(scenario()), within_s=5)
+    assert capfd.readouterr() == ("", "")
+    assert "worker died" in (session / "ray.log").read_text()
+
+
+def test_kill_through_the_handle_and_a_pin_to_a_core_that_is_not_there(session: Path) -> None:
+    handle = remote(Worker, options=ActorOptions(name="short", cpus=1))
+    wrong = remote(Worker, options=ActorOptions(name="astray", cpus=1, pin=(4096,)))
+
+    async def scenario() -> list[int]:
+        pids = [await handle.ready(deadline_s=60), *await handle.start_children()]
+        waiting = asyncio.ensure_future(handle.wait(60))
+        await asyncio.sleep(0.1)
+        handle.kill()
+        for call in (handle.add(1), handle.wait(0), waiting):
+            with pytest.raises(ActorDied, match="'short' died: it was killed by its handle"):
+                await asyncio.wait_for(call, 10)
+        with pytest.raises(ActorDied, match=r"cannot pin to cores \[4096\]"):
+            await wrong.ready(deadline_s=60)
+        return pids
+
+    assert all_gone(asyncio.run(scenario()), within_s=5)
+
+
+def test_a_stopped_actor_and_one_that_finds_no_room_are_told_apart(session: Path) -> None:
+    handle = remote(Worker, options=ActorOptions(name="stopped", cpus=1))
+    large = remote(Worker, options=ActorOptions(name="large", cpus=64))
+
+    async def scenario() -> None:
+        pid = await handle.ready(deadline_s=60)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(TimeoutError, match=r"'stopped': add.* answers nothing"):
+            await handle.call("add", 1, deadline_s=0.3)
+        with pytest.raises(TimeoutError, match=r"has not started: it asks for 64 CPUs and 0 GPUs.*of 4 CPUs free"):
+            await large.ready(deadline_s=0.3)
+
+    asyncio.run(scenario())
+    handle.kill()
+    large.kill()
+
+
+def test_torch_computes_with_the_threads_of_the_options(session: Path) -> None:
+    handle = remote(Worker, options=ActorOptions(name="torch", cpus=1, threads=3))
+
+    async def scenario() -> None:
+        await handle.torch_threads()  # imports torch
+        assert await handle.torch_threads() == 3
+
+    asyncio.run(scenario())
+    handle.kill()
+
+
+def test_options_that_leak_a_secret_or_have_no_thread_are_refused(session: Path) -> None:
+    with pytest.raises(ValueError, match=r"'leaky'.*\['WANDB_API_KEY'\]"):
+        remote(Worker, options=ActorOptions(name="leaky", env={"WANDB_API_KEY": "canary", "TOKENIZERS": "1"}))
+    with pytest.raises(ValueError, match="threads is 0"):
+        remote(Worker, options=ActorOptions(name="none", threads=0))
+
+
+def test_bundles_are_placed_or_refused_by_name(session: Path) -> None:
+    small = Process(name="generator-0", threads=1, cpus=0.5)
+    with pytest.raises(ResourceError, match=r"'learner-0' needs 64 CPUs and 0 GPUs.*: 4 CPUs, 0 GPUs"):
+        place([small, Process(name="learner-0", threads=64, cpus=64)], deadline_s=30)
+    three = [Process(name=name, threads=3, cpus=3) for name in ("generator-0", "learner-0")]
+    with pytest.raises(ResourceError, match=r"the processes need 6 CPUs and 0 GPUs, and the cluster has .*: 4 CPUs, 0"):
+        place(three, deadline_s=30)
+    with (
+        place(three[:1], deadline_s=30),
+        pytest.raises(ResourceError, match=r"'learner-0' needs .* 3 CPUs on one") as no,
+    ):
+        place(three[1:], deadline_s=0.5)
+    assert re.search(r"within 0.5 s .* has .*: 4 CPUs, 0 GPUs; free now: .*: [01] CPUs", str(no.value))
+    placement = place([small], deadline_s=30)
+    options = ActorOptions(name="generator-0", cpus=0.5, placement=placement.bundle("generator-0"))
+    handle = remote(Worker, options=options)
+
+    async def scenario() -> None:
+        await handle.ready(deadline_s=60)
+        assert await handle.add(2) == 2
+        placement.release()
+        with pytest.raises(ActorDied):
+            await handle.block(30)
+
+    asyncio.run(scenario())
+    assert placement.bundle("reward") is None
+
+
+def test_round_trip_is_short(worker: RemoteHandle) -> None:
+    async def scenario() -> float:
+        start = time.monotonic()
+        for _ in range(100):
+            await worker.was_cancelled()
+        return (time.monotonic() - start) / 100
+
+    assert asyncio.run(scenario()) < 0.05
+
+
+def test_without_a_session_the_error_says_what_to_enter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match="'early' needs a Ray session"):
+        remote(Worker, options=ActorOptions(name="early"))

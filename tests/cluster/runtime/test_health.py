@@ -1,0 +1,57 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+from cluster.runtime.health import OWN, Controller, Pulse, measure
+
+
+class Sampler:
+    def standing(self) -> dict[str, float]:
+        return {"version": 3.0, "tokens": 640.0}
+
+
+def test_a_process_says_what_it_takes_with_and_without_its_children():
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; x = b'x' * 2**26; print(flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()  # it has what it takes
+        alone, together = measure(Sampler(), family=False), measure(Sampler())
+    finally:
+        child.communicate()
+    assert alone.pid == os.getpid()
+    assert alone.resident > 2**20
+    assert together.resident - alone.resident > 2**26
+    assert alone.facts == {"version": 3.0, "tokens": 640.0}
+    assert (alone.doing, alone.doing_s, alone.gpu) == ("", 0.0, None)
+
+
+def test_what_an_object_does_not_say_is_not_known():
+    assert measure(None).facts == {}
+
+
+def test_rates_are_of_the_last_answers_of_one_process():
+    pulse, first = Pulse(), measure(None, family=False)
+    assert (pulse.last, pulse.cores, pulse.rates) == (None, None, {})
+    pulse.heard(replace(first, at=10.0, cpu_s=4.0, facts={"tokens": 100.0}))
+    assert (pulse.cores, pulse.rates) == (None, {})
+    pulse.heard(replace(first, at=12.0, cpu_s=7.0, facts={"tokens": 700.0}))
+    assert (pulse.cores, pulse.rates) == (1.5, {"tokens": 300.0})
+    for second in range(13, 30):  # what was long ago does not count
+        pulse.heard(replace(first, at=float(second), cpu_s=7.0, facts={"tokens": 700.0}))
+    assert (pulse.cores, pulse.rates) == (0.0, {"tokens": 0.0})
+    pulse.heard(replace(first, pid=first.pid + 1, at=1.0, cpu_s=0.5, facts={"tokens": 3.0}))
+    assert (pulse.cores, pulse.rates) == (None, {}), "another process has begun"
+
+
+def test_the_controller_says_what_its_own_objects_say():
+    sampler = Sampler()
+    OWN.add(sampler)
+    try:
+        assert Controller().standing() == sampler.standing()
+    finally:
+        OWN.discard(sampler)

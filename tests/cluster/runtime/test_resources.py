@@ -1,0 +1,160 @@
+"""Plans by hand, and what their check says. Placement on a cluster is in test_remote, which has one."""
+
+import os
+from typing import Any
+
+import pytest
+
+from cluster.runtime.resources import (
+    KINDS,
+    Phase,
+    Plan,
+    Process,
+    ResourceError,
+    check,
+    default_plan,
+    machine_cores,
+    machine_gpus,
+    plan_replicas,
+)
+from reward_server.config import ServeConfig
+
+
+def plan(**changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "generators": 2,
+        "cores": 2,
+        "gpus": 0,
+        "max_staleness": 0,
+        "learner_ranks": 1,
+    }
+    return default_plan(**settings | changes)
+
+
+def threads(found: Plan) -> dict[str, int]:
+    return {process.name: process.threads for process in found.processes}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "size", "apart"),
+    [(0, 1, False), (1, 1, False), (3, 1, False), (4, 1, True), (8, 1, True), (5, 2, True)],
+)
+def test_nccl_connects_processes_that_share_no_gpu(gpus: int, size: int, apart: bool) -> None:
+    assert plan(cores=16, gpus=gpus, tensor_parallel_size=size).gpus_apart is apart
+
+
+def test_synchronous_generators_share_the_cores_and_the_learner_has_all() -> None:
+    found = plan()
+    assert threads(found) == {"generator-0": 1, "generator-1": 1, "learner-0": 2, "reward-0": 1}
+    assert [found.process(f"generator-{i}").pin for i in range(2)] == [(0,), (1,)]
+    assert found.process("learner-0").pin is None
+    assert [(phase.name, phase.processes) for phase in found.phases] == [
+        ("generate", ("generator-0", "generator-1")),
+        ("score", ("generator-1", "reward-0")),
+        ("update", ("learner-0",)),
+    ]
+    assert found.cpus == 5
+    check(found, cores=2, gpus=0)
+
+
+def test_asynchronous_rollout_and_learner_split_the_cores() -> None:
+    found = plan(generators=1, max_staleness=2)
+    assert threads(found) == {"generator-0": 1, "learner-0": 1, "reward-0": 1}
+    assert [phase.processes for phase in found.phases] == [
+        ("generator-0", "learner-0"),
+        ("reward-0", "learner-0"),
+    ]
+    check(found, cores=2, gpus=0)
+    with pytest.raises(ResourceError, match="generate and update"):
+        check(plan(generators=2, max_staleness=2), cores=2, gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"cores": 8}, {"generator-0": 4, "generator-1": 4, "learner-0": 8, "reward-0": 4}),
+        ({"cores": 8, "learner_ranks": 2}, {"learner-0": 4, "learner-1": 4}),
+        ({"cores": 9, "waves_in_flight": 2}, {"generator-0": 3, "generator-1": 3, "reward-0": 3}),
+        ({"cores": 8, "max_staleness": 1}, {"generator-0": 2, "generator-1": 2, "learner-0": 4, "reward-0": 2}),
+        ({"generators": 1}, {"generator-0": 2, "learner-0": 2, "reward-0": 2}),
+        ({"cores": 1, "generators": 1}, {"generator-0": 1, "learner-0": 1, "reward-0": 1}),
+    ],
+)
+def test_threads_of_other_machines(changes: dict[str, int], expected: dict[str, int]) -> None:
+    found = plan(**changes)
+    assert threads(found).items() >= expected.items()
+    check(found, cores=changes.get("cores", 2), gpus=0)
+
+
+def test_too_many_threads_name_the_phase_each_process_the_sum_and_the_remedy() -> None:
+    with pytest.raises(
+        ResourceError,
+        match=r"^3 threads would compute at the same time on 2 cores in the phase 'generate' "
+        r"\(generator-0: 1, generator-1: 1, generator-2: 1\).*use fewer generators.*a machine with 3 cores$",
+    ):
+        check(plan(generators=3), cores=2, gpus=0)
+    with pytest.raises(ResourceError, match=r"'generate and score' \(.*reward-0: 1\)"):
+        check(plan(waves_in_flight=2), cores=2, gpus=0)
+    with pytest.raises(ResourceError, match=r"'update' \(learner-0: 1, learner-1: 1, learner-2: 1\)"):
+        check(plan(learner_ranks=3), cores=2, gpus=0)
+
+
+def test_pins_that_meet_or_are_too_narrow_are_refused() -> None:
+    def pinned(*pins: tuple[int, ...], count: int = 1) -> Plan:
+        processes = [Process(name=f"generator-{i}", threads=count, cpus=1, pin=pin) for i, pin in enumerate(pins)]
+        names = tuple(process.name for process in processes)
+        return Plan(processes=tuple(processes), phases=(Phase(name="generate", processes=names),))
+
+    check(pinned((0,), (1,)), cores=2, gpus=0)
+    with pytest.raises(ResourceError, match=r"generator-0 and generator-1 are both pinned to core 1.*'generate'"):
+        check(pinned((0, 1), (1,)), cores=2, gpus=0)
+    with pytest.raises(ResourceError, match=r"generator-0 has 2 threads on the 1 cores \[0\]"):
+        check(pinned((0,), count=2), cores=2, gpus=0)
+
+
+def test_gpus_are_one_each_or_evenly_shared() -> None:
+    whole = plan(generators=2, learner_ranks=1, gpus=4, cores=32)
+    assert {process.gpus for process in whole.processes} == {1.0}
+    assert {process.pin for process in whole.processes} == {None}
+    assert max(threads(whole).values()) == 8
+    check(whole, cores=32, gpus=4)
+    with pytest.raises(ResourceError, match=r"need 4 GPUs and there are 2 \(learner-0: 1, .*reward-0: 1\)"):
+        check(whole, cores=32, gpus=2)
+    two = plan(generators=2, learner_ranks=1, gpus=2, cores=32)  # 4 processes, 2 on each GPU
+    assert {process.gpus for process in two.processes} == {0.5}
+    one = plan(generators=1, learner_ranks=1, gpus=1, cores=16)  # 3 processes on one GPU
+    assert {process.gpus for process in one.processes} == {0.3333}
+    check(one, cores=16, gpus=1)
+
+
+def test_generators_that_may_join_later_are_not_asked_for_at_the_start() -> None:
+    assert [process.name for process in plan(generators=3).first(KINDS, 1)] == ["learner-0", "generator-0", "reward-0"]
+    assert [process.name for process in plan(generators=12).first(("generator",), 11)][-1] == "generator-10"
+
+
+def test_some_kinds_alone_keep_the_phases_in_which_they_compute() -> None:
+    some = plan(generators=2).of(["learner", "reward"])
+    assert [process.name for process in some.processes] == ["learner-0", "reward-0"]
+    assert {phase.name: phase.processes for phase in some.phases} == {"score": ("reward-0",), "update": ("learner-0",)}
+
+
+def test_a_single_copy_of_the_reward_service_is_the_command_itself() -> None:
+    (alone,) = plan_replicas(ServeConfig(threads=2), gpus=1).processes
+    assert (alone.cpus, alone.gpus, alone.threads) == (0, 1, 2)
+    copies = plan_replicas(ServeConfig(replicas=2, max_replicas=3, threads=2, gpus=0.5), gpus=1).processes
+    assert [(one.name, one.cpus, one.gpus) for one in copies] == [(f"reward-{i}", 2, 0.5) for i in range(3)]
+
+
+def test_counts_below_one_and_unknown_processes_are_refused() -> None:
+    for key in ("generators", "cores", "learner_ranks"):
+        with pytest.raises(ValueError, match=f"{key} is 0"):
+            plan(**{key: 0})
+    with pytest.raises(KeyError, match=r"no process 'critic'.*'learner-0'"):
+        plan().process("critic")
+
+
+def test_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= machine_cores() <= len(os.sched_getaffinity(0))
+    for value, count in {"": 0, "-1": 0, "0": 1, "1,3": 2, "GPU-4f, GPU-5a": 2}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert machine_gpus() == count

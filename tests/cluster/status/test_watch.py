@@ -1,0 +1,70 @@
+"""What status and top print of a run directory, and how they end."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli.command_line import own_parser
+from cluster.runtime.exit_codes import DONE, FAILED
+from cluster.status import watch
+from cluster.status.snapshot import FILE, reporting, snapshot
+
+
+def write(run: Path, **changes: Any) -> None:
+    (run / FILE).write_text(json.dumps(snapshot("ppo") | {"started": time.time()} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({"ended": "done"}, DONE, "done"),
+        ({"ended": "stopped"}, DONE, "stopped"),
+        ({"ended": "failed"}, FAILED, "failed"),
+        ({"host": "elsewhere", "time": time.time() - 90}, FAILED, "silent for"),
+        ({}, DONE, "running on"),
+        ({"paused": {"reason": "HTTP 503", "seconds": 7.0}}, DONE, "paused for 7.0 s: HTTP 503"),
+    ],
+)
+def test_a_status_is_printed_and_the_exit_code_says_whether_somebody_should_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], code: int, said: str
+) -> None:
+    write(tmp_path, **changes)
+    assert watch.status(own_parser("status").parse_args([str(tmp_path)])) == code
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert watch.status(own_parser("status").parse_args([str(tmp_path), "--json"])) == code
+    found = json.loads(capsys.readouterr().out)
+    assert {"state", "processes", "waits", "progress", "alerts", "curves"} <= found.keys()
+
+
+def test_top_prints_a_line_of_json_again_and_again_until_the_run_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster.cli.main", "top", str(tmp_path), "--json"]
+    with reporting(tmp_path, "ppo", interval_s=0.2):
+        top = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert top.stdout is not None
+        assert [json.loads(top.stdout.readline())["state"] for _ in range(2)] == ["running", "running"]
+    rest, _ = top.communicate(timeout=20)
+    assert json.loads(rest.splitlines()[-1])["state"] == "done"
+    assert top.returncode == DONE
+
+
+def test_top_leaves_the_last_screen_when_the_run_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, ended="failed")
+    assert watch.top(own_parser("top").parse_args([str(tmp_path)])) == FAILED
+    assert "rayward ppo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "error"), [("no/such/run", ValueError), ("no_such_run", RuntimeError)])
+def test_what_is_neither_a_run_nor_a_job_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, error: type[Exception]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    with pytest.raises(
+        error, match=r"no command has run in no/such/run|no_such_run is no run directory here.*answers at"
+    ):
+        watch.status(own_parser("status").parse_args([name]))

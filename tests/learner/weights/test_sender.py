@@ -1,0 +1,180 @@
+"""Sending weights over gloo: what arrives, and what happens when a receiver does not take it."""
+
+import inspect
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from actors.transfer import GlooGroup, Manifest, Rendezvous, TransferError, checksum
+from learner.weights.sender import NcclWeightSender, WeightSender
+
+MB = 1 << 20
+
+
+def connected(sender: WeightSender, receive: Callable[[GlooGroup], object], receivers: int = 1) -> list[object]:
+    """Connect a sender to receivers in threads; the list fills with what these return."""
+    meeting = sender.listen(1 + receivers, epoch=1)
+    results: list[object] = []
+
+    def run(rank: int) -> None:
+        results.append(receive(GlooGroup(meeting, rank)))
+
+    for rank in range(1, 1 + receivers):
+        threading.Thread(target=run, args=(rank,), daemon=True).start()
+    sender.connect()
+    return results
+
+
+def receiving(manifest: Manifest) -> Callable[[GlooGroup], dict[str, Tensor]]:
+    """Receive as actors.weights does."""
+
+    def receive(group: GlooGroup) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for bucket in manifest.buckets():
+            buffer = torch.empty(bucket.size, dtype=torch.uint8)
+            group.wait(group.broadcast(buffer), "a bucket")
+            tensors |= manifest.unpack(bucket, buffer)
+        return tensors
+
+    return receive
+
+
+def send(sender: WeightSender, named: list[tuple[str, Tensor]]) -> dict[str, int]:
+    return sender.send(sender.manifest(named), named)
+
+
+def wait_for(results: list[object], count: int) -> None:
+    end = time.monotonic() + 10
+    while len(results) < count:
+        assert time.monotonic() < end, f"{len(results)} of {count} receivers are done"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_every_receiver_gets_every_tensor(dtype: torch.dtype | None) -> None:
+    random = torch.Generator().manual_seed(0)
+    named = [(f"w{i}", torch.randn(1 + 97 * i, 700, generator=random)) for i in range(6)]
+    sender = WeightSender(bucket_mb=1, deadline_s=20, dtype=dtype)
+    manifest = sender.manifest(named)
+    assert len(list(manifest.buckets())) > 1
+    results = connected(sender, receiving(manifest), receivers=2)
+    checksums = send(sender, named)
+    wait_for(results, 2)
+    for tensors in results:
+        assert isinstance(tensors, dict)
+        assert {name: checksum(tensor) for name, tensor in tensors.items()} == checksums
+        for name, tensor in named:
+            assert torch.equal(tensors[name], tensor.to(dtype or tensor.dtype))
+    sender.close()
+
+
+def test_a_group_serves_many_versions() -> None:
+    sender = WeightSender(bucket_mb=1, deadline_s=20)
+    manifest = sender.manifest([("w", torch.zeros(4))])
+    once = receiving(manifest)
+    results = connected(sender, lambda group: [once(group)["w"].tolist() for _ in range(2)])
+    send(sender, [("w", torch.ones(4))])
+    send(sender, [("w", torch.full((4,), 2.0))])
+    wait_for(results, 1)
+    assert results == [[[1.0] * 4, [2.0] * 4]]
+
+
+def test_a_receiver_that_leaves_is_an_error_at_once() -> None:
+    sender = WeightSender(bucket_mb=64, deadline_s=30)
+    left = threading.Event()
+
+    def leave(group: GlooGroup) -> None:
+        group.close()
+        left.set()
+
+    connected(sender, leave)
+    assert left.wait(10)
+    started = time.monotonic()
+    with pytest.raises(TransferError, match="waiting for the generators to take bucket 1 of 1"):
+        send(sender, [("w", torch.zeros(64 * MB, dtype=torch.uint8))])
+    assert time.monotonic() - started < 10
+
+
+def test_a_receiver_that_does_not_read_is_an_error_at_the_deadline() -> None:
+    sender = WeightSender(bucket_mb=64, deadline_s=2)
+    over = threading.Event()
+    results = connected(sender, lambda group: over.wait(30))
+    started = time.monotonic()
+    with pytest.raises(TransferError, match=r"to take bucket 1 of 1 \(deadline 2 s\)"):
+        send(sender, [("w", torch.zeros(64 * MB, dtype=torch.uint8))])
+    assert 1 < time.monotonic() - started < 10
+    over.set()
+    wait_for(results, 1)
+
+
+def test_a_failed_sender_lets_go_of_the_other_receivers() -> None:
+    """Of two receivers one does not read; the other, patient by itself, must not wait longer than the sender."""
+    sender = WeightSender(bucket_mb=1, deadline_s=2)
+    named = [(f"w{i}", torch.zeros(64 * MB, dtype=torch.uint8)) for i in range(4)]
+    manifest = sender.manifest(named)
+    over = threading.Event()
+    ends: list[object] = []
+    meeting = sender.listen(3, epoch=1)
+
+    def patient() -> None:
+        group = GlooGroup(replace(meeting, deadline_s=60), 1)
+        try:
+            receiving(manifest)(group)
+        except TransferError as error:
+            ends.append(error)
+
+    def idle() -> None:
+        group = GlooGroup(meeting, 2)
+        over.wait(30)
+        group.close()
+
+    for work in (patient, idle):
+        threading.Thread(target=work, daemon=True).start()
+    sender.connect()
+    with pytest.raises(TransferError):
+        send(sender, named)
+    wait_for(ends, 1)
+    over.set()
+
+
+def test_a_meeting_point_is_open_before_anybody_is_told() -> None:
+    sender = WeightSender(bucket_mb=1, deadline_s=5)
+    first = sender.listen(2, epoch=1)
+    second = sender.listen(2, epoch=2)
+    assert first.port > 0
+    assert second == Rendezvous(host="127.0.0.1", port=second.port, world_size=2, epoch=2, deadline_s=5)
+    assert TCPStore("127.0.0.1", second.port).port == second.port
+    sender.close()
+
+
+def test_vllms_sender_between_gpus_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that goes without a GPU: our arguments fit vLLM's signatures, and every tensor has its checksum."""
+    from vllm.distributed.weight_transfer import nccl_common, packed_tensor
+
+    joined: dict[str, object] = {}
+    sent: list[Tensor] = []
+    signature = inspect.signature(packed_tensor.packed_nccl_broadcast_producer)
+
+    def broadcast(**arguments: Any) -> None:
+        signature.bind(**arguments)
+        assert arguments["buffer_size_bytes"] == 3 << 20
+        sent.extend(arguments["post_iter_func"](pair) for pair in arguments["iterator"])
+
+    monkeypatch.setattr(nccl_common, "trainer_init", lambda info: joined.update(info) or SimpleNamespace(destroy=int))
+    monkeypatch.setattr(packed_tensor, "packed_nccl_broadcast_producer", broadcast)
+    sender = NcclWeightSender(bucket_mb=3, deadline_s=5, dtype=torch.bfloat16)
+    meeting = sender.listen(2, epoch=1)
+    sender.connect()
+    assert joined == {"master_address": "127.0.0.1", "master_port": meeting.port, "world_size": 2}
+    tensor = torch.randn(5)
+    assert send(sender, [("w", tensor)]) == {"w": checksum(tensor.to(torch.bfloat16))}
+    assert sent[0].dtype == torch.bfloat16
+    sender.close()
