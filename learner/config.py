@@ -180,6 +180,11 @@ class ImportanceConfig(BaseModel):
     floor: float = Field(default=0.5, ge=0, le=1)
     """Smallest one, of mask alone."""
 
+    @property
+    def bounds(self) -> tuple[float, float | None]:
+        """The cap, and the floor where there is one."""
+        return self.cap, self.floor if self.method == "mask" else None
+
 
 class PPOConfig(BaseModel):
     """PPO; the defaults are the paper's where it gives them."""

@@ -1,6 +1,8 @@
 """Step 3 of InstructGPT: PPO against the reward model, with a KL penalty and pretraining gradients (PPO-ptx)."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 from actors.chat import ChatExample
@@ -9,7 +11,7 @@ from learner.config import PPOConfig
 from learner.data.batch import Batch, collate, minibatches
 from learner.data.buffer import Buffer
 from learner.maths.advantages import gae, penalised_rewards, whiten
-from learner.maths.kl import adapted_coefficient, kl_per_response
+from learner.maths.kl import adapted_coefficient
 from learner.maths.losses import importance_weights
 from learner.maths.schedules import warmup
 from learner.metrics import Laps, iteration_metrics
@@ -39,69 +41,74 @@ class Learner(Protocol):
         ...
 
 
-async def ppo(
-    config: PPOConfig,
-    temperature: float,
-    buffer: Buffer,
-    learner: Learner,
-    publish: Callable[[int], Awaitable[dict[str, float]]],
-    pretraining: Callable[[int, int], Sequence[Sequence[ChatExample]]],
-    observe: Callable[[Sequence[Trajectory]], dict[str, float]],
-    log: Log,
-    save: Callable[[int, float], Awaitable[None]],
-    beta: float,
-    measure: Callable[[int], Awaitable[dict[str, float]]],
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Whom a PPO run works with, and where it starts."""
+
+    buffer: Buffer
+    """gives the batches; the run starts from its version"""
+    learner: Learner
+    """policy, reference and critic"""
+    publish: Callable[[int], Awaitable[dict[str, float]]]
+    """gives the actors the weights as this version"""
+    pretraining: Callable[[int, int], Sequence[Sequence[ChatExample]]]
+    """(iteration, n): its text for n minibatches; asked for only where that has a coefficient"""
+    observe: Callable[[Sequence[Trajectory]], dict[str, float]]
+    """looks at the samples, for the log only"""
+    measure: Callable[[int], Awaitable[dict[str, float]]]
+    """tries this version on held-out prompts when that is due, before any more is sampled for it"""
+    save: Callable[[int, float], Awaitable[None]]
+    """(version, beta): keeps a checkpoint, called whenever one is due"""
+    beta: float
+    """the KL coefficient to start with"""
+    temperature: float
+    """that of the sampling"""
+
+
+async def ppo(parts: Parts, config: PPOConfig, log: Log) -> None:
     """Train until `config.iterations` batches are done. The whole algorithm of the paper's section 3.5 is here.
 
-    `publish(version)` gives the actors the weights, `pretraining(i, n)` the text of iteration i for n minibatches, and
-    `observe` looks at the samples for the log only. Time is in seconds, KL in nats a response. It starts from the
-    buffer's version and the KL coefficient `beta`, which `save(version, beta)` keeps whenever a checkpoint is due.
-    `measure(version)` tries the new weights on held-out prompts when that is due, before any more is sampled for them.
+    Time is in seconds, KL in nats a response.
     """
-    skips = Skips("ppo", config.max_skipped_steps)
+    buffer, learner, beta, skips = parts.buffer, parts.learner, parts.beta, Skips("ppo", config.max_skipped_steps)
     while (i := buffer.version) < config.iterations:
         lap = Laps()
         trajectories = await buffer.take(config.rollout_deadline_s)
         lap("rollout")
         batch = collate(trajectories, pad_id=0)
-        parts = [
-            part
-            for epoch in range(config.epochs)
-            for part in minibatches(len(batch), config.minibatch_size, seed=config.seed + i * config.epochs + epoch)
-        ]
-        first_epoch = parts[: len(parts) // config.epochs]
-        old = await learner.evaluate(batch, first_epoch, config.max_tokens_per_microbatch, temperature)
+        epochs = _epochs(config, i, len(batch))
+        old = await learner.evaluate(batch, epochs[0], config.max_tokens_per_microbatch, parts.temperature)
         lap("evaluate")
         rewards = penalised_rewards(old.logprobs, old.ref_logprobs, batch.mask, batch.score, beta)
         if config.whiten_rewards:
             rewards = whiten(rewards, batch.mask, shift_mean=False)
         advantages, returns = gae(rewards, old.values, batch.mask, config.discount, config.gae_lambda)
-        floor = config.importance.floor if config.importance.method == "mask" else None
-        weights, drift = importance_weights(
-            old.logprobs, batch.behaviour_logprobs, batch.mask, config.importance.cap, floor
-        )
-        targets = Targets(
-            evaluation=old,
-            advantages=whiten(advantages, batch.mask),
-            returns=returns,
-            weights=weights if config.max_staleness else None,
-        )
-        text = pretraining(i, len(parts)) if config.pretraining.coef else [[] for _ in parts]
-        sums = await learner.update(batch, targets, parts, text, _step(config, i, temperature))
+        advantages = whiten(advantages, batch.mask)
+        bounds = config.importance.bounds
+        weights, drift = importance_weights(old.logprobs, batch.behaviour_logprobs, batch.mask, *bounds)
+        stale = weights if config.max_staleness else None
+        targets = Targets(evaluation=old, advantages=advantages, returns=returns, weights=stale)
+        minibatches = list(chain(*epochs))
+        text = parts.pretraining(i, len(minibatches)) if config.pretraining.coef else [[] for _ in minibatches]
+        sums = await learner.update(batch, targets, minibatches, text, _step(config, i, parts.temperature))
         skipped = skips.count(i + 1, sums)  # ends the run before bad weights could be published
         lap("update")
-        published = await publish(i + 1)
+        published = await parts.publish(i + 1)
         lap("publish")
-        heldout = await measure(i + 1)
+        heldout = await parts.measure(i + 1)
         buffer.advance()
         metrics = iteration_metrics(batch, i, targets, beta, sums) | drift | skipped | published | heldout
-        log("ppo", i + 1, metrics | observe(trajectories) | buffer.counts() | lap.times())
+        log("ppo", i + 1, metrics | parts.observe(trajectories) | buffer.counts() | lap.times())
         if config.kl.target:
-            kl = kl_per_response(old.logprobs, old.ref_logprobs, batch.mask).mean().item()
-            beta = adapted_coefficient(beta, kl, config.kl.target, config.kl.horizon, len(batch))
+            beta = adapted_coefficient(beta, metrics["kl/mean"], config.kl.target, config.kl.horizon, len(batch))
         if _due(config, buffer.version):
-            await save(buffer.version, beta)
+            await parts.save(buffer.version, beta)
+
+
+def _epochs(config: PPOConfig, iteration: int, size: int) -> list[list[list[int]]]:
+    """The minibatches of each pass over a batch, as rows of it: every pass shuffles anew."""
+    first = config.seed + iteration * config.epochs
+    return [minibatches(size, config.minibatch_size, seed=first + epoch) for epoch in range(config.epochs)]
 
 
 def _step(config: PPOConfig, iteration: int, temperature: float) -> PPOStep:

@@ -25,7 +25,7 @@ from learner.data.buffer import Buffer
 from learner.data.corpora import TextStream, pack, read_texts
 from learner.data.ledger import Ledger
 from learner.metrics import part_means
-from learner.ppo import ppo
+from learner.ppo import Parts, ppo
 from learner.weights.publish import Publisher
 from learner.worker.group import LearnerGroup
 from reward_server.client import RewardClient
@@ -192,19 +192,21 @@ class Alignment:
         try:
             async with obeying(self.fleet, job.run_dir), self.fleet.rollouts(work, buffer.fail):
                 await ppo(
+                    Parts(
+                        buffer=buffer,
+                        learner=self.learner,
+                        publish=self.fleet.publish,
+                        pretraining=text,
+                        observe=self._observe,
+                        measure=measure,
+                        save=save,
+                        beta=progress.beta,
+                        temperature=job.config.rollout.temperature,
+                    ),
                     config,
-                    job.config.rollout.temperature,
-                    buffer,
-                    self.learner,
-                    self.fleet.publish,
-                    text,
-                    self._observe,
                     lambda _stage, step, metrics: job.tracker.log(
                         name, step, {**metrics, "progress/total": float(config.iterations)}
                     ),
-                    save,
-                    progress.beta,
-                    measure,
                 )
         finally:
             OWN.discard(buffer)

@@ -16,7 +16,7 @@ from actors.trajectory import Completion, SampleKey, Trajectory
 from learner.config import ImportanceConfig, KLConfig, NetworkConfig, OptimizerConfig, PPOConfig, PretrainingConfig
 from learner.data.buffer import Buffer
 from learner.data.ledger import Ledger, audit
-from learner.ppo import ppo
+from learner.ppo import Parts, ppo
 from learner.weights.checkpoint import Checkpoints
 from learner.worker.skipped_steps import NonFiniteSteps
 from learner.worker.worker import Evaluation
@@ -121,19 +121,18 @@ def by_hand(shift: float = 0.0, iterations: int = 1, learner: RecordingLearner |
                     buffer.put(ticket, [trajectory])
 
         sampling = asyncio.create_task(sample())
-        await ppo(
-            config,
-            1.0,
-            buffer,
-            learner,
-            publish,
-            lambda i, parts: [[example(4, 1)]] * parts,
-            lambda batch: {"gold/mean": float(len(batch))},
-            lambda *line: logged.append(line),
-            save,
-            config.kl.coef if beta is None else beta,
-            measure,
+        parts = Parts(
+            buffer=buffer,
+            learner=learner,
+            publish=publish,
+            pretraining=lambda i, parts: [[example(4, 1)]] * parts,
+            observe=lambda batch: {"gold/mean": float(len(batch))},
+            measure=measure,
+            save=save,
+            beta=config.kl.coef if beta is None else beta,
+            temperature=1.0,
         )
+        await ppo(parts, config, lambda *line: logged.append(line))
         await sampling
 
     asyncio.run(run())
@@ -306,7 +305,18 @@ def test_a_batch_that_does_not_come_stops_the_run_with_what_is_missing():
         buffer = Buffer(2, 1, 0, ledger=Ledger(None))
         await buffer.admit(2)
         config, never = PPOConfig(prompts_per_batch=2, rollout_deadline_s=0.01), cast(Any, None)
-        await ppo(config, 1.0, buffer, RecordingLearner(), never, never, never, never, never, 0.0, never)
+        parts = Parts(
+            buffer=buffer,
+            learner=RecordingLearner(),
+            publish=never,
+            pretraining=never,
+            observe=never,
+            measure=never,
+            save=never,
+            beta=0.0,
+            temperature=1.0,
+        )
+        await ppo(parts, config, never)
 
     with pytest.raises(TimeoutError, match="batch 0: 2 of its 2 prompts are missing"):
         asyncio.run(run())
@@ -381,8 +391,18 @@ def train(worker, learner, folders, run_dir=None, killed_at=None, **settings):
 
         sampling = asyncio.create_task(rollout(generator, scorer, stream, buffer, generator.encoding, ROLLOUT, 0, stop))
         beta = found.state["beta"] if found else config.kl.coef
-        log = lambda *line: lines.append(line[2])  # noqa: E731
-        await ppo(config, 1.0, buffer, learner, publish, text, lambda _: {}, log, save, beta, unmeasured)
+        parts = Parts(
+            buffer=buffer,
+            learner=learner,
+            publish=publish,
+            pretraining=text,
+            observe=lambda _: {},
+            measure=unmeasured,
+            save=save,
+            beta=beta,
+            temperature=1.0,
+        )
+        await ppo(parts, config, lambda *line: lines.append(line[2]))
         stop.set()
         await sampling
 
