@@ -224,7 +224,7 @@ COMMANDS = {
     "status": Command(
         group="look",
         purpose="Show what every process of a run takes and does, and who waits for whom.",
-        files="Reads RUN/status.json, which a run keeps up to date, here or, for a job, through its cluster.",
+        files="Reads RUN/status.json, which a run keeps up to date.",
         example="rayward status runs/mine --json",
         entry="cluster.status.watch:status",
         own=True,
@@ -232,7 +232,7 @@ COMMANDS = {
     "top": Command(
         group="look",
         purpose="Show a run live: its progress, processes, waits, curves and alerts.",
-        files="Reads RUN/status.json, RUN/metrics.jsonl and RUN/alerts.jsonl, here or, for a job, through its cluster.",
+        files="Reads RUN/status.json, RUN/metrics.jsonl and RUN/alerts.jsonl.",
         example="rayward top runs/mine",
         entry="cluster.status.watch:top",
         own=True,

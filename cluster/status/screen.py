@@ -31,7 +31,6 @@ _STYLES = {
     "working": "green",
     "paused": "yellow",
     "starting": "yellow",
-    "pending": "yellow",
     "idle": "dim",
 }
 """Of states of runs and processes; any other is a fault."""
@@ -102,12 +101,8 @@ def _headline(status: Mapping[str, Any], run: str) -> Text:
         "killed": "killed: its process is gone. Remedy: the same command with --resume",
         "silent": f"silent for {duration(status['silent_s'])}: its machine is gone, or it is stopped",
         "paused": f"paused for {duration(_paused(status, 'seconds', 0.0))}: {_paused(status, 'reason', '')}",
-        "pending": f"pending: {status.get('job', {}).get('message', '')}",
     }.get(state, state)
-    title = Text.assemble((f"rayward {status['command']}", "bold"), f"  {run}: ", (what, _style(state)))
-    if job := status.get("job"):
-        title.append(f"  (job {job['id']} is {job['status']})", "dim")
-    return title
+    return Text.assemble((f"rayward {status['command']}", "bold"), f"  {run}: ", (what, _style(state)))
 
 
 def _progress(status: Mapping[str, Any]) -> list[Text]:

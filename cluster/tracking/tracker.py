@@ -172,10 +172,6 @@ class Tracker:
         """Put something that was made, as it stands in the lineage of a run directory, into that of W&B."""
         self._feed(artefact_record(made, run_dir))
 
-    def image(self, name: str, path: Path) -> None:
-        """Show a picture file in W&B."""
-        self._feed(lambda wandb, run: run.log({self._prefix + name: wandb.Image(str(path))}))
-
     def _alert(self, alert: Alert) -> None:
         self._append("alerts.jsonl", {"time": time.time(), **asdict(alert)})
         if alert.over:

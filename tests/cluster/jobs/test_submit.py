@@ -285,22 +285,6 @@ def test_how_a_run_stands_can_be_asked_there(cluster, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_the_status_of_a_job_is_fetched_where_its_run_directory_cannot_be_seen(cluster, completions, tmp_path, capfd):
-    words = ["rank", "--run", tmp_path / "run", "--data.completions", completions, "--tracking.mode", "disabled"]
-    assert rayward("submit", "--address", cluster, *words) == 0
-    before = jobs(connect(cluster))
-    capfd.readouterr()
-    with pytest.MonkeyPatch.context() as blind:
-        blind.setattr("cluster.jobs.errand._seen_here", lambda row: False)
-        for command in ("status", "top"):
-            assert rayward(command, before[0].id, "--address", cluster, "--json") == 0
-            found = json.loads(capfd.readouterr().out)
-            assert (found["command"], found["state"]) == ("rank", "done")
-            assert found["job"] == {"id": before[0].id, "status": "SUCCEEDED", "message": found["job"]["message"]}
-    assert [one.id for one in jobs(connect(cluster))] == [one.id for one in before], "nobody finds the errands"
-
-
-@pytest.mark.slow
 def test_nothing_that_the_cluster_tells_or_keeps_holds_a_secret(head, tmp_path_factory):
     """After the jobs above, which had the secrets in their environment and one of them in an error."""
     token = (Path.home() / ".ray" / "auth_token").read_text().strip()

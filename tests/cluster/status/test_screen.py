@@ -129,7 +129,6 @@ def test_gpus_and_machines_are_shown_where_they_tell_something():
         ({"state": "paused", "paused": {"reason": "HTTP 503", "seconds": 70.0}}, "paused for 1 min 10 s: HTTP 503"),
         ({"state": "killed"}, "the same command with --resume"),
         ({"state": "silent", "silent_s": 90.0}, "silent for 1 min 30 s"),
-        ({"state": "failed", "job": {"id": "raysubmit_a", "status": "FAILED"}}, "failed  (job raysubmit_a is FAILED)"),
         ({"progress": None}, "ppo: 50 iterations"),
     ],
 )

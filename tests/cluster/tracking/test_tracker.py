@@ -46,7 +46,6 @@ class FakeWandb:
         self.Table = lambda columns, data: (columns, data)
         self.Histogram = lambda values=None, np_histogram=None: ("histogram", values or np_histogram)
         self.plot = SimpleNamespace(bar=lambda table, label, value, title: (label, value, table))
-        self.Image = lambda path: path
 
     def setup(self, settings: Any) -> None:
         pass
@@ -114,7 +113,6 @@ def test_wandb_gets_every_step_on_the_axis_of_its_stage(tmp_path: Path):
         found.log("ppo", 1, {"score/mean": 0.5})
         found.log("ppo", 2, {"score/mean": 0.6, "staleness/age_0": 0.25, "staleness/age_2": 0.75})
         found.samples("ppo", 2, [{"prompt": "hi", "gold": 1.0}], {"gold": [1.0, 0.5]})
-        found.image("curve", Path("curve.png"))
     (start,) = fake.inits
     assert (start["mode"], start["project"], start["tags"]) == ("offline", "p", ["t"])
     assert (start["group"], start["job_type"], start["dir"]) == ("mine", "ppo", str(tmp_path / "mine"))
@@ -136,7 +134,6 @@ def test_wandb_gets_every_step_on_the_axis_of_its_stage(tmp_path: Path):
             "ppo/heldout/samples": (["prompt", "gold"], [["hi", 1.0]]),
             "ppo/heldout/gold_histogram": ("histogram", [1.0, 0.5]),
         },
-        {"curve": "curve.png"},
     ]
     assert fake.run.finished
 
