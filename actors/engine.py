@@ -119,7 +119,7 @@ class Engine:
             raise GeneratorError(f"generator {self.name!r}: the engine's process is dead")
         return self._tokens
 
-    def standing(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         """Version, requests that run and wait by vLLM's bound on them, tokens sampled; without asking the engine."""
         running = min(self._under_way, self.config.max_num_seqs)
         return {

@@ -61,9 +61,9 @@ class Generator:
         """Tokens sampled so far, without asking the engine. Raises GeneratorError when it is dead."""
         return self._engine.tokens()
 
-    def standing(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         """What a run's status shows, from any thread: see Engine."""
-        return self._engine.standing()
+        return self._engine.stats()
 
     async def generate(
         self,

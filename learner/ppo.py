@@ -16,7 +16,7 @@ from learner.maths.losses import importance_weights
 from learner.maths.schedules import warmup
 from learner.metrics import Laps, iteration_metrics
 from learner.sft import Log
-from learner.worker.skipped_steps import Skips
+from learner.worker.skipped_steps import SkippedSteps
 from learner.worker.worker import Evaluation, PPOStep, Targets
 
 
@@ -70,7 +70,8 @@ async def ppo(parts: Parts, config: PPOConfig, log: Log) -> None:
 
     Time is in seconds, KL in nats a response.
     """
-    buffer, learner, beta, skips = parts.buffer, parts.learner, parts.beta, Skips("ppo", config.max_skipped_steps)
+    buffer, learner, beta = parts.buffer, parts.learner, parts.beta
+    skipped_steps = SkippedSteps("ppo", config.max_skipped_steps)
     while (i := buffer.version) < config.iterations:
         lap = Laps()
         trajectories = await buffer.take(config.rollout_deadline_s)
@@ -91,7 +92,7 @@ async def ppo(parts: Parts, config: PPOConfig, log: Log) -> None:
         minibatches = list(chain(*epochs))
         text = parts.pretraining(i, len(minibatches)) if config.pretraining.coef else [[] for _ in minibatches]
         sums = await learner.update(batch, targets, minibatches, text, _step(config, i, parts.temperature))
-        skipped = skips.count(i + 1, sums)  # ends the run before bad weights could be published
+        skipped = skipped_steps.count(i + 1, sums)  # ends the run before bad weights could be published
         lap("update")
         published = await parts.publish(i + 1)
         lap("publish")

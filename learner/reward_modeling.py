@@ -10,11 +10,11 @@ import torch
 
 from learner.config import RewardModelingConfig
 from learner.data.corpora import split_held_out
-from learner.maths.agreement import Agreement, agreement
+from learner.maths.accuracy import RewardAccuracy, reward_accuracy
 from learner.maths.schedules import cosine_to_tenth
 from learner.sft import Log
 from learner.worker.group import LearnerGroup
-from learner.worker.skipped_steps import Skips
+from learner.worker.skipped_steps import SkippedSteps
 from reward_server.encoding import ChatEncoding
 from reward_server.model import Normalisation
 from reward_server.preferences.labeling import Comparison
@@ -97,8 +97,8 @@ async def reward_modeling(
     demonstrations: Sequence[tuple[int, ...]],
     config: RewardModelingConfig,
     log: Log,
-) -> Agreement:
-    """Train the learner's "reward" network and normalise it; returns its agreement with held-out rankings.
+) -> RewardAccuracy:
+    """Train the learner's "reward" network and normalise it; returns its accuracy on held-out rankings.
 
     `demonstrations` are whole sequences (query ++ response ++ EOS) whose mean score becomes 0.
     """
@@ -107,7 +107,7 @@ async def reward_modeling(
     size, budget = config.prompts_per_batch, config.max_tokens_per_microbatch
     steps = config.epochs * -(-len(train) // size)
     order, step = random.Random(config.seed + 1), 0
-    skips = Skips("reward", config.max_skipped_steps)
+    skipped_steps = SkippedSteps("reward", config.max_skipped_steps)
     for _ in range(config.epochs):
         shuffled = order.sample(train, len(train))
         for batch in (shuffled[start : start + size] for start in range(0, len(train), size)):
@@ -116,20 +116,20 @@ async def reward_modeling(
                 "reward", [g.sequences for g in batch], [g.ranks for g in batch], config.normaliser, budget, lr
             )
             step += 1
-            measured = {**_batch_metrics(sums, len(batch)), **skips.count(step, [sums])}
+            measured = {**_batch_metrics(sums, len(batch)), **skipped_steps.count(step, [sums])}
             log("reward", step, {**measured, "reward_model/lr": lr, "progress/total": float(steps)})
     scale = Normalisation.of(await learner.last_values("reward", demonstrations, budget), config.unit_variance)
     await learner.normalise("reward", scale.gain, scale.bias)
-    found = await held_out_agreement(learner, held_out, budget)
-    log("reward", step, _agreement_metrics(found))
+    found = await held_out_accuracy(learner, held_out, budget)
+    log("reward", step, _accuracy_metrics(found))
     return found
 
 
-async def held_out_agreement(learner: LearnerGroup, groups: Sequence[RankedGroup], budget: int) -> Agreement:
+async def held_out_accuracy(learner: LearnerGroup, groups: Sequence[RankedGroup], budget: int) -> RewardAccuracy:
     """How the reward model's scores agree with rankings that it was not trained on."""
     sequences = [s for group in groups for s in group.sequences]
     scores = await learner.last_values("reward", sequences, budget)
-    return agreement(
+    return reward_accuracy(
         scores,
         torch.tensor([i for i, group in enumerate(groups) for _ in group.sequences]),
         torch.tensor([rank for group in groups for rank in group.ranks]),
@@ -163,7 +163,7 @@ def _data_metrics(
     return {f"comparisons/{name}": float(count) for name, count in counts.items()}
 
 
-def _agreement_metrics(found: Agreement) -> dict[str, float]:
+def _accuracy_metrics(found: RewardAccuracy) -> dict[str, float]:
     (low, high), (prompt_low, prompt_high) = found.accuracy_ci, found.prompt_accuracy_ci
     return {
         "reward_model/accuracy": found.accuracy,

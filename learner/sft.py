@@ -10,7 +10,7 @@ from actors.prompts import Shuffle
 from learner.config import SFTConfig
 from learner.maths.schedules import cosine_to_tenth
 from learner.worker.group import LearnerGroup
-from learner.worker.skipped_steps import Skips
+from learner.worker.skipped_steps import SkippedSteps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ async def sft(
     """
     epochs = sft_batches(data.demonstrations, data.pretraining, config)
     steps, step, budget = sum(map(len, epochs)), 0, config.max_tokens_per_microbatch
-    losses, skips = [await _held_out(learner, data, budget)], Skips(stage, config.max_skipped_steps)
+    losses, skipped_steps = [await _held_out(learner, data, budget)], SkippedSteps(stage, config.max_skipped_steps)
     log(stage, 0, {**_named(stage, losses[0]), "progress/total": float(steps)})
     for number, batches in enumerate(epochs, start=1):
         for batch in batches:
@@ -72,7 +72,7 @@ async def sft(
             sums = await learner.language_model_step("policy", batch, budget, lr)
             step += 1
             found = {f"{stage}/{key}": sums[key] for key in ("loss", "grad_norm") if key in sums}
-            log(stage, step, {**found, f"{stage}/lr": lr, **skips.count(step, [sums])})
+            log(stage, step, {**found, f"{stage}/lr": lr, **skipped_steps.count(step, [sums])})
         losses.append(await _held_out(learner, data, budget))
         log(stage, step, _named(stage, losses[-1]))
         await keep(number)

@@ -212,7 +212,7 @@ class ScoreServer:
         self._thread = thread
         self.url = url
 
-    def standing(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         """Posts that are computed or wait, and responses scored so far; from any thread."""
         app: Any = self._server.config.app
         return {"waiting": float(app.state.scoring.waiting), "scored": float(app.state.scoring.scored)}

@@ -36,9 +36,9 @@ class RewardService:
         self._server = serve(source, host=own_address(loopback), token=token or own)
         return self._server.url
 
-    def standing(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         """What a run's status shows, once it serves: see ScoreServer."""
-        return self._server.standing() if self._server else {}
+        return self._server.stats() if self._server else {}
 
     def close(self) -> None:
         """Stop serving."""

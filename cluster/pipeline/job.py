@@ -22,7 +22,7 @@ from cluster.rundir.stages import Stage, Start, made_of
 from cluster.tracking.tracker import Tracker
 from learner.config import SFTConfig
 from learner.data.corpora import demonstration_examples, pack, read_texts, split_held_out, text_examples
-from learner.maths.agreement import Agreement
+from learner.maths.accuracy import RewardAccuracy
 from learner.reward_modeling import ranked_groups, reward_modeling, split_groups
 from learner.sft import SFTData, best_epoch, sft
 from learner.worker.group import LearnerGroup
@@ -301,7 +301,7 @@ async def run_reward(job: Job, learner: LearnerGroup, base: Path) -> None:
     stage.finish()
 
 
-def _write_calibration(path: Path, found: Agreement) -> None:
+def _write_calibration(path: Path, found: RewardAccuracy) -> None:
     write_whole(path, json.dumps({**asdict(found), "calibration_error": found.calibration_error}, indent=2) + "\n")
 
 

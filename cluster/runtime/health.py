@@ -51,7 +51,7 @@ class Vitals:
 def measure(obj: Any, *, family: bool = True, doing: str = "", since: float = 0.0) -> Vitals:
     """The vitals of this process, which holds `obj`, with those of its children where `family`.
 
-    `obj.standing()`, if it has that, names the facts: it must be cheap and may be called from any thread. `doing` is
+    `obj.stats()`, if it has that, names the facts: it must be cheap and may be called from any thread. `doing` is
     what is computed, from the monotonic time `since` on.
     """
     own, now = psutil.Process(), time.monotonic()
@@ -70,7 +70,7 @@ def measure(obj: Any, *, family: bool = True, doing: str = "", since: float = 0.
         gpu=_gpu_bytes(),
         doing=doing,
         doing_s=now - since if doing else 0.0,
-        facts=obj.standing() if hasattr(obj, "standing") else {},
+        facts=obj.stats() if hasattr(obj, "stats") else {},
     )
 
 
@@ -132,6 +132,6 @@ _NOTHING = Vitals(at=0.0, pid=0, node="", resident=0, cpu_s=0.0, gpu=None, doing
 class Controller:
     """The run's own process, shown beside those that it holds handles of."""
 
-    def standing(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         """What the objects in OWN say."""
-        return {name: value for obj in list(OWN) for name, value in obj.standing().items()}
+        return {name: value for obj in list(OWN) for name, value in obj.stats().items()}

@@ -239,7 +239,7 @@ class Buffer:
                 while any(number not in self._ready for number in numbers):
                     await self._bell.wait()
 
-    def standing(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         """The version, of how many, and samples that are out or ready: what a run's status shows."""
         total = {} if math.isinf(self._batches) else {"iterations": self._batches}
         held = {"out": len(self._in_flight), "ready": len(self._ready)}

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from learner.maths.accuracy import ordered_pairs, pair_credit, sum_by_prompt
 from learner.maths.advantages import masked_mean, masked_sum
-from learner.maths.agreement import ordered_pairs, pair_credit, sum_by_prompt
 from learner.maths.kl import k1, k3
 
 MAX_LOG_RATIO = 20.0

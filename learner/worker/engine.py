@@ -166,7 +166,7 @@ class Engine:
         )
         self._reduced = config.zero_stage >= 2  # gradients are summed over ranks in `backward` already
         self.ema_decay = ema_decay
-        self._ema = [shard.clone() for shard in self._masters] if ema_decay is not None else []
+        self._ema = [partition.clone() for partition in self._masters] if ema_decay is not None else []
         self._finite_losses = True
         self._config = config
 

@@ -127,7 +127,7 @@ class LearnerGroup:
 
     async def send_weights(self) -> dict[str, int]:
         """Send the policy's weights to every generator; returns each tensor's checksum."""
-        return (await self._every("send_weights"))[0]  # the other ranks hold shards of them
+        return (await self._every("send_weights"))[0]  # the other ranks hold partitions of them
 
     async def save(self, name: str, path: Path, ema: bool = False) -> None:
         """Write a network, or its moving average, as a Hugging Face folder."""

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 
 def master_weights(optimizer: Any, trained: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The float32 weights that this rank's Adam updates: a flat shard at ZeRO 1 to 3, all parameters without ZeRO."""
+    """The float32 weights that this rank's Adam updates: a flat partition at ZeRO 1 to 3, else all parameters."""
     for flat in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         if hasattr(optimizer, flat):
-            return [shard.data for shard in getattr(optimizer, flat)]
+            return [partition.data for partition in getattr(optimizer, flat)]
     return [parameter.data for parameter in trained]
 
 
 def gradients(optimizer: Any, trained: Sequence[nn.Parameter]) -> list[Tensor]:
     """Where the gradients of this step add up on this rank: writing to them in place changes the step.
 
-    ZeRO 2 and 3: this rank's shard of the mean over ranks. ZeRO 0 and 1: all of this rank's own gradients, not reduced
+    ZeRO 2 and 3: its partition of the mean over ranks. ZeRO 0 and 1: all of this rank's own gradients, not reduced
     yet. What no loss has reached is zeros.
     """
     if hasattr(optimizer, "grad_partitions_flat_buffer"):  # ZeRO 3

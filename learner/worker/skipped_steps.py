@@ -9,7 +9,7 @@ class NonFiniteSteps(RuntimeError):
     """Several optimizer steps in a row had a loss or a gradient that is not finite."""
 
 
-class Skips:
+class SkippedSteps:
     """Follows the optimizer steps of one loop. A skipped step changed nothing, so a single one does no harm."""
 
     def __init__(self, loop: str, limit: int) -> None:

@@ -135,7 +135,7 @@ class LearnerWorker(SupervisedRank):
         self.version += 1
         return results
 
-    def standing(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         """What a run's status shows, from any thread: the version, where PPO's networks are loaded."""
         return {"version": float(self.version)} if "critic" in self._engines else {}
 

@@ -132,10 +132,10 @@ def test_requests_in_flight_survive_updates_and_every_token_tells_its_version(se
         keep(version)
         sampling = asyncio.ensure_future(served.generator.generate(QUERIES * 2, range(64), 240, 1.0))
         await asyncio.sleep(0.2)
-        standing = served.generator.standing()
-        assert standing["version"] == version
-        assert standing["running"] == standing["most"] < 64
-        assert 0 < standing["waiting"] <= 64 - standing["most"]  # some may have ended
+        stats = served.generator.stats()
+        assert stats["version"] == version
+        assert stats["running"] == stats["most"] < 64
+        assert 0 < stats["waiting"] <= 64 - stats["most"]  # some may have ended
         while not sampling.done():
             publish.source.train()  # pyright: ignore[reportAttributeAccessIssue]
             version += 1
@@ -146,10 +146,10 @@ def test_requests_in_flight_survive_updates_and_every_token_tells_its_version(se
             await asyncio.sleep(0.2)
         return await sampling
 
-    before = served.generator.standing()["tokens"]
+    before = served.generator.stats()["tokens"]
     completions = served.runner.run(update_while_sampling())
     assert len(completions) == 64
-    after = served.generator.standing()
+    after = served.generator.stats()
     assert (after["running"], after["waiting"], after["paused"]) == (0, 0, 0)
     sampled = sum(len(completion.response_ids) for completion in completions)
     assert after["tokens"] - before == sampled + (len(states) - 1) * len(PROBES)  # a probe takes a token, too

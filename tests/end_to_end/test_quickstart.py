@@ -16,8 +16,8 @@ from cluster.tracking.workspace import SECTIONS
 from learner.data.ledger import audit
 from reward_server.address import free_port
 from reward_server.encoding import ChatEncoding
+from tests.run_monitor import monitored
 from tests.wandb_runs import history, records
-from tests.witness import witnessed
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 8
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "cluster.cli.main", "quickstart", "--tiny", "--run", str(folder), *options]
     environment = {**os.environ, **CANARIES}
-    with witnessed(folder, port) as seen:
+    with monitored(folder, port) as seen:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout.txt").write_text(done.stdout)

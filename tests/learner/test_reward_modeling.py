@@ -10,7 +10,7 @@ import torch
 from learner.config import NetworkConfig, OptimizerConfig, RewardModelingConfig
 from learner.reward_modeling import (
     RankedGroup,
-    held_out_agreement,
+    held_out_accuracy,
     ranked_groups,
     reward_modeling,
     split_groups,
@@ -222,14 +222,14 @@ def test_prompts_may_have_different_numbers_of_completions():
 
 def test_ties_form_no_pair():
     learner: Any = FakeLearner(lambda token: 100.0 - token)
-    found = asyncio.run(held_out_agreement(learner, [group(0, (0, 0)), group(1, (0, 1, 1)), group(2, (1, 1))], 64))
+    found = asyncio.run(held_out_accuracy(learner, [group(0, (0, 0)), group(1, (0, 1, 1)), group(2, (1, 1))], 64))
     assert (found.prompts, found.pairs) == (1, 2)
 
 
 def test_held_out_prompts_that_are_all_tied_are_an_error():
     learner: Any = FakeLearner(float)
     with pytest.raises(ValueError, match="no pair to measure accuracy on"):
-        asyncio.run(held_out_agreement(learner, [group(0, (0, 0))], 64))
+        asyncio.run(held_out_accuracy(learner, [group(0, (0, 0))], 64))
 
 
 # --- a real model

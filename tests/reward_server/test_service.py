@@ -50,12 +50,12 @@ def score(url: str, token: str | None = None) -> ScoreReply:
 
 def test_it_serves_its_source_on_the_loopback_until_it_is_closed(lengths):
     held = RewardService(lengths, None, threads=1)
-    assert held.standing() == {}
+    assert held.stats() == {}
     url = held.start(loopback=True)
     assert url.startswith("http://127.0.0.1:")
-    assert held.standing() == {"waiting": 0.0, "scored": 0.0}
+    assert held.stats() == {"waiting": 0.0, "scored": 0.0}
     assert score(url).score == 4.0
-    assert held.standing() == {"waiting": 0.0, "scored": 1.0}
+    assert held.stats() == {"waiting": 0.0, "scored": 1.0}
     held.close()
     with pytest.raises(RewardUnavailable):
         score(url)

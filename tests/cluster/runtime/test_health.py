@@ -7,7 +7,7 @@ from cluster.runtime.health import OWN, Controller, Pulse, measure
 
 
 class Sampler:
-    def standing(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         return {"version": 3.0, "tokens": 640.0}
 
 
@@ -52,6 +52,6 @@ def test_the_controller_says_what_its_own_objects_say():
     sampler = Sampler()
     OWN.add(sampler)
     try:
-        assert Controller().standing() == sampler.standing()
+        assert Controller().stats() == sampler.stats()
     finally:
         OWN.discard(sampler)

@@ -20,7 +20,7 @@ DASHBOARD = Path(__file__).parents[3] / "cluster" / "deploy" / "grafana.json"
 class Worker:
     """Says of itself what generators, reward replicas and the controller do."""
 
-    def standing(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         gauges = dict.fromkeys(("version", "running", "waiting", "most", "paused", "out", "ready", "iterations"), 3.0)
         return {**gauges, "tokens": 640.0, "scored": 12.0}
 

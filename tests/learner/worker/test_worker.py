@@ -126,7 +126,7 @@ def ppo_inputs(worker, pretraining_coef=1.0):
 def test_ppo_starts_at_the_reference_with_ratio_one(worker, folders, network):
     load_ppo(worker, folders, network)
     batch, parts, targets, text = ppo_inputs(worker)
-    assert worker.standing() == {"version": 0.0}
+    assert worker.stats() == {"version": 0.0}
     old = targets.evaluation
     torch.testing.assert_close(old.logprobs, old.ref_logprobs, rtol=0, atol=1e-6)
     assert old.logprobs[~batch.mask].abs().max() == 0
@@ -140,9 +140,9 @@ def test_ppo_starts_at_the_reference_with_ratio_one(worker, folders, network):
     first = worker.update(batch, targets, parts, text, STEP)[0]
     assert first["ratio/mean"] / first["tokens"] == pytest.approx(1.0, abs=1e-6)
     assert first["policy/clip_fraction"] == 0
-    assert worker.standing() == {"version": 1.0}
+    assert worker.stats() == {"version": 1.0}
     worker.unload()
-    assert (worker.standing(), worker.version) == ({}, 0)
+    assert (worker.stats(), worker.version) == ({}, 0)
     assert first["policy/approx_kl"] == pytest.approx(0, abs=1e-10)
 
 

@@ -11,7 +11,7 @@ from cluster.status.snapshot import read
 
 
 @contextlib.contextmanager
-def witnessed(run: Path, port: int) -> Iterator[dict[str, list[Any]]]:
+def monitored(run: Path, port: int) -> Iterator[dict[str, list[Any]]]:
     """Collect, each half second until the block ends, every new "status" of a run and its "page" at a port."""
     seen: dict[str, list[Any]] = {"status": [], "page": []}
     over = threading.Event()

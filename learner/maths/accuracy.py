@@ -56,7 +56,7 @@ class RankGap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
+class RewardAccuracy:
     """Scores held against rankings, over the prompts that have an ordered pair."""
 
     pairs: int
@@ -131,15 +131,15 @@ def calibration_bins(margins: Float[Tensor, " p"]) -> tuple[CalibrationBin, ...]
     return tuple(bins)
 
 
-def agreement(
+def reward_accuracy(
     scores: Float[Tensor, " m"],
     group: Int[Tensor, " m"],
     ranks: Int[Tensor, " m"],
     lengths: Int[Tensor, " m"],
     resamples: int,
     seed: int,
-) -> Agreement:
-    """Everything reported about a reward model on ranked completions, `m` of them in all (see `Agreement`).
+) -> RewardAccuracy:
+    """Everything reported about a reward model on ranked completions, `m` of them in all (see `RewardAccuracy`).
 
     `group` says whose prompt a completion answers, a lower rank is better, `lengths` are in tokens.
     Raises ValueError when no prompt has two completions of different rank.
@@ -157,7 +157,7 @@ def agreement(
     by_prompt = won / pairs.pairs_per_prompt
     gaps = ranks[pairs.losers] - ranks[pairs.winners]
     longer = (lengths[pairs.winners] - lengths[pairs.losers]).double()
-    return Agreement(
+    return RewardAccuracy(
         pairs=len(credit),
         prompts=len(won),
         accuracy=float(credit.mean()),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from learner.maths.agreement import RankGap, agreement, calibration_bins, ordered_pairs, pair_credit, sum_by_prompt
+from learner.maths.accuracy import RankGap, calibration_bins, ordered_pairs, pair_credit, reward_accuracy, sum_by_prompt
 
 GROUP = torch.tensor([9, 9, 9, 2, 2, 5])
 RANKS = torch.tensor([0, 1, 1, 3, 0, 0])
@@ -44,9 +44,9 @@ def test_no_pairs_have_no_bins() -> None:
     assert calibration_bins(torch.empty(0)) == ()
 
 
-def test_agreement_of_scores_with_rankings() -> None:
+def test_accuracy_of_scores_with_rankings() -> None:
     """Margins 1 and 0 for the first prompt, -1.25 for the second; the third has a single completion."""
-    result = agreement(SCORES, GROUP, RANKS, LENGTHS, resamples=200, seed=0)
+    result = reward_accuracy(SCORES, GROUP, RANKS, LENGTHS, resamples=200, seed=0)
     assert (result.pairs, result.prompts) == (3, 2)
     assert result.accuracy == pytest.approx(1.5 / 3)
     assert result.prompt_accuracy == pytest.approx((0.75 + 0.0) / 2)
@@ -68,7 +68,7 @@ def test_accuracy_counts_pairs_and_prompt_accuracy_counts_prompts_and_so_do_thei
     group = torch.tensor([i for i in range(99) for _ in range(2)] + [99] * 9)
     ranks = torch.tensor([0, 1] * 99 + list(range(9)))
     scores = torch.tensor([1.0, 0.0] * 99 + [float(rank) for rank in range(9)])
-    found = agreement(scores, group, ranks, torch.ones_like(ranks), resamples=400, seed=0)
+    found = reward_accuracy(scores, group, ranks, torch.ones_like(ranks), resamples=400, seed=0)
     assert found.accuracy == pytest.approx(99 / 135)
     assert found.prompt_accuracy == pytest.approx(0.99)
     assert found.accuracy_ci[0] < 0.6  # that one prompt is drawn three times, and weighs 36 pairs each
@@ -76,14 +76,14 @@ def test_accuracy_counts_pairs_and_prompt_accuracy_counts_prompts_and_so_do_thei
     assert [(one.gap, one.count) for one in found.by_rank_gap] == [(1, 107), *((gap, 9 - gap) for gap in range(2, 9))]
 
 
-def test_agreement_ignores_order_and_offset_of_the_scores() -> None:
+def test_accuracy_ignores_order_and_offset_of_the_scores() -> None:
     order = torch.tensor([4, 0, 5, 2, 1, 3])
-    moved = agreement(SCORES[order] + 3, GROUP[order], RANKS[order], LENGTHS[order], resamples=50, seed=0)
-    plain = agreement(SCORES, GROUP, RANKS, LENGTHS, resamples=50, seed=0)
+    moved = reward_accuracy(SCORES[order] + 3, GROUP[order], RANKS[order], LENGTHS[order], resamples=50, seed=0)
+    plain = reward_accuracy(SCORES, GROUP, RANKS, LENGTHS, resamples=50, seed=0)
     assert moved.score_std == pytest.approx(plain.score_std)
     assert replace(moved, score_std=plain.score_std) == plain
 
 
 def test_rankings_that_are_all_ties_are_refused() -> None:
     with pytest.raises(ValueError, match="none of the 6 completions is ranked above another"):
-        agreement(SCORES, GROUP, torch.zeros_like(RANKS), LENGTHS, resamples=10, seed=0)
+        reward_accuracy(SCORES, GROUP, torch.zeros_like(RANKS), LENGTHS, resamples=10, seed=0)
