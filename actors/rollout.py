@@ -5,6 +5,7 @@ import asyncio
 from actors.config import RolloutConfig
 from actors.prompts import PromptEncoding, PromptStream
 from actors.trajectory import BufferClosed, TrajectoryBuffer
+from actors.waits import Waits
 from actors.waves import Generator, GeneratorFailed, Scorer, Waves
 
 
@@ -17,17 +18,18 @@ async def rollout(
     config: RolloutConfig,
     seed: int,
     leave: asyncio.Event,
+    waits: Waits | None = None,
 ) -> None:
     """Keep one generator busy until `leave` is set, and return when the waves under way are done.
 
-    Cancelled, or when the buffer is closed, it gives their tickets back at once.
+    Cancelled, or when the buffer is closed, it gives their tickets back at once. `waits`: of the run.
 
     Sampling seeds are a hash of (seed, ticket number, k, attempt), so that a response depends on the prompt
     and the weights, not on who sampled it. Raises GeneratorFailed for a broken generator. PromptFailed, a
     prompt that cannot be encoded and whatever the scorer raises end the run: the buffer is told before they
     are raised.
     """
-    waves = Waves(generator, scorer, stream, buffer, encoding, config, seed, leave)
+    waves = Waves(generator, scorer, stream, buffer, encoding, config, seed, leave, waits=waits or Waits())
     lanes = [asyncio.create_task(waves.run()) for _ in range(config.waves_in_flight)]
     leaving = asyncio.create_task(leave.wait())
     try:

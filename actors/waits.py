@@ -33,34 +33,37 @@ class Wait:
         self.text = self._what()
 
 
-_OPEN: set[Wait] = set()
+class Waits:
+    """The waits of one command: made once, and given to whoever waits."""
 
+    def __init__(self) -> None:
+        self._open: set[Wait] = set()
 
-def waits() -> list[Wait]:
-    """Every wait that lasts, the oldest first; from any thread."""
-    return sorted(_OPEN.copy(), key=lambda wait: -wait.seconds)
+    @property
+    def open(self) -> list[Wait]:
+        """Every wait that lasts, the oldest first; from any thread."""
+        return sorted(self._open.copy(), key=lambda wait: -wait.seconds)
 
+    @contextlib.contextmanager
+    def reported(self, who: str, what: Callable[[], str], every_s: float | None = None) -> Iterator[None]:
+        """While the block lasts, `who` waits for `what()`: in `open`, and in the log every `every_s` s (REPORT_S).
 
-@contextlib.contextmanager
-def reported(who: str, what: Callable[[], str], every_s: float | None = None) -> Iterator[None]:
-    """While the block lasts, `who` waits for `what()`: in `waits`, and in the log every `every_s` seconds (REPORT_S).
+        To be entered where an event loop runs; bounds nothing, the wait's own deadline does that.
+        """
+        loop, wait = asyncio.get_running_loop(), Wait(who, what)
+        seconds = REPORT_S if every_s is None else every_s
 
-    To be entered where an event loop runs; bounds nothing, the wait's own deadline does that.
-    """
-    loop, wait = asyncio.get_running_loop(), Wait(who, what)
-    seconds = REPORT_S if every_s is None else every_s
+        def report() -> None:
+            nonlocal timer
+            wait.look()
+            log.warning("for %.0f s %s waits for %s", wait.seconds, wait.who, wait.text)
+            timer = loop.call_later(seconds, report)
 
-    def report() -> None:
-        nonlocal timer
-        wait.look()
-        log.warning("for %.0f s %s waits for %s", wait.seconds, wait.who, wait.text)
-        timer = loop.call_later(seconds, report)
-
-    timer, settled = loop.call_later(seconds, report), loop.call_later(_SETTLE_S, wait.look)
-    _OPEN.add(wait)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        settled.cancel()
-        _OPEN.discard(wait)
+        timer, settled = loop.call_later(seconds, report), loop.call_later(_SETTLE_S, wait.look)
+        self._open.add(wait)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            settled.cancel()
+            self._open.discard(wait)

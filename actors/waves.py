@@ -20,7 +20,7 @@ from actors.trajectory import (
     Trajectory,
     TrajectoryBuffer,
 )
-from actors.waits import reported
+from actors.waits import Waits
 from reward_server.schema import ScoreReply, ScoreRequest
 
 # A generator that fails twice in a row is taken to be broken; so a ticket that it has spoilt twice still has
@@ -78,6 +78,7 @@ class Waves:
     leave: asyncio.Event
     idle: set[asyncio.Task[None]] = field(default_factory=set)
     """Tasks that wait for tickets and so have nothing to lose."""
+    waits: Waits = field(default_factory=Waits)
     failed_waves: int = 0
     # makes the ids of score requests differ from those of another run at the same reward server
     nonce: str = field(default_factory=lambda: uuid4().hex[:12])
@@ -87,7 +88,7 @@ class Waves:
         while not self.leave.is_set():
             tickets = await self._admit()
             try:
-                with reported(self.generator.name, lambda: "the reward service, which is paused"):
+                with self.waits.reported(self.generator.name, lambda: "the reward service, which is paused"):
                     await self.scorer.ready()
                 last_attempts = [t for t in tickets if t.attempt + 1 >= self.config.max_attempts > 1]
                 together = [t for t in tickets if t not in last_attempts]
@@ -169,7 +170,8 @@ class Waves:
             )
             for ticket, key, completion in keyed
         ]
-        with reported(f"a wave of {self.generator.name}", lambda: f"{len(requests)} scores of the reward service"):
+        scores = f"{len(requests)} scores of the reward service"
+        with self.waits.reported(f"a wave of {self.generator.name}", lambda: scores):
             replies = await self.scorer.score(requests)
         got = [reply.id for reply in replies]
         if got != [request.id for request in requests]:

@@ -16,7 +16,7 @@ from actors.transfer import Manifest, Rendezvous
 from cluster.config.schema import FleetConfig
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.worker import Worker
-from cluster.runtime.handle import ActorDied
+from cluster.runtime.health import ActorDied
 from learner.config import ParityConfig, PublishConfig
 from learner.data.buffer import Buffer
 from learner.data.ledger import Ledger

@@ -195,6 +195,7 @@ def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[
     from cluster.rundir.environment import write_environment
     from cluster.rundir.history import earlier_run
     from cluster.rundir.stages import ResumeRefused, Start
+    from cluster.runtime.health import Monitor
     from cluster.status.snapshot import reporting
     from cluster.tracking.tracker import Tracker
 
@@ -205,14 +206,30 @@ def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[
     console.line(f"rayward {name}: everything goes to {call.run_dir}")
     settings = config.model_dump(mode="json")
     run_id = earlier_run(call.run_dir, name) if "resume" in call.flags else None
+    monitor = Monitor()
     with (
-        Tracker(call.run_dir, config.tracking, name, settings=settings, console=console, run_id=run_id) as tracker,
-        reporting(call.run_dir, name),
+        Tracker(
+            call.run_dir,
+            config.tracking,
+            name,
+            settings=settings,
+            console=console,
+            run_id=run_id,
+            monitor=monitor,
+        ) as tracker,
+        reporting(call.run_dir, name, monitor),
     ):
         start = next(iter(call.flags & {"resume", "restart"}), "new")
         flags = {flag: flag == call.variant for flag in command.variants}
         told = shlex.join(["rayward", *words])
-        job = Job(config=config, run_dir=call.run_dir, tracker=tracker, command=told, start=cast(Start, start))
+        job = Job(
+            config=config,
+            run_dir=call.run_dir,
+            tracker=tracker,
+            monitor=monitor,
+            command=told,
+            start=cast(Start, start),
+        )
         try:
             entry(job, **flags)
         except ResumeRefused:  # the run directory keeps the settings of what it holds

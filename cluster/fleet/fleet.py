@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Self
 
 from actors import waves
-from actors.waits import reported
+from actors.waits import Waits
 from cluster.config.schema import FleetConfig
 from cluster.fleet.worker import Member, Place, Start
 from learner.weights.publish import NobodyLeft, Publisher
@@ -37,8 +37,11 @@ class Fleet:
         config: FleetConfig,
         silence_s: float,
         validate: Callable[[int], None] = lambda wanted: None,
+        waits: Waits | None = None,
     ) -> None:
-        """`silence_s`: how long a generator with work may make no token; `validate` raises for a number too many."""
+        """`silence_s`: how long a generator with work may make no token; `validate` raises for a number too many;
+        `waits`: of the run.
+        """
         self.wanted = wanted
         self.config = config
         self.publisher: Publisher | None = None
@@ -46,6 +49,7 @@ class Fleet:
         self._start = start
         self._silence_s = silence_s
         self._validate = validate
+        self._waits = waits or Waits()
         self._places: dict[str, Place] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._used_up: dict[str, str] = {}  # places that stay empty, with the cause
@@ -117,7 +121,7 @@ class Fleet:
         async with self.joining() as admitting:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.config.replacement_deadline_s):
-                    with reported("the fleet", lambda: f"a first generator: {self._absences()}"):
+                    with self._waits.reported("the fleet", lambda: f"a first generator: {self._absences()}"):
                         while not self.serving and self._places and not admitting.done():
                             await self._news.wait()
         if not self.serving:
@@ -213,7 +217,7 @@ class Fleet:
         names = [f"generator-{index}" for index in range(self.wanted)]
         free = [name for name in names if name not in self._places and name not in self._used_up]
         for name in free[: max(0, self.wanted - staying)]:
-            self._places[name] = place = Place(name, self.config, self._ring)
+            self._places[name] = place = Place(name, self.config, self._ring, self._waits)
             self._keepers[name] = asyncio.create_task(self._keep(place), name=name)
 
     async def _keep(self, place: Place) -> None:

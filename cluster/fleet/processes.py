@@ -15,9 +15,8 @@ from cluster.config.schema import ClusterConfig
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.reward_replicas import scorers
 from cluster.fleet.worker import Worker
-from cluster.runtime.actor import ActorOptions, RemoteHandle, remote
-from cluster.runtime.handle import Handle
-from cluster.runtime.health import SCORERS
+from cluster.runtime.actor import ActorOptions, Handle, remote
+from cluster.runtime.health import Health, Monitor
 from cluster.runtime.placement import Placement
 from cluster.runtime.resources import Plan, Process, ResourceError, machine_cores, machine_gpus
 from learner.worker.group import LearnerGroup
@@ -31,12 +30,23 @@ from reward_server.service import RewardService
 class Processes:
     """Starts the processes of a plan; those of one block end with it."""
 
-    def __init__(self, config: ClusterConfig, plan: Plan, log_dir: Path, placement: Placement | None = None) -> None:
-        """A process that has no bundle, such as a generator that joins later, goes wherever there is room."""
+    def __init__(
+        self,
+        config: ClusterConfig,
+        plan: Plan,
+        log_dir: Path,
+        placement: Placement | None = None,
+        monitor: Monitor | None = None,
+    ) -> None:
+        """A process that has no bundle, such as a generator that joins later, goes wherever there is room.
+
+        `monitor` is told of every process, and of the client of the reward service.
+        """
         self.config = config
         self.plan = plan
         self.log_dir = log_dir
         self.placement = placement
+        self.monitor = monitor or Monitor()
 
     @contextlib.asynccontextmanager
     async def learner(self) -> AsyncIterator[LearnerGroup]:
@@ -71,7 +81,10 @@ class Processes:
                 await handle.call("start", deadline_s=config.start_deadline_s + 30)
                 yield cast(Worker, handle)  # a handle has the methods of its class, which no type checker sees
 
-        fleet = Fleet(start, self.config.generators, self.config.fleet, config.progress_deadline_s, self._validate)
+        waits = self.monitor.waits
+        fleet = Fleet(
+            start, self.config.generators, self.config.fleet, config.progress_deadline_s, self._validate, waits
+        )
         async with fleet:
             yield fleet
 
@@ -84,21 +97,24 @@ class Processes:
         token = bearer_token() or (None if loopback else secrets.token_urlsafe(32))
 
         @contextlib.asynccontextmanager
-        async def start(name: str) -> AsyncIterator[tuple[Handle, str]]:
+        async def start(name: str) -> AsyncIterator[tuple[Health, str]]:
             async with self._process(RewardService, name, config, model_path, self._threads(name)) as service:
                 url = await service.call("start", loopback, token, deadline_s=self.config.start_deadline_s)
-                yield service, url
+                yield service.health, url
 
         def connect(urls: Sequence[str]) -> RewardClient:
             return RewardClient(urls, token=token, retry_s=config.retry_s, pause_s=config.pause_s)
 
         names = [process.name for process in self.plan.processes if process.name.startswith("reward-")]
-        async with scorers(names, start, connect, self.config.fleet) as client:
-            SCORERS.add(client)
-            yield client
+        async with scorers(names, start, connect, self.config.fleet, self.monitor.waits) as client:
+            self.monitor.reward_clients.add(client)
+            try:
+                yield client
+            finally:
+                self.monitor.reward_clients.discard(client)
 
     @contextlib.asynccontextmanager
-    async def _process(self, cls: type, name: str, *args: Any) -> AsyncIterator[RemoteHandle]:
+    async def _process(self, cls: type, name: str, *args: Any) -> AsyncIterator[Handle]:
         process = self._planned(name)
         options = ActorOptions(
             name=name,
@@ -111,10 +127,12 @@ class Processes:
             deadline_s=self.config.step_deadline_s,
         )
         handle = remote(cls, *args, options=options)
+        self.monitor.health.add(handle.health)
         try:
             await handle.ready(self.config.start_deadline_s)
             yield handle
         finally:
+            self.monitor.health.discard(handle.health)
             handle.kill()
 
     def _threads(self, name: str) -> int:

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from actors.waits import reported
+from actors.waits import Waits
 from cluster.config.schema import FleetConfig
-from cluster.runtime.handle import Handle
+from cluster.runtime.health import Health
 from reward_server.client import RewardClient
 
 _STEADY_S = 60.0  # one that has lived so long is not counted among those lost in a row
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class StartReplica(Protocol):
-    """Starts the replica of that name: its handle, and where it listens. Leaving the block ends it."""
+    """Starts the replica of that name: its health, and where it listens. Leaving the block ends it."""
 
-    def __call__(self, name: str) -> AbstractAsyncContextManager[tuple[Handle, str]]: ...
+    def __call__(self, name: str) -> AbstractAsyncContextManager[tuple[Health, str]]: ...
 
 
 class Connect(Protocol):
@@ -34,7 +34,7 @@ class Connect(Protocol):
 
 @contextlib.asynccontextmanager
 async def scorers(
-    names: Sequence[str], start: StartReplica, connect: Connect, config: FleetConfig
+    names: Sequence[str], start: StartReplica, connect: Connect, config: FleetConfig, waits: Waits
 ) -> AsyncIterator[RewardClient]:
     """A client of the replicas of these names, all of which have scored a probe.
 
@@ -44,7 +44,7 @@ async def scorers(
     urls = [asyncio.get_running_loop().create_future() for _ in names]
     client: asyncio.Future[RewardClient] = asyncio.get_running_loop().create_future()
     keepers = [
-        asyncio.create_task(_keep(index, name, start, config, urls[index], client), name=name)
+        asyncio.create_task(_keep(index, name, start, config, urls[index], client, waits), name=name)
         for index, name in enumerate(names)
     ]
     try:
@@ -68,18 +68,19 @@ async def _keep(
     config: FleetConfig,
     first: "asyncio.Future[str]",
     client: "asyncio.Future[RewardClient]",
+    waits: Waits,
 ) -> None:
     """Have a replica, and another one when it is lost, until too many are lost in a row."""
     losses = 0
     while True:
         began = time.monotonic()
         try:
-            async with start(name) as (handle, url):
+            async with start(name) as (health, url):
                 if first.done():
                     (await client).moved(index, url)
                 else:
                     first.set_result(url)
-                cause = await _death(handle, config.watch_s)
+                cause = await _death(health, config.watch_s)
         except Exception as error:
             if not first.done():
                 first.set_exception(error)
@@ -91,13 +92,13 @@ async def _keep(
             return
         seconds = config.backoff_s * 2 ** (losses - 1)
         log.warning("%s is lost: %s. It is started again in %g s", name, cause, seconds)
-        with reported(name, lambda cause=cause: f"its turn to be started again, lost since {cause}"):
+        with waits.reported(name, lambda cause=cause: f"its turn to be started again, lost since {cause}"):
             await asyncio.sleep(seconds)
 
 
-async def _death(handle: Handle, every_s: float) -> str:
+async def _death(health: Health, every_s: float) -> str:
     """Wait until a process is found dead; why."""
-    while not handle.died:
-        await handle.attend(every_s)
+    while not health.died:
+        await health.attend(every_s)
         await asyncio.sleep(every_s)
-    return handle.died
+    return health.died

@@ -15,10 +15,10 @@ from typing import Protocol
 from actors import waves
 from actors.engine import GeneratorError
 from actors.trajectory import Completion
-from actors.waits import reported
+from actors.waits import Waits
 from actors.waves import GeneratorFailed
 from cluster.config.schema import FleetConfig
-from cluster.runtime.handle import ActorDied
+from cluster.runtime.health import ActorDied
 from learner.weights.publish import Receiver
 
 _STOP_S = 15.0  # a generator that leaves has so long to end its engine before it is killed
@@ -133,7 +133,7 @@ class Start(Protocol):
 class Place:
     """Has a generator, and another one when it is lost, until it is told to close or has lost too many."""
 
-    def __init__(self, name: str, config: FleetConfig, changed: Callable[[], None]) -> None:
+    def __init__(self, name: str, config: FleetConfig, changed: Callable[[], None], waits: Waits) -> None:
         """`changed` is called when a generator has started, and when it is gone."""
         self.name = name
         self.member: Member | None = None
@@ -148,6 +148,7 @@ class Place:
         """What the last start failed with."""
         self._config = config
         self._changed = changed
+        self._waits = waits
         self._losses = 0  # in a row, without a wave in between
 
     async def keep(self, start: Start, silence_s: float, standing: Callable[[], bool]) -> bool:
@@ -155,7 +156,7 @@ class Place:
         while not self.leaving:
             try:
                 async with contextlib.AsyncExitStack() as stack:
-                    with reported(self.name, lambda: f"its engine to start ({self.cause})"):
+                    with self._waits.reported(self.name, lambda: f"its engine to start ({self.cause})"):
                         worker = await stack.enter_async_context(start(self.name))
                     await self._host(Member(worker, self._config.watch_s, silence_s, standing))
             except Exception as error:
@@ -190,5 +191,5 @@ class Place:
         count = f"{self._losses} of {self._config.max_restarts}"
         log.warning("%s is lost: %s. It is replaced in %g s (%s)", self.name, self.cause, seconds, count)
         self.restarts += 1
-        with reported(self.name, lambda: f"its turn to be replaced ({count}), lost since {self.cause}"):
+        with self._waits.reported(self.name, lambda: f"its turn to be replaced ({count}), lost since {self.cause}"):
             await asyncio.sleep(seconds)

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cluster.pipeline.recipes import reward_stage, sample_stage, tuning_stage
 from cluster.rundir.inputs import data_file, model_folder
 from cluster.rundir.lineage import record
 from cluster.rundir.stages import Stage, Start, made_of
+from cluster.runtime.health import Monitor
 from cluster.tracking.tracker import Tracker
 from learner.config import SFTConfig
 from learner.data.corpora import demonstration_examples, pack, read_texts, split_held_out, text_examples
@@ -43,6 +44,8 @@ class Job:
     """where everything is written"""
     tracker: Tracker
     """metrics, phases and the console"""
+    monitor: Monitor = field(default_factory=Monitor)
+    """its processes and waits, for who shows them"""
     command: str = "rayward"
     """command line, for the lineage"""
     root: Path | None = None

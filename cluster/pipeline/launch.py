@@ -34,7 +34,6 @@ from cluster.rundir.lineage import lineage_json, lineage_tree
 from cluster.runtime.placement import place, plan_live
 from cluster.runtime.resources import KINDS, Kind, plan_run
 from cluster.runtime.session import start_ray
-from cluster.status.snapshot import attending
 from cluster.tracking.console import Console
 from learner.config import SFTConfig
 
@@ -208,9 +207,9 @@ def _on_ray(job: Job, work: Callable[[Processes], Awaitable[None]], *kinds: Kind
         plan = here or plan_live(job.config)
         processes = plan.first(kinds or KINDS, config.generators)
         with place(processes, deadline_s=config.start_deadline_s) as placement:
-            asyncio.run(_attended(work(Processes(config, plan, logs, placement))))
+            asyncio.run(_attended(job, work(Processes(config, plan, logs, placement, job.monitor))))
 
 
-async def _attended(work: Awaitable[None]) -> None:
-    async with attending():
+async def _attended(job: Job, work: Awaitable[None]) -> None:
+    async with job.monitor.attending():
         await work

@@ -19,7 +19,6 @@ from cluster.pipeline.progress import Progress
 from cluster.pipeline.recipes import sampling_settings
 from cluster.rundir.inputs import Model
 from cluster.rundir.stages import Stage
-from cluster.runtime.health import OWN
 from learner.config import PPOConfig
 from learner.data.buffer import Buffer
 from learner.data.corpora import TextStream, pack, read_texts
@@ -98,6 +97,7 @@ class Alignment:
                 job.config.publish,
                 probes=self.heldout.probes(),
                 workers=job.config.generator.tensor_parallel_size,
+                waits=job.monitor.waits,
             )
             await self.learner.open_sender(job.config.publish)
             await self.fleet.publish(progress.version)
@@ -166,6 +166,7 @@ class Alignment:
             batches=config.iterations,
             waiting=waiting,
             paused_s=lambda: self.rewards.paused_s,
+            waits=job.monitor.waits,
         )
         progress.restore(buffer, ledger)
         sequences = max(1, round(config.pretraining.sequences_per_episode * config.minibatch_size))
@@ -176,7 +177,15 @@ class Alignment:
 
         def work(generator: Generator, leave: asyncio.Event) -> Coroutine[Any, Any, None]:
             return rollout(
-                generator, self.rewards, stream, buffer, self.encoding, job.config.rollout, config.seed, leave
+                generator,
+                self.rewards,
+                stream,
+                buffer,
+                self.encoding,
+                job.config.rollout,
+                config.seed,
+                leave,
+                job.monitor.waits,
             )
 
         async def save(version: int, beta: float) -> None:
@@ -188,7 +197,7 @@ class Alignment:
                 return {}
             return (await self.heldout.measure(f"{name}-{version:06d}", config, name, version)).metrics()
 
-        OWN.add(buffer)
+        job.monitor.sources.add(buffer)
         try:
             async with obeying(self.fleet, job.run_dir), self.fleet.rollouts(work, buffer.fail):
                 await ppo(
@@ -209,7 +218,7 @@ class Alignment:
                     ),
                 )
         finally:
-            OWN.discard(buffer)
+            job.monitor.sources.discard(buffer)
             buffer.close()
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -96,6 +96,7 @@ class Rounds:
             config=config,
             run_dir=job.run_dir / name,
             tracker=job.tracker.part(name),
+            monitor=job.monitor,
             command=job.command,
             root=job.run_dir,
         )

@@ -59,6 +59,6 @@ class Workplace:
             await learner.load("policy", "policy", model, config.ppo.network, config.ppo.policy_optimizer, frozen=True)
             await learner.open_sender(config.publish)
             workers, probes = config.generator.tensor_parallel_size, HeldOut(self._job).probes()
-            fleet.publisher = Publisher(learner, config.publish, probes, workers)
+            fleet.publisher = Publisher(learner, config.publish, probes, workers, self._job.monitor.waits)
             await fleet.publish(0)
             await learner.unload()

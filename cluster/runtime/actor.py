@@ -2,11 +2,12 @@
 
 import asyncio
 import dataclasses
+import inspect
 import os
 import pickle
 import secrets
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,8 +16,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config.redaction import SECRET_NAME
-from cluster.runtime.handle import LIVE, ActorDied, Handle
-from cluster.runtime.health import Vitals
+from cluster.runtime.health import ActorDied, Health, Stats
 from cluster.runtime.host import Failure, Host, recipe
 from cluster.runtime.orphans import ACTOR_MARK
 
@@ -30,6 +30,7 @@ _THREAD_VARIABLES = (
 )
 _PROBE_S = 1.0
 _TAIL_LINES = 5
+_RESERVED = {"call", "health", "kill", "name", "ready"}
 _KILLED = "it was killed by its handle"
 
 
@@ -61,19 +62,40 @@ class RemoteError(RuntimeError):
     """An exception in an actor that cannot travel as itself, as it does not survive pickling."""
 
 
-class RemoteHandle(Handle):
-    """Handle of an object in an actor process. It belongs to the process that made it: no pickling."""
+class Handle:
+    """The public methods of an actor's object as awaitables: `await handle.method(...)`, or `call` with a deadline.
 
-    def __init__(self, cls: type, options: ActorOptions, actor: Any) -> None:
-        super().__init__(cls, options.name, options.deadline_s)
+    It belongs to the process that made it: no pickling.
+    """
+
+    def __init__(self, cls: type, options: ActorOptions, actor: Any, started: Any) -> None:
+        """`started` is Ray's reference of the answer that the object is made."""
+        self.health = Health(options.name, self._stats)
+        """Its open calls, what it says of itself, and whether it is gone."""
+        self._methods = _public_methods(cls)
+        self._class = cls.__name__
         self._options = options
         self._actor = actor
-        self._started = actor.started.remote()
+        self._started = started
         self._next = 0
         self._killed = False
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(f"the handle of actor {self._name!r} cannot be pickled: pass data, not handles")
+        raise TypeError(f"the handle of actor {self.name!r} cannot be pickled: pass data, not handles")
+
+    def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        if method.startswith("_") or method not in self._methods:
+            raise AttributeError(self._unknown(method))
+
+        async def invoke(*args: Any, **kwargs: Any) -> Any:
+            return await self._call(method, args, kwargs, self._options.deadline_s)
+
+        return invoke
+
+    @property
+    def name(self) -> str:
+        """Name of the actor, in errors and logs."""
+        return self._options.name
 
     async def ready(self, deadline_s: float) -> int:
         """Wait until the actor runs and the object is made; the actor's process id.
@@ -82,46 +104,58 @@ class RemoteHandle(Handle):
         """
         return await self._answer(self._started, "__init__", deadline_s)
 
+    async def call(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """`method(*args, **kwargs)` with a deadline of its own.
+
+        Raises: what the method raises, with the actor's name and traceback in a note; TimeoutError;
+        ActorDied.
+        """
+        if method not in self._methods:
+            raise AttributeError(self._unknown(method))
+        return await self._call(method, args, kwargs, deadline_s)
+
     def kill(self) -> None:
         """End the actor's process at once, without a word to the object. Its children follow in a second.
 
         Every later call raises ActorDied; left to Ray, one may still be answered while the news is under way.
         """
         self._killed = True
-        LIVE.discard(self)
         if ray.is_initialized():
             ray.kill(self._actor)
 
-    async def _vitals(self) -> Vitals:
+    async def _stats(self) -> Stats:
         if self._killed:
-            raise ActorDied(self._name, _KILLED)
+            raise ActorDied(self.name, _KILLED)
         try:
-            return await self._actor.vitals.remote()
+            return await self._actor.stats.remote()
         except RayActorError as error:
-            raise ActorDied(self._name, _KILLED if self._killed else _reason(error)) from None
+            raise ActorDied(self.name, _KILLED if self._killed else _reason(error)) from None
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
-        if self._killed:
-            raise ActorDied(self._name, _KILLED)
-        if self._methods[method]:
-            reference = self._actor.call_async.remote(method, args, kwargs)
-            return await self._answer(reference, method, deadline_s, cancel=True)
-        number = self._next
-        reference = self._actor.call_sync.remote(number, method, args, kwargs)
-        self._next += 1  # after the line that fails when an argument cannot be pickled
-        try:
-            return await self._answer(reference, method, deadline_s)
-        except RemoteError:
-            # Where the call never reached the object, the next one waits for its turn.
-            self._actor.skip.remote(number)
-            raise
+        with self.health.call(method):
+            if self._killed:
+                raise ActorDied(self.name, _KILLED)
+            if self._methods[method]:
+                reference = self._actor.call_async.remote(method, args, kwargs)
+                return await self._answer(reference, method, deadline_s, cancel=True)
+            number = self._next
+            reference = self._actor.call_sync.remote(number, method, args, kwargs)
+            self._next += 1  # after the line that fails when an argument cannot be pickled
+            try:
+                return await self._answer(reference, method, deadline_s)
+            except RemoteError:
+                # Where the call never reached the object, the next one waits for its turn.
+                self._actor.skip.remote(number)
+                raise
 
     async def _answer(self, reference: Any, method: str, deadline_s: float, cancel: bool = False) -> Any:
         try:
             async with asyncio.timeout(deadline_s):
                 outcome = await reference
         except TimeoutError:
-            report = self._missed(method, deadline_s) + await self._whereabouts()
+            report = (
+                f"actor {self.name!r}: {method}() did not answer within {deadline_s:g} s" + await self._whereabouts()
+            )
             self._abandon(reference, cancel)
             raise TimeoutError(report) from None
         except asyncio.CancelledError:
@@ -129,9 +163,9 @@ class RemoteHandle(Handle):
             raise
         except RayActorError as error:
             reason = _KILLED if self._killed else _reason(error)
-            raise ActorDied(self._name, reason, _tail(self._options.log_file)) from None
+            raise ActorDied(self.name, reason, _tail(self._options.log_file)) from None
         except RayError as error:
-            raise RemoteError(f"actor {self._name!r}: {method}() got no further than Ray: {error}") from None
+            raise RemoteError(f"actor {self.name!r}: {method}() got no further than Ray: {error}") from None
         if isinstance(outcome, Failure):
             raise self._revived(outcome)
         return outcome
@@ -142,14 +176,18 @@ class RemoteHandle(Handle):
             ray.cancel(reference)
 
     def _revived(self, failure: Failure) -> BaseException:
-        error: BaseException = RemoteError(f"actor {self._name!r}: {failure.summary}")
+        error: BaseException = RemoteError(f"actor {self.name!r}: {failure.summary}")
         if failure.error is not None:
             try:
                 error = pickle.loads(failure.error)
             except Exception as reason:  # its class is known in the actor and not here
                 error.add_note(f"(the exception itself could not be unpickled here: {reason})")
-        error.add_note(f"raised in actor {self._name!r}:\n{failure.traceback}")
+        error.add_note(f"raised in actor {self.name!r}:\n{failure.traceback}")
         return error
+
+    def _unknown(self, method: str) -> str:
+        has = sorted(self._methods)
+        return f"actor {self.name!r} ({self._class}) has no public method {method!r}; it has {has}"
 
     async def _whereabouts(self) -> str:
         """What the actor does at the moment, for the report of a missed deadline."""
@@ -166,7 +204,7 @@ class RemoteHandle(Handle):
         return f"; it stands at\n{stacks}" if stacks else "; it is idle now"
 
 
-def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> RemoteHandle:
+def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Handle:
     """Start an actor process that makes `cls(*args, **kwargs)`; does not wait for it (`await
     handle.ready(...)`).
 
@@ -174,6 +212,8 @@ def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Remot
     """
     if not ray.is_initialized():
         raise RuntimeError(f"actor {options.name!r} needs a Ray session: enter cluster.runtime.session.start_ray first")
+    if clash := sorted(_public_methods(cls).keys() & _RESERVED):
+        raise ValueError(f"{cls.__name__} has methods named {clash}, which a handle needs for itself: rename them")
     if options.threads < 1:
         raise ValueError(f"actor {options.name!r}: threads is {options.threads}, give at least 1")
     if secret := sorted(key for key in options.env if SECRET_NAME.search(key.upper())):
@@ -184,7 +224,7 @@ def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Remot
     mark = secrets.token_hex(8)
     env = {variable: str(options.threads) for variable in _THREAD_VARIABLES}
     env |= {"PYTHONPATH": python_path(), ACTOR_MARK: mark, **options.env}
-    actor = (
+    actor: Any = (
         ray.remote(Host)
         .options(
             num_cpus=options.cpus,
@@ -201,13 +241,19 @@ def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Remot
             log_file=None if options.log_file is None else str(options.log_file.resolve()),
         )
     )
-    return RemoteHandle(cls, options, actor)
+    return Handle(cls, options, actor, actor.started.remote())
 
 
 def python_path() -> str:
     """The checkout, then what is set. Not site-packages: it must not come before the standard library."""
     paths = [] if str(_ROOT) == sysconfig.get_path("purelib") else [str(_ROOT)]
     return os.pathsep.join(paths + [path for path in [os.environ.get("PYTHONPATH")] if path])
+
+
+def _public_methods(cls: type) -> dict[str, bool]:
+    """Name of every public method -> whether it is async."""
+    found = inspect.getmembers(cls, inspect.isroutine)
+    return {name: inspect.iscoroutinefunction(method) for name, method in found if not name.startswith("_")}
 
 
 def _reason(error: RayActorError) -> str:

@@ -1,31 +1,49 @@
-"""What a process takes and what it does, as it says of itself beside its work."""
+"""How the processes of a command are: what each takes and does, as it says itself beside its work, and who waits."""
 
+import asyncio
 import contextlib
+import logging
+import re
 import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import psutil
 
+from actors.waits import Waits
+
 if TYPE_CHECKING:
-    from reward_server.client import RewardClient
+    from reward_server.client import Pause, RewardClient
 
-OWN: "WeakSet[Any]" = WeakSet()
-"""Objects of the controller that say how they stand, such as the buffer of the stage that is at work."""
-_KEPT = 6  # vitals that rates are taken over
+INTERVAL_S = 2.0
+"""Seconds between two questions to a process."""
+SILENT_S = 5 * INTERVAL_S
+"""Seconds after which a process, or a run, counts as gone or stuck."""
+_KEPT = 6  # answers that rates are taken over
+_KINDS = ("controller", "learner", "generator", "reward")
+log = logging.getLogger(__name__)
 
 
-SCORERS: "WeakSet[RewardClient]" = WeakSet()
-"""Clients of the reward service, which know whether the run is paused."""
+class ActorDied(RuntimeError):
+    """The process of an actor ended, so the call has no answer and no later one will have."""
+
+    def __init__(self, name: str, reason: str, log: str = "") -> None:
+        super().__init__(name, reason, log)
+        self.name = name
+        self.reason = reason
+        self.log = log
+
+    def __str__(self) -> str:
+        return f"actor {self.name!r} died: {self.reason}" + (f"\n{self.log}" if self.log else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vitals:
+class Stats:
     """A process at one moment."""
 
     at: float
@@ -48,8 +66,8 @@ class Vitals:
     """what its object says of itself: version, waiting, tokens, .."""
 
 
-def measure(obj: Any, *, family: bool = True, doing: str = "", since: float = 0.0) -> Vitals:
-    """The vitals of this process, which holds `obj`, with those of its children where `family`.
+def measure(obj: Any, *, family: bool = True, doing: str = "", since: float = 0.0) -> Stats:
+    """The stats of this process, which holds `obj`, with those of its children where `family`.
 
     `obj.stats()`, if it has that, names the facts: it must be cheap and may be called from any thread. `doing` is
     what is computed, from the monotonic time `since` on.
@@ -61,7 +79,7 @@ def measure(obj: Any, *, family: bool = True, doing: str = "", since: float = 0.
             times = process.cpu_times()
             resident += process.memory_info().rss
             cpu_s += times.user + times.system
-    return Vitals(
+    return Stats(
         at=now,
         pid=own.pid,
         node=socket.gethostname(),
@@ -86,52 +104,189 @@ def _gpu_bytes() -> int | None:
     return sum(used) if used else None
 
 
-class Pulse:
-    """The last few vitals of a process, and for how long it has answered nothing."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStatus:
+    """The controller, an actor, a learner rank or a reward replica, as the controller sees it."""
+
+    name: str
+    """generator-0, learner-1, reward-0, .."""
+    state: str
+    """starting, idle, working, paused (it stands still while weights arrive), silent or dead"""
+    waiting: tuple[tuple[str, float], ...]
+    """(method, seconds) of each call that the controller waits for, the oldest first"""
+    answered: int
+    """calls answered since it started"""
+    died: str
+    """why it is gone; empty while it lives"""
+    silent_s: float
+    """seconds for which it has not said how it is; 0 when it has"""
+    vitals: Stats | None
+    """what it takes and does, as it said last; None before the first time"""
+    cores: float | None
+    """cores that it has kept busy lately; None before the second answer"""
+    rates: Mapping[str, float]
+    """by how much each of its facts has grown lately, a second; none before the second answer"""
+
+
+class Health:
+    """A process as its controller sees it: its open calls, what it has said of itself lately, whether it is gone."""
+
+    def __init__(self, name: str, ask: Callable[[], Awaitable[Stats]]) -> None:
+        """`ask` has the process say how it is, beside whatever else it does; raises ActorDied."""
+        self.name = name
+        self.died = ""
+        """Why the process is gone, once that has been found out."""
+        self._ask = ask
+        self._question: asyncio.Future[Stats] | None = None
+        self._asked = 0.0
+        self._silent_s = 0.0
+        self._heard: deque[Stats] = deque(maxlen=_KEPT)
+        self._calls: dict[int, tuple[str, float]] = {}
+        self._numbers = count()
+        self._answered = 0
+
+    @contextlib.contextmanager
+    def call(self, method: str) -> Iterator[None]:
+        """While the block lasts a call has no answer yet; notes the death that ends it."""
+        number = next(self._numbers)
+        self._calls[number] = (method, time.monotonic())
+        try:
+            yield
+        except ActorDied as error:
+            self.died = error.reason
+            raise
+        finally:
+            del self._calls[number]
+            self._answered += 1
+
+    async def attend(self, deadline_s: float) -> None:
+        """Ask the process how it is; no error, and at most `deadline_s` seconds.
+
+        One that does not answer is not asked again before it has. Its silence is counted while somebody looks, so that
+        a caller that was busy itself takes nobody for silent.
+        """
+        if self._question is None:
+            self._question, self._asked = asyncio.ensure_future(self._ask()), time.monotonic()
+        question = self._question
+        done, _ = await asyncio.wait({question}, timeout=deadline_s)
+        if not done:
+            self._silent_s = time.monotonic() - self._asked
+        if not done or question is not self._question:  # somebody else has taken the answer
+            return
+        self._question = None
+        try:
+            self._hear(question.result())
+        except ActorDied as error:
+            self.died = error.reason
+
+    def status(self) -> ProcessStatus:
+        """How it is as far as is known; from any thread."""
+        now, heard = time.monotonic(), list(self._heard)
+        waiting = tuple((method, now - since) for method, since in list(self._calls.values()))
+        facts = heard[-1].facts if heard else {}
+        rates = {name: _rate(heard, lambda one, name=name: one.facts.get(name, 0.0)) for name in facts}
+        return ProcessStatus(
+            name=self.name,
+            state=self._state(heard[-1] if heard else None, bool(waiting)),
+            waiting=waiting,
+            answered=self._answered,
+            died=self.died,
+            silent_s=self._silent_s,
+            vitals=heard[-1] if heard else None,
+            cores=_rate(heard, lambda one: one.cpu_s),
+            rates={name: rate for name, rate in rates.items() if rate is not None},
+        )
+
+    def _hear(self, stats: Stats) -> None:
+        self._silent_s = 0.0
+        if self._heard and self._heard[-1].pid != stats.pid:
+            self._heard.clear()
+        self._heard.append(stats)
+
+    def _state(self, last: Stats | None, called: bool) -> str:
+        if self.died:
+            return "dead"
+        if last is None and self._silent_s:
+            return "starting"
+        if self._silent_s > SILENT_S:
+            return "silent"
+        facts = last.facts if last else {}
+        if facts.get("paused"):
+            return "paused"
+        return "working" if called or (last and last.doing) or facts.get("waiting") or facts.get("running") else "idle"
+
+
+def _rate(heard: list[Stats], number: Callable[[Stats], float]) -> float | None:
+    """By how much a number has grown over some answers, a second; None before the second."""
+    if len(heard) < 2 or heard[-1].at <= heard[0].at:
+        return None
+    return max(0.0, (number(heard[-1]) - number(heard[0])) / (heard[-1].at - heard[0].at))
+
+
+class Monitor:
+    """What there is to see of one command: its processes, waits and phases, and whether scores can be had.
+
+    Made by the command, and given to whoever starts processes or waits, who keeps it true, and to whoever shows it.
+    """
 
     def __init__(self) -> None:
-        self.silent_s = 0.0
-        """Seconds for which the last question has had no answer, when it was last looked."""
-        self._heard: deque[Vitals] = deque(maxlen=_KEPT)
+        self.waits = Waits()
+        self.health: set[Health] = set()
+        """Of each process that has been started and not been ended."""
+        self.sources: set[Any] = set()
+        """Objects of this process that say how they stand, such as the buffer of the stage that is at work."""
+        self.reward_clients: set[RewardClient] = set()
+        """Clients of the reward service, which know whether the run is paused."""
+        self.phases: list[tuple[str, str]] = []
+        """(name, stage) of those that are under way, the outermost first."""
+
+    @contextlib.contextmanager
+    def phase(self, name: str, stage: str) -> Iterator[None]:
+        """A phase of a stage is under way until the block ends."""
+        self.phases.append((name, stage))
+        try:
+            yield
+        finally:
+            self.phases.remove((name, stage))
+
+    @contextlib.asynccontextmanager
+    async def attending(self, every_s: float = INTERVAL_S) -> AsyncIterator[None]:
+        """Until the block ends, ask every process, this one too, how it is, and every wait for its words."""
+        controller = Health("controller", lambda: asyncio.to_thread(measure, self, family=False))
+        self.health.add(controller)
+        task = asyncio.create_task(self._attend(every_s), name="attending")
+        try:
+            yield
+        finally:
+            self.health.discard(controller)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _attend(self, every_s: float) -> None:
+        while True:
+            try:
+                for wait in self.waits.open:
+                    wait.look()
+                await asyncio.gather(*(health.attend(every_s / 2) for health in list(self.health)))
+            except Exception:  # what is shown of a run must not stop it
+                log.exception("the state of a process could not be asked for")
+            await asyncio.sleep(every_s)
+
+    def processes(self) -> list[ProcessStatus]:
+        """Every process: the controller, learner ranks, generators, reward replicas; from any thread."""
+        return sorted((health.status() for health in list(self.health)), key=lambda one: _order(one.name))
 
     @property
-    def last(self) -> Vitals | None:
-        """The newest; None before the first."""
-        return self._heard[-1] if self._heard else None
-
-    def heard(self, vitals: Vitals) -> None:
-        """Take an answer."""
-        self.silent_s = 0.0
-        if self._heard and self._heard[-1].pid != vitals.pid:
-            self._heard.clear()
-        self._heard.append(vitals)
-
-    @property
-    def cores(self) -> float | None:
-        """Cores that it has kept busy lately; None before the second answer."""
-        return self._rate(lambda vitals: vitals.cpu_s)
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """By how much each fact has grown lately, a second; nothing before the second answer."""
-        rates = {
-            name: self._rate(lambda v, name=name: v.facts.get(name, 0.0)) for name in (self.last or _NOTHING).facts
-        }
-        return {name: rate for name, rate in rates.items() if rate is not None}
-
-    def _rate(self, number: Any) -> float | None:
-        heard = list(self._heard)
-        if len(heard) < 2 or heard[-1].at <= heard[0].at:
-            return None
-        return max(0.0, (number(heard[-1]) - number(heard[0])) / (heard[-1].at - heard[0].at))
-
-
-_NOTHING = Vitals(at=0.0, pid=0, node="", resident=0, cpu_s=0.0, gpu=None, doing="", doing_s=0.0, facts={})
-
-
-class Controller:
-    """The run's own process, shown beside those that it holds handles of."""
+    def paused(self) -> "Pause | None":
+        """Since when and why the run waits for scores; None while it does not."""
+        return next((client.paused for client in list(self.reward_clients) if client.paused), None)
 
     def stats(self) -> dict[str, float]:
-        """What the objects in OWN say."""
-        return {name: value for obj in list(OWN) for name, value in obj.stats().items()}
+        """What the objects of this process say of themselves."""
+        return {name: value for obj in list(self.sources) for name, value in obj.stats().items()}
+
+
+def _order(name: str) -> tuple[int, list[int], str]:
+    kind = name.partition("-")[0]
+    return _KINDS.index(kind) if kind in _KINDS else len(_KINDS), [int(n) for n in re.findall(r"\d+", name)], name

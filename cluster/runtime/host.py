@@ -29,7 +29,7 @@ import ray.cloudpickle
 import ray.util
 
 from cluster.config.redaction import Output, redact
-from cluster.runtime.health import Vitals, measure
+from cluster.runtime.health import Stats, measure
 from cluster.runtime.orphans import watch
 from reward_server.address import ADDRESS_VARIABLE
 
@@ -130,7 +130,7 @@ class Host:
         chains += [_awaited(call) for call in self._open]
         return "\n".join("".join(traceback.StackSummary.extract(chain).format()) for chain in chains if chain)
 
-    async def vitals(self) -> Vitals:
+    async def stats(self) -> Stats:
         """What this process takes and does; on a thread of its own, so that it holds up nothing."""
         made = self._object.done() and self._object.exception() is None
         doing, since = self._doing

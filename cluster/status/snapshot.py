@@ -6,166 +6,51 @@ beside the work. The file needs no connection to the run, so `rayward status` wo
 directory.
 """
 
-import asyncio
 import contextlib
 import json
-import logging
 import os
-import re
 import socket
 import statistics
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from actors.waits import waits
 from cluster.rundir.files import read_metrics, read_rows
-from cluster.runtime.handle import LIVE, Handle, local
-from cluster.runtime.health import SCORERS, Controller, Vitals
+from cluster.runtime.health import INTERVAL_S, SILENT_S, Monitor
 from cluster.runtime.repeating import repeating
 
 FILE = "status.json"
-INTERVAL_S = 2.0
-"""Seconds between two writes, and between two questions to a process."""
-_SILENT_S = 5 * INTERVAL_S  # after which a run, or a process, counts as gone or stuck
 _PACE_STEPS = 10  # steps that the time left is reckoned from
 _ALERTS = 5  # of the newest
-_KINDS = ("controller", "learner", "generator", "reward")
-_PHASES: list[tuple[str, str]] = []  # (name, stage) of those that are under way, the outermost first
-log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessStatus:
-    """The controller, an actor, a learner rank or a reward replica, as the controller sees it."""
-
-    name: str
-    """generator-0, learner-1, reward-0, .."""
-    state: str
-    """starting, idle, working, paused (it stands still while weights arrive), silent or dead"""
-    waiting: tuple[tuple[str, float], ...]
-    """(method, seconds) of each call that the controller waits for, the oldest first"""
-    answered: int
-    """calls answered since it started"""
-    died: str
-    """why it is gone; empty while it lives"""
-    silent_s: float
-    """seconds for which it has not said how it is; 0 when it has"""
-    vitals: Vitals | None
-    """what it takes and does, as it said last; None before the first time"""
-    cores: float | None
-    """cores that it has kept busy lately"""
-    rates: Mapping[str, float]
-    """by how much each of its facts has grown lately, a second"""
-
-    @classmethod
-    def of(cls, handle: Handle) -> "ProcessStatus":
-        """The status behind a handle."""
-        waiting, pulse = tuple(handle.waiting), handle.pulse
-        return cls(
-            name=handle.name,
-            state=_process_state(handle, bool(waiting)),
-            waiting=waiting,
-            answered=handle.answered,
-            died=handle.died,
-            silent_s=pulse.silent_s,
-            vitals=pulse.last,
-            cores=pulse.cores,
-            rates=pulse.rates,
-        )
-
-
-def _process_state(handle: Handle, called: bool) -> str:
-    last, silent_s = handle.pulse.last, handle.pulse.silent_s
-    if handle.died:
-        return "dead"
-    if last is None and silent_s:
-        return "starting"
-    if silent_s > _SILENT_S:
-        return "silent"
-    facts = last.facts if last else {}
-    if facts.get("paused"):
-        return "paused"
-    return "working" if called or (last and last.doing) or facts.get("waiting") or facts.get("running") else "idle"
-
-
-def processes() -> list[ProcessStatus]:
-    """Every process that there is a live handle of: the controller, learner ranks, generators, reward replicas."""
-    return sorted((ProcessStatus.of(handle) for handle in list(LIVE)), key=lambda one: _order(one.name))
-
-
-def _order(name: str) -> tuple[int, list[int], str]:
-    kind = name.partition("-")[0]
-    return _KINDS.index(kind) if kind in _KINDS else len(_KINDS), [int(n) for n in re.findall(r"\d+", name)], name
-
-
-@contextlib.asynccontextmanager
-async def attending(every_s: float = INTERVAL_S) -> AsyncIterator[None]:
-    """Until the block ends, ask every process for its vitals and have every wait say its words, beside the work."""
-    me = local(Controller(), "controller")
-
-    async def work() -> None:
-        while True:
-            try:
-                for wait in waits():
-                    wait.look()
-                await asyncio.gather(*(handle.attend(every_s / 2) for handle in list(LIVE)))
-            except Exception:  # what is shown of a run must not stop it
-                log.exception("the state of a process could not be asked for")
-            await asyncio.sleep(every_s)
-
-    task = asyncio.create_task(work(), name="attending")
-    try:
-        yield
-    finally:
-        me.kill()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
-@contextlib.contextmanager
-def under_way(phase: str, stage: str) -> Iterator[None]:
-    """Have the status say that a phase of a stage is under way until the block ends."""
-    _PHASES.append((phase, stage))
-    try:
-        yield
-    finally:
-        _PHASES.remove((phase, stage))
-
-
-def snapshot(command: str) -> dict[str, Any]:
-    """What RUN/status.json holds: this process, every live handle and every wait, as JSON values."""
+def snapshot(command: str, monitor: Monitor) -> dict[str, Any]:
+    """What RUN/status.json holds: what a monitor sees, as JSON values."""
+    pause = monitor.paused
     return {
         "time": time.time(),
         "command": command,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "phases": [{"phase": phase, "stage": stage} for phase, stage in _PHASES],
-        "processes": [asdict(process) for process in processes()],
-        "paused": _paused(),
-        "waits": [{"who": wait.who, "for": wait.text, "seconds": wait.seconds} for wait in waits()],
+        "phases": [{"phase": phase, "stage": stage} for phase, stage in monitor.phases],
+        "processes": [asdict(process) for process in monitor.processes()],
+        "paused": pause and {"reason": pause.reason, "seconds": time.time() - pause.since},
+        "waits": [{"who": wait.who, "for": wait.text, "seconds": wait.seconds} for wait in monitor.waits.open],
     }
 
 
-def _paused() -> dict[str, Any] | None:
-    """Since when and why the run waits for scores."""
-    pause = next((client.paused for client in list(SCORERS) if client.paused), None)
-    return None if pause is None else {"reason": pause.reason, "seconds": time.time() - pause.since}
-
-
 @contextlib.contextmanager
-def reporting(run_dir: Path, command: str, interval_s: float = INTERVAL_S) -> Iterator[None]:
+def reporting(run_dir: Path, command: str, monitor: Monitor, interval_s: float = INTERVAL_S) -> Iterator[None]:
     """Keep RUN/status.json up to date until the block ends, and say there how it ended."""
     started = time.time()
 
     def write(**more: str) -> None:
         aside = run_dir / f".{FILE}.{os.getpid()}"
         with contextlib.suppress(OSError):  # a full disk must not stop the run that it reports on
-            aside.write_text(json.dumps({**snapshot(command), "started": started, **more}))
+            aside.write_text(json.dumps({**snapshot(command, monitor), "started": started, **more}))
             aside.replace(run_dir / FILE)
 
     write()
@@ -207,7 +92,7 @@ def _state(status: Mapping[str, Any]) -> str:
         return ended
     if status["host"] == socket.gethostname() and not Path(f"/proc/{status['pid']}").exists():
         return "killed"
-    if status["silent_s"] >= _SILENT_S:
+    if status["silent_s"] >= SILENT_S:
         return "silent"
     return "paused" if status.get("paused") else "running"
 

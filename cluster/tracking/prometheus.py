@@ -12,16 +12,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from actors.waits import waits
-from cluster.runtime.health import SCORERS
-from cluster.status.snapshot import processes
+from cluster.runtime.health import Monitor
 
 
 class Exporter:
     """Serves GET /metrics on `host:port` until it is closed."""
 
-    def __init__(self, run: str, host: str, port: int) -> None:
-        """`run` labels everything. Raises ValueError when the port is taken."""
+    def __init__(self, run: str, monitor: Monitor, host: str, port: int) -> None:
+        """`run` labels everything; `monitor` knows the processes. Raises ValueError when the port is taken."""
         self._run = run
         self._registry = CollectorRegistry()
         self._values = Gauge(
@@ -29,7 +27,7 @@ class Exporter:
         )
         self._steps = Gauge("rayward_step", "Newest step", ["run", "stage"], registry=self._registry)
         self._alerts = Counter("rayward_alerts", "Alerts by kind", ["run", "kind"], registry=self._registry)
-        self._registry.register(_Processes(run))
+        self._registry.register(_Processes(run, monitor))
         try:
             self._server: WSGIServer
             self._server, self._thread = start_http_server(port, host, self._registry)
@@ -76,10 +74,11 @@ _COUNTERS = {"tokens": "Tokens sampled", "scored": "Responses scored"}
 
 
 class _Processes(Collector):
-    """The processes that the controller holds handles of, and who waits, as they are at the moment of a scrape."""
+    """The processes of a command, and who waits, as they are at the moment of a scrape."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, monitor: Monitor) -> None:
         self._run = run
+        self._monitor = monitor
 
     def collect(self) -> Iterator[Metric]:
         labels = ["run", "process", "kind"]
@@ -94,7 +93,7 @@ class _Processes(Collector):
             family = found.setdefault(name, CounterMetricFamily(f"rayward_process_{name}", text, labels=labels))
             family.add_metric(names, value)  # pyright: ignore[reportAttributeAccessIssue]
 
-        for one in processes():
+        for one in self._monitor.processes():
             names = [self._run, one.name, re.sub(r"[-0-9.]+$", "", one.name)]
             gauge("alive", "1 unless it was found dead", 0.0 if one.died else 1.0)
             gauge("open_calls", "Calls without an answer yet", len(one.waiting))
@@ -114,9 +113,9 @@ class _Processes(Collector):
                     gauge(name, _GAUGES[name], value)
         yield from found.values()
         wait = GaugeMetricFamily("rayward_wait_seconds", "How long it has waited for somebody", labels=["run", "who"])
-        for who, seconds in {one.who: one.seconds for one in reversed(waits())}.items():
+        for who, seconds in {one.who: one.seconds for one in reversed(self._monitor.waits.open)}.items():
             wait.add_metric([self._run, who], seconds)
         yield wait
         waits_for_scores = GaugeMetricFamily("rayward_paused", "1 while the run waits for scores", labels=["run"])
-        waits_for_scores.add_metric([self._run], float(any(client.paused for client in list(SCORERS))))
+        waits_for_scores.add_metric([self._run], float(self._monitor.paused is not None))
         yield waits_for_scores

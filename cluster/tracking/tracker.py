@@ -20,8 +20,8 @@ from typing import Any, Self
 from cluster.config.schema import TrackingConfig
 from cluster.rundir.history import area, forget_stage, has_all, last_steps, remember_run
 from cluster.rundir.lineage import Artefact
+from cluster.runtime.health import Monitor
 from cluster.runtime.repeating import repeating
-from cluster.status.snapshot import under_way
 from cluster.tracking.alerts import Alert, Alerts
 from cluster.tracking.console import Console
 from cluster.tracking.prometheus import Exporter
@@ -52,6 +52,7 @@ class Tracker:
         settings: Mapping[str, Any] | None = None,
         console: Console | None = None,
         run_id: str | None = None,
+        monitor: Monitor | None = None,
         wandb: Any = None,
     ) -> None:
         """
@@ -59,11 +60,13 @@ class Tracker:
         settings: the resolved configuration, for W&B.
         console: where headlines and phases are shown.
         run_id: of the W&B run to go on with, which is not sent again what it has; None begins one.
+        monitor: is told of the phases, and knows the processes that Prometheus is shown.
         wandb: stands in for the wandb module in tests.
         """
         self.run_dir = run_dir
         self._prefix = ""
         self.console = console or Console()
+        self._monitor = monitor or Monitor()
         self._lock = threading.Lock()
         self._start: dict[str, Any] = {
             "project": config.project,
@@ -104,7 +107,9 @@ class Tracker:
     def __enter__(self) -> Self:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self._config.prometheus_port:
-            exporter = Exporter(self.run_dir.name, self._config.prometheus_host, self._config.prometheus_port)
+            exporter = Exporter(
+                self.run_dir.name, self._monitor, self._config.prometheus_host, self._config.prometheus_port
+            )
             self._closing.callback(exporter.close)
             self._sinks.append(exporter.step)
             self._counted = exporter.alert
@@ -147,7 +152,7 @@ class Tracker:
         """Show and record how long a phase takes, even if it fails; `stage` is what it belongs to."""
         started = time.monotonic()
         try:
-            with self.console.phase(name), under_way(name, stage or name):
+            with self.console.phase(name), self._monitor.phase(name, stage or name):
                 yield
         finally:
             seconds = time.monotonic() - started

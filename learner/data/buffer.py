@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from actors.trajectory import BufferClosed, StaleTrajectories, Ticket, Trajectory
-from actors.waits import reported
+from actors.waits import Waits
 from learner.data.ledger import Ledger
 
 _NAMED_IN_ERRORS = 8
@@ -38,11 +38,13 @@ class Buffer:
         clock: Callable[[], float] = time.monotonic,
         waiting: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
         paused_s: Callable[[], float] = lambda: 0.0,
+        waits: Waits | None = None,
     ) -> None:
         """`batches`: how many the run takes in all, if that is known: nothing is sampled for a later one.
 
         `waiting`: entered whenever the learner has to wait for a batch, and so has no use for its processes.
         `paused_s`: seconds for which the run has been paused so far; the deadline of a batch does not count them.
+        `waits`: of the run.
         """
         assert min(prompts_per_batch, samples_per_prompt) >= 1, (prompts_per_batch, samples_per_prompt)
         assert min(max_staleness, version) >= 0, (max_staleness, version)
@@ -55,6 +57,7 @@ class Buffer:
         self._clock = clock
         self._waiting = waiting
         self._paused_s = paused_s
+        self._waits = waits or Waits()
         self._admitted = version * prompts_per_batch
         self._taken = version * prompts_per_batch
         self._again: list[Ticket] = []
@@ -235,7 +238,7 @@ class Buffer:
         if all(number in self._ready for number in numbers):
             return
         async with self._waiting():
-            with reported("the learner", lambda: f"batch {self.version}: {self._lack(numbers)}"):
+            with self._waits.reported("the learner", lambda: f"batch {self.version}: {self._lack(numbers)}"):
                 while any(number not in self._ready for number in numbers):
                     await self._bell.wait()
 

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, Protocol
 
 from actors.transfer import Manifest, Rendezvous, mismatched
-from actors.waits import reported
+from actors.waits import Waits
 from learner.config import PublishConfig
 
 _ATTEMPTS = 2  # how often in all to try a transfer that breaks although everybody lives
@@ -113,12 +113,20 @@ class Probe:
 class Publisher:
     """Keeps the transfer group of a learner and its generators, and publishes versions through it."""
 
-    def __init__(self, source: Source, config: PublishConfig, probes: Sequence[Probe], workers: int = 1) -> None:
-        """`probes`: what to compare log-probs on; `workers`: receiving processes a generator."""
+    def __init__(
+        self,
+        source: Source,
+        config: PublishConfig,
+        probes: Sequence[Probe],
+        workers: int = 1,
+        waits: Waits | None = None,
+    ) -> None:
+        """`probes`: what to compare log-probs on; `workers`: receiving processes a generator; `waits`: of the run."""
         self.source = source
         self.config = config
         self.probes = probes
         self.workers = workers
+        self._waits = waits or Waits()
         self._epoch = 0
         self._members: dict[str, Receiver] = {}  # of the current epoch; empty without a usable group
         self._manifest: Manifest | None = None
@@ -257,7 +265,7 @@ class Publisher:
             return f"{names} to {phase} (deadline {seconds:g} s)"
 
         try:
-            with reported("publishing", waiting):
+            with self._waits.reported("publishing", waiting):
                 done, pending = await asyncio.wait(tasks.values(), timeout=seconds, return_when=until)
         finally:
             for task in tasks.values():

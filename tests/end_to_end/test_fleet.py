@@ -15,7 +15,7 @@ from cluster.fleet.fleet import Fleet
 from cluster.fleet.processes import Processes
 from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import Alignment
-from cluster.runtime.actor import RemoteHandle
+from cluster.runtime.actor import Handle
 from cluster.runtime.resources import default_plan
 from cluster.runtime.session import start_ray
 from cluster.tracking.tracker import Tracker
@@ -102,7 +102,7 @@ class Chaos:
     async def pid(self, name: str) -> int:
         member = self.fleet._places[name].member
         assert member is not None
-        assert isinstance(member.worker, RemoteHandle)
+        assert isinstance(member.worker, Handle)
         return await member.worker.ready(5.0)
 
     async def until(self, condition: Any, seconds: float = 60.0) -> None:

@@ -5,7 +5,6 @@ import asyncio
 import pytest
 import torch
 
-from cluster.runtime.handle import local
 from reward_server import service
 from reward_server.bearer import TOKEN_VARIABLE
 from reward_server.client import RewardClient, RewardUnavailable
@@ -130,17 +129,3 @@ def test_a_source_that_cannot_load_is_an_error_at_the_start(tmp_path):
     missing = SourceConfig(parts=(PartConfig(kind="function", target="no_such_module:score"),))
     with pytest.raises(ValueError, match="no_such_module"):
         RewardService(missing, None, threads=1).start(loopback=True)
-
-
-def test_a_function_that_hangs_is_told_at_the_deadline_of_the_start(tmp_path, monkeypatch):
-    (tmp_path / "slow_rewards.py").write_text(
-        "import time\ndef score(prompts, responses):\n    time.sleep(1.0)\n    return [0.0] * len(responses)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    config = SourceConfig(parts=(PartConfig(kind="function", target="slow_rewards:score"),))
-    held = RewardService(config, None, threads=1)
-    handle = local(held, name="reward")
-    with pytest.raises(TimeoutError, match=r"'reward': start\(\) did not answer within 0.1 s"):
-        asyncio.run(handle.call("start", True, deadline_s=0.1))
-    handle._compute.shutdown(wait=True)
-    held.close()

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from actors.waits import waits
+from actors.waits import Waits
 from cluster.config.schema import FleetConfig
 from cluster.fleet.reward_replicas import scorers
-from cluster.runtime.handle import ActorDied, Handle, LocalHandle
-from cluster.runtime.health import Vitals
+from cluster.runtime.health import ActorDied, Health, Stats, measure
 from reward_server.app import ScoreServer, serve
 from reward_server.client import RewardClient
 from reward_server.config import PartConfig, SourceConfig
@@ -23,15 +22,17 @@ QUICK = FleetConfig(backoff_s=0.05, watch_s=0.02, max_restarts=2)
 ASKED = [ScoreRequest(id="a", prompt=(Message(role="user", content="Hi"),), response="one two", ended=True)]
 
 
-class Mortal(LocalHandle):
-    """A handle of nothing, whose process is dead once `dead` says why."""
+class Mortal(Health):
+    """The health of a process that is dead once `dead` says why."""
 
-    dead = ""
+    def __init__(self, name: str) -> None:
+        super().__init__(name, self._say)
+        self.dead = ""
 
-    async def _vitals(self) -> Vitals:
+    async def _say(self) -> Stats:
         if self.dead:
             raise ActorDied(self.name, self.dead)
-        return await super()._vitals()
+        return measure(None)
 
 
 @dataclass
@@ -43,22 +44,21 @@ class Machine:
     """whether no other one starts"""
 
     @contextlib.asynccontextmanager
-    async def start(self, name: str) -> AsyncIterator[tuple[Handle, str]]:
+    async def start(self, name: str) -> AsyncIterator[tuple[Health, str]]:
         if self.broken:
             raise ValueError("no memory is left")
         server = serve(build_source(SourceConfig(parts=(PartConfig(name="words", kind="length"),))))
-        handle = Mortal(object(), name, 5.0)
-        self.lives.setdefault(name, []).append((handle, server))
+        health = Mortal(name)
+        self.lives.setdefault(name, []).append((health, server))
         try:
-            yield handle, server.url
+            yield health, server.url
         finally:
-            handle.kill()
             await self.end(server)
 
     async def kill(self, name: str) -> None:
-        handle, server = self.lives[name][-1]
+        health, server = self.lives[name][-1]
         await self.end(server)
-        handle.dead = "out of memory"
+        health.dead = "out of memory"
 
     async def end(self, server: ScoreServer) -> None:
         server._server.force_exit = True  # else it waits for connections that are kept alive
@@ -76,19 +76,19 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_replica_that_dies_is_started_again_and_asked_at_its_new_address(caplog: pytest.LogCaptureFixture) -> None:
-    machine = Machine()
+    machine, waits = Machine(), Waits()
 
     async def scenario() -> None:
-        async with scorers(["reward-0", "reward-1"], machine.start, connect, QUICK) as client:
+        async with scorers(["reward-0", "reward-1"], machine.start, connect, QUICK, waits) as client:
             first = client.urls
             await machine.kill("reward-1")
             assert (await client.score(ASKED))[0].score == 2.0, "the other one answers meanwhile"
-            await until(lambda: any(wait.who == "reward-1" for wait in waits()))
+            await until(lambda: any(wait.who == "reward-1" for wait in waits.open))
             await until(lambda: len(machine.lives["reward-1"]) == 2 and client.urls != first)
             assert client.urls[0] == first[0]
             await machine.kill("reward-0")
             assert (await client.score(ASKED))[0].score == 2.0, "now it is asked itself"
-        assert not waits()
+        assert not waits.open
 
     asyncio.run(scenario())
     assert "reward-1 is lost: out of memory. It is started again in 0.05 s" in caplog.text
@@ -98,7 +98,7 @@ def test_a_lone_replica_pauses_the_run_only_until_it_is_back() -> None:
     machine = Machine()
 
     async def scenario() -> float:
-        async with scorers(["reward-0"], machine.start, connect, QUICK) as client:
+        async with scorers(["reward-0"], machine.start, connect, QUICK, Waits()) as client:
             await machine.kill("reward-0")
             return (await client.score(ASKED))[0].score
 
@@ -110,7 +110,7 @@ def test_one_that_cannot_be_started_stays_away_and_the_run_goes_on(caplog: pytes
     machine = Machine()
 
     async def scenario() -> float:
-        async with scorers(["reward-0", "reward-1"], machine.start, connect, QUICK) as client:
+        async with scorers(["reward-0", "reward-1"], machine.start, connect, QUICK, Waits()) as client:
             machine.broken = True
             await machine.kill("reward-0")
             await until(lambda: any(record.levelno == logging.ERROR for record in caplog.records))
@@ -123,7 +123,7 @@ def test_one_that_cannot_be_started_stays_away_and_the_run_goes_on(caplog: pytes
 
 def test_what_keeps_the_first_from_starting_ends_the_run() -> None:
     async def scenario() -> None:
-        async with scorers(["reward-0"], Machine(broken=True).start, connect, QUICK):
+        async with scorers(["reward-0"], Machine(broken=True).start, connect, QUICK, Waits()):
             raise AssertionError
 
     with pytest.raises(ValueError, match="no memory is left"):

@@ -18,6 +18,7 @@ from cluster.config.load import ConfigError
 from cluster.jobs import commands
 from cluster.jobs.package import SETTINGS
 from cluster.jobs.submit import JobError, Order, check, connect, follow, job, jobs, logs, stop
+from cluster.runtime.health import Monitor
 from cluster.runtime.orphans import kill_marked
 from cluster.status.snapshot import reporting
 from reward_server.address import free_port
@@ -278,7 +279,7 @@ def test_a_job_that_fails_says_why_without_the_secrets_in_it(head, completions, 
 
 @pytest.mark.slow
 def test_how_a_run_stands_can_be_asked_there(cluster, tmp_path, capfd):
-    with reporting(tmp_path, "ppo"):
+    with reporting(tmp_path, "ppo", Monitor()):
         pass
     assert rayward("submit", "--address", cluster, "status", tmp_path) == 0
     assert f"rayward ppo {tmp_path}: done" in " ".join(capfd.readouterr().out.split())

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.runtime.actor import ActorOptions, RemoteError, RemoteHandle, remote
-from cluster.runtime.handle import ActorDied
+from cluster.runtime.actor import ActorOptions, Handle, RemoteError, python_path, remote
+from cluster.runtime.health import ActorDied
 from cluster.runtime.placement import place
 from cluster.runtime.resources import Process, ResourceError
 from cluster.runtime.session import start_ray
+from reward_server.config import PartConfig, SourceConfig
+from reward_server.service import RewardService
 
 
 class Refusal(ValueError):
@@ -35,6 +37,10 @@ class Refusal(ValueError):
 
 def _refusal(value: int) -> Refusal:
     return Refusal(value=value)
+
+
+class Clashing:
+    def kill(self) -> None: ...
 
 
 class Unpicklable(Exception):
@@ -97,8 +103,8 @@ class Worker:
     async def was_cancelled(self) -> bool:
         return self.cancelled
 
-    async def out_of_time(self) -> None:
-        raise TimeoutError("the method's own")
+    async def out_of_time(self, deadline_s: float) -> None:
+        raise TimeoutError(f"the method's own {deadline_s}")
 
     def surroundings(self) -> dict[str, Any]:
         return {
@@ -131,7 +137,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def worker(session: Path) -> Iterator[RemoteHandle]:
+def worker(session: Path) -> Iterator[Handle]:
     """The actor of the tests that leave it as it is."""
     options = ActorOptions(
         name="worker-7",
@@ -162,7 +168,7 @@ def all_gone(pids: list[int], within_s: float) -> bool:
     return not any(alive(pid) for pid in pids)
 
 
-def test_methods_are_awaited_in_a_process_of_its_own(worker: RemoteHandle) -> None:
+def test_methods_are_awaited_in_a_process_of_its_own(worker: Handle) -> None:
     async def scenario() -> None:
         pid = await worker.ready(deadline_s=60)
         assert pid != os.getpid()
@@ -173,7 +179,7 @@ def test_methods_are_awaited_in_a_process_of_its_own(worker: RemoteHandle) -> No
     asyncio.run(scenario())
 
 
-def test_sync_methods_keep_their_order_although_large_arguments_arrive_late(worker: RemoteHandle) -> None:
+def test_sync_methods_keep_their_order_although_large_arguments_arrive_late(worker: Handle) -> None:
     large = np.zeros(3_000_000, np.float32)  # through the object store, so it takes longer than the next call
 
     async def scenario() -> list[int]:
@@ -184,7 +190,7 @@ def test_sync_methods_keep_their_order_although_large_arguments_arrive_late(work
     assert asyncio.run(scenario()) == list(range(30))
 
 
-def test_async_methods_overlap_each_other_and_a_busy_sync_method(worker: RemoteHandle) -> None:
+def test_async_methods_overlap_each_other_and_a_busy_sync_method(worker: Handle) -> None:
     async def scenario() -> None:
         busy = asyncio.ensure_future(worker.block(1.5))
         start = time.monotonic()
@@ -196,24 +202,24 @@ def test_async_methods_overlap_each_other_and_a_busy_sync_method(worker: RemoteH
     asyncio.run(scenario())
 
 
-def test_exceptions_come_back_as_themselves_with_the_actor_and_its_traceback(worker: RemoteHandle) -> None:
+def test_exceptions_come_back_as_themselves_with_the_actor_and_its_traceback(worker: Handle) -> None:
     with pytest.raises(Refusal, match="refused 3") as caught:
         asyncio.run(worker.refuse(3))
     assert caught.value.value == 3
     (note,) = caught.value.__notes__
     assert "worker-7" in note
     assert "in refuse" in note
-    with pytest.raises(TimeoutError, match="the method's own"):
-        asyncio.run(worker.out_of_time())
+    with pytest.raises(TimeoutError, match="the method's own 3"):
+        asyncio.run(worker.out_of_time(deadline_s=3))
 
 
-def test_an_exception_that_cannot_be_pickled_still_tells_what_happened(worker: RemoteHandle) -> None:
+def test_an_exception_that_cannot_be_pickled_still_tells_what_happened(worker: Handle) -> None:
     with pytest.raises(RemoteError, match=r"worker-7.*Unpicklable: one"):
         asyncio.run(worker.refuse_strangely())
     assert asyncio.run(worker.add(0)) > 0
 
 
-def test_a_call_whose_argument_cannot_be_read_does_not_hold_up_the_next(worker: RemoteHandle) -> None:
+def test_a_call_whose_argument_cannot_be_read_does_not_hold_up_the_next(worker: Handle) -> None:
     async def scenario() -> None:
         with pytest.raises(RemoteError, match="worker-7"):
             await worker.add(BadArgument())
@@ -224,7 +230,7 @@ def test_a_call_whose_argument_cannot_be_read_does_not_hold_up_the_next(worker: 
     asyncio.run(scenario())
 
 
-def test_a_missed_deadline_names_actor_method_seconds_and_place(worker: RemoteHandle) -> None:
+def test_a_missed_deadline_names_actor_method_seconds_and_place(worker: Handle) -> None:
     async def scenario() -> None:
         with pytest.raises(TimeoutError, match=r"'worker-7': block\(\) did not answer within 0.3 s") as caught:
             await worker.call("block", 1.5, deadline_s=0.3)
@@ -234,7 +240,7 @@ def test_a_missed_deadline_names_actor_method_seconds_and_place(worker: RemoteHa
     asyncio.run(scenario())
 
 
-def test_an_async_call_that_nobody_waits_for_is_cancelled_in_the_actor(worker: RemoteHandle) -> None:
+def test_an_async_call_that_nobody_waits_for_is_cancelled_in_the_actor(worker: Handle) -> None:
     async def scenario() -> None:
         assert not await worker.was_cancelled()
         with pytest.raises(TimeoutError, match=r"in wait[\s\S]*await asyncio.sleep"):
@@ -246,7 +252,7 @@ def test_an_async_call_that_nobody_waits_for_is_cancelled_in_the_actor(worker: R
     asyncio.run(scenario())
 
 
-def test_threads_environment_and_cores_are_as_told(worker: RemoteHandle) -> None:
+def test_threads_environment_and_cores_are_as_told(worker: Handle) -> None:
     found = asyncio.run(worker.surroundings())
     assert found["threads"] == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COLOUR": "green"}
     assert found["cores"] == [min(os.sched_getaffinity(0))]
@@ -254,7 +260,7 @@ def test_threads_environment_and_cores_are_as_told(worker: RemoteHandle) -> None
 
 
 def test_output_of_actor_and_children_goes_to_its_log_file(
-    worker: RemoteHandle, session: Path, capfd: pytest.CaptureFixture[str]
+    worker: Handle, session: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asyncio.run(worker.print_lines())
     log = (session / "actors" / "worker-7.log").read_text()
@@ -266,7 +272,7 @@ def test_output_of_actor_and_children_goes_to_its_log_file(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_handle_has_the_public_methods_only_and_stays_where_it_is(worker: RemoteHandle) -> None:
+def test_a_handle_has_the_public_methods_only_and_stays_where_it_is(worker: Handle) -> None:
     with pytest.raises(AttributeError, match=r"'worker-7' \(Worker\) has no public method 'vanish'.*'add'"):
         worker.vanish  # noqa: B018
     with pytest.raises(AttributeError, match="no public method '_private'"):
@@ -372,11 +378,13 @@ def test_torch_computes_with_the_threads_of_the_options(session: Path) -> None:
     handle.kill()
 
 
-def test_options_that_leak_a_secret_or_have_no_thread_are_refused(session: Path) -> None:
+def test_options_that_leak_a_secret_or_have_no_thread_and_names_that_clash_are_refused(session: Path) -> None:
     with pytest.raises(ValueError, match=r"'leaky'.*\['WANDB_API_KEY'\]"):
         remote(Worker, options=ActorOptions(name="leaky", env={"WANDB_API_KEY": "canary", "TOKENIZERS": "1"}))
     with pytest.raises(ValueError, match="threads is 0"):
         remote(Worker, options=ActorOptions(name="none", threads=0))
+    with pytest.raises(ValueError, match=r"Clashing has methods named \['kill'\]"):
+        remote(Clashing, options=ActorOptions(name="clash"))
 
 
 def test_bundles_are_placed_or_refused_by_name(session: Path) -> None:
@@ -407,7 +415,24 @@ def test_bundles_are_placed_or_refused_by_name(session: Path) -> None:
     assert placement.bundle("reward") is None
 
 
-def test_round_trip_is_short(worker: RemoteHandle) -> None:
+def test_a_reward_function_that_hangs_is_told_at_the_deadline_of_the_start(session: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow_rewards.py").write_text(
+        "import time\ndef score(prompts, responses):\n    time.sleep(60.0)\n    return [0.0] * len(responses)\n"
+    )
+    options = ActorOptions(name="reward", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{python_path()}"})
+    source = SourceConfig(parts=(PartConfig(kind="function", target="slow_rewards:score"),))
+    handle = remote(RewardService, source, None, 1, options=options)
+
+    async def scenario() -> None:
+        await handle.ready(deadline_s=60)
+        with pytest.raises(TimeoutError, match=r"'reward': start\(\) did not answer within 5 s[\s\S]*time.sleep"):
+            await handle.call("start", True, deadline_s=5)
+
+    asyncio.run(scenario())
+    handle.kill()
+
+
+def test_round_trip_is_short(worker: Handle) -> None:
     async def scenario() -> float:
         start = time.monotonic()
         for _ in range(100):

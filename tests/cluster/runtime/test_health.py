@@ -1,9 +1,10 @@
+import asyncio
 import os
 import subprocess
 import sys
 from dataclasses import replace
 
-from cluster.runtime.health import OWN, Controller, Pulse, measure
+from cluster.runtime.health import Health, Monitor, measure
 
 
 class Sampler:
@@ -35,23 +36,29 @@ def test_what_an_object_does_not_say_is_not_known():
 
 
 def test_rates_are_of_the_last_answers_of_one_process():
-    pulse, first = Pulse(), measure(None, family=False)
-    assert (pulse.last, pulse.cores, pulse.rates) == (None, None, {})
-    pulse.heard(replace(first, at=10.0, cpu_s=4.0, facts={"tokens": 100.0}))
-    assert (pulse.cores, pulse.rates) == (None, {})
-    pulse.heard(replace(first, at=12.0, cpu_s=7.0, facts={"tokens": 700.0}))
-    assert (pulse.cores, pulse.rates) == (1.5, {"tokens": 300.0})
-    for second in range(13, 30):  # what was long ago does not count
-        pulse.heard(replace(first, at=float(second), cpu_s=7.0, facts={"tokens": 700.0}))
-    assert (pulse.cores, pulse.rates) == (0.0, {"tokens": 0.0})
-    pulse.heard(replace(first, pid=first.pid + 1, at=1.0, cpu_s=0.5, facts={"tokens": 3.0}))
-    assert (pulse.cores, pulse.rates) == (None, {}), "another process has begun"
+    first = measure(None, family=False)
+    answers = []
+
+    async def say():
+        return answers.pop(0)
+
+    health = Health("generator-0", say)
+
+    def rates(**change):
+        answers.append(replace(first, **change))
+        asyncio.run(health.attend(5.0))
+        return health.status().cores, health.status().rates
+
+    assert (health.status().vitals, health.status().cores, health.status().rates) == (None, None, {})
+    assert rates(at=10.0, cpu_s=4.0, facts={"tokens": 100.0}) == (None, {})
+    assert rates(at=12.0, cpu_s=7.0, facts={"tokens": 700.0}) == (1.5, {"tokens": 300.0})
+    later = [rates(at=float(second), cpu_s=7.0, facts={"tokens": 700.0}) for second in range(13, 30)]
+    assert later[-1] == (0.0, {"tokens": 0.0}), "what was long ago does not count"
+    another = rates(pid=first.pid + 1, at=1.0, cpu_s=0.5, facts={"tokens": 3.0})
+    assert another == (None, {}), "another process has begun"
 
 
 def test_the_controller_says_what_its_own_objects_say():
-    sampler = Sampler()
-    OWN.add(sampler)
-    try:
-        assert Controller().stats() == sampler.stats()
-    finally:
-        OWN.discard(sampler)
+    monitor, sampler = Monitor(), Sampler()
+    monitor.sources.add(sampler)
+    assert measure(monitor).facts == sampler.stats()

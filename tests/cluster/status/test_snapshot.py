@@ -9,29 +9,18 @@ import time
 import pytest
 from rich.console import Console
 
-from actors.waits import reported
-from cluster.runtime.handle import LIVE, ActorDied, LocalHandle, local
-from cluster.runtime.health import SCORERS
+from cluster.runtime.health import ActorDied, Health, Monitor, measure
 from cluster.status.screen import render, screen
-from cluster.status.snapshot import FILE, attending, read, reporting, snapshot, under_way
+from cluster.status.snapshot import FILE, read, reporting, snapshot
 from reward_server.client import Pause, RewardClient
 
 
-class Worker:
-    """Something to be held by a handle."""
-
-    async def update(self, release: asyncio.Event) -> str:
-        await release.wait()
-        return "done"
-
-    async def die(self) -> None:
-        raise ActorDied("learner-0", "out of memory")
+async def well():
+    return measure(None, family=False)
 
 
-@pytest.fixture(autouse=True)
-def no_other_handles():
-    for handle in list(LIVE):
-        LIVE.discard(handle)
+def processes(monitor):
+    return snapshot("ppo", monitor)["processes"]
 
 
 def shown(run_dir, curves=False):
@@ -42,33 +31,24 @@ def shown(run_dir, curves=False):
 
 
 def test_a_call_without_an_answer_is_what_the_run_waits_for():
-    async def scenario():
-        handle, release = local(Worker(), name="learner-0"), asyncio.Event()
-        call = asyncio.create_task(handle.update(release))
-        await asyncio.sleep(0.05)
-        (during,) = snapshot("ppo")["processes"]
-        release.set()
-        await call
-        (after,) = snapshot("ppo")["processes"]
-        handle.kill()
-        return during, after, snapshot("ppo")["processes"]
-
-    during, after, gone = asyncio.run(scenario())
+    monitor, health = Monitor(), Health("learner-0", well)
+    monitor.health.add(health)
+    with health.call("update"):
+        time.sleep(0.05)
+        (during,) = processes(monitor)
+    (after,) = processes(monitor)
     ((method, seconds),) = during["waiting"]
     assert (during["name"], during["state"], method, during["answered"]) == ("learner-0", "working", "update", 0)
     assert 0.04 < seconds < 5
     assert (after["state"], after["waiting"], after["answered"]) == ("idle", (), 1)
-    assert gone == []
 
 
 def test_a_process_that_is_found_dead_says_why():
-    async def scenario():
-        handle = local(Worker(), name="learner-0")
-        with pytest.raises(ActorDied):
-            await handle.die()
-        return snapshot("ppo")["processes"]
-
-    (one,) = asyncio.run(scenario())
+    monitor, health = Monitor(), Health("learner-0", well)
+    monitor.health.add(health)
+    with pytest.raises(ActorDied), health.call("update"):
+        raise ActorDied("learner-0", "out of memory")
+    (one,) = processes(monitor)
     assert (one["state"], one["died"]) == ("dead", "out of memory")
 
 
@@ -78,7 +58,7 @@ def test_a_process_that_is_found_dead_says_why():
 )
 def test_the_file_says_how_the_run_ended(tmp_path, error, ended):
     expected = pytest.raises(error) if error else contextlib.nullcontext()
-    with expected, reporting(tmp_path, "ppo"):
+    with expected, reporting(tmp_path, "ppo", Monitor()):
         assert read(tmp_path)["state"] == "running"
         if error:
             raise error
@@ -87,7 +67,7 @@ def test_the_file_says_how_the_run_ended(tmp_path, error, ended):
 
 
 def test_the_file_is_kept_up_to_date(tmp_path):
-    with reporting(tmp_path, "ppo", interval_s=0.02):
+    with reporting(tmp_path, "ppo", Monitor(), interval_s=0.02):
         first = read(tmp_path)["time"]
         end = time.monotonic() + 10
         while read(tmp_path)["time"] == first:
@@ -95,8 +75,8 @@ def test_the_file_is_kept_up_to_date(tmp_path):
             time.sleep(0.01)
 
 
-def write(run_dir, **changes):
-    (run_dir / FILE).write_text(json.dumps(snapshot("ppo") | changes))
+def write(run_dir, monitor=None, **changes):
+    (run_dir / FILE).write_text(json.dumps(snapshot("ppo", monitor or Monitor()) | changes))
 
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path):
@@ -115,7 +95,7 @@ def test_a_run_on_another_machine_that_says_nothing_is_silent(tmp_path):
 
 def test_a_full_disk_does_not_stop_the_run(tmp_path):
     folder = tmp_path / "gone"
-    with reporting(folder, "ppo"):  # the folder does not exist, so nothing can be written
+    with reporting(folder, "ppo", Monitor()):  # the folder does not exist, so nothing can be written
         pass
 
 
@@ -160,66 +140,63 @@ def test_how_far_it_is_comes_of_the_buffer_or_of_the_metrics_and_the_time_left_o
 
 
 def test_a_phase_and_a_wait_are_told_while_they_last():
-    async def scenario():
-        with under_way("load networks", "ppo"), reported("the learner", lambda: "batch 3"):
-            return snapshot("ppo")
+    monitor = Monitor()
 
-    during, after = asyncio.run(scenario()), snapshot("ppo")
+    async def scenario():
+        with monitor.phase("load networks", "ppo"), monitor.waits.reported("the learner", lambda: "batch 3"):
+            return snapshot("ppo", monitor)
+
+    during, after = asyncio.run(scenario()), snapshot("ppo", monitor)
     assert during["phases"] == [{"phase": "load networks", "stage": "ppo"}]
     assert [(wait["who"], wait["for"]) for wait in during["waits"]] == [("the learner", "batch 3")]
     assert (after["phases"], after["waits"], after["paused"]) == ([], [], None)
 
 
 def test_a_run_without_scores_is_paused(tmp_path):
-    client = RewardClient("http://127.0.0.1:1")
-    SCORERS.add(client)
+    monitor, client = Monitor(), RewardClient("http://127.0.0.1:1")
+    monitor.reward_clients.add(client)
     client.paused = Pause(since=time.time() - 70, reason="HTTP 503")
-    try:
-        write(tmp_path)
-    finally:
-        SCORERS.discard(client)
+    write(tmp_path, monitor)
     found = read(tmp_path)
     assert found["state"] == "paused"
     assert found["paused"]["reason"] == "HTTP 503"
     assert 69 < found["paused"]["seconds"] < 75
 
 
-class Stuck(LocalHandle):
-    """A process that answers nothing about itself from some time on."""
+class Stuck(Health):
+    """Of a process that answers nothing about itself from some time on."""
 
-    answers = 2
+    def __init__(self, name):
+        super().__init__(name, self.say)
+        self.answers = 2
 
-    async def _vitals(self):
+    async def say(self):
         self.answers -= 1
         if self.answers < 0:
             await asyncio.sleep(3600)
-        return await super()._vitals()
+        return await well()
 
 
 def test_every_process_is_asked_again_and_again_and_one_that_falls_silent_is_told(monkeypatch):
-    monkeypatch.setattr("cluster.status.snapshot._SILENT_S", 0.3)
+    monkeypatch.setattr("cluster.runtime.health.SILENT_S", 0.3)
+    monitor, busy = Monitor(), Health("generator-10", well)
+    monitor.health |= {busy, Stuck("generator-9")}
 
     async def scenario():
-        well, stuck = local(Worker(), "generator-10"), Stuck(Worker(), "generator-9", 60.0)
-        async with attending(every_s=0.05):
-            call = asyncio.create_task(well.update(release := asyncio.Event()))
-            await asyncio.sleep(0.15)
-            early = snapshot("ppo")
-            await asyncio.sleep(0.6)
-            late = snapshot("ppo")
-            release.set()
-            await call
-        for handle in (well, stuck):
-            handle.kill()
-        return early, late, snapshot("ppo")
+        async with monitor.attending(every_s=0.05):
+            with busy.call("update"):
+                await asyncio.sleep(0.15)
+                early = processes(monitor)
+                await asyncio.sleep(0.6)
+                return early, processes(monitor)
 
-    early, late, after = asyncio.run(scenario())
+    early, late = asyncio.run(scenario())
     assert json.loads(json.dumps(late)) is not None
-    assert [one["name"] for one in late["processes"]] == ["controller", "generator-9", "generator-10"]
-    assert [one["state"] for one in late["processes"]] == ["idle", "silent", "working"]
-    assert "silent" not in [one["state"] for one in early["processes"]]
-    silent, well = late["processes"][1:]
+    assert [one["name"] for one in late] == ["controller", "generator-9", "generator-10"]
+    assert [one["state"] for one in late] == ["idle", "silent", "working"]
+    assert "silent" not in [one["state"] for one in early]
+    silent, talking = late[1:]
     assert 0.3 < silent["silent_s"] < 5
-    assert (well["silent_s"], well["vitals"]["pid"]) == (0.0, os.getpid())
-    assert well["cores"] is not None
-    assert after["processes"] == []
+    assert (talking["silent_s"], talking["vitals"]["pid"]) == (0.0, os.getpid())
+    assert talking["cores"] is not None
+    assert [one["name"] for one in processes(monitor)] == ["generator-9", "generator-10"]

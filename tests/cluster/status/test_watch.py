@@ -11,12 +11,13 @@ import pytest
 
 from cluster.cli.command_line import own_parser
 from cluster.runtime.exit_codes import DONE, FAILED
+from cluster.runtime.health import Monitor
 from cluster.status import watch
 from cluster.status.snapshot import FILE, reporting, snapshot
 
 
 def write(run: Path, **changes: Any) -> None:
-    (run / FILE).write_text(json.dumps(snapshot("ppo") | {"started": time.time()} | changes))
+    (run / FILE).write_text(json.dumps(snapshot("ppo", Monitor()) | {"started": time.time()} | changes))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_a_status_is_printed_and_the_exit_code_says_whether_somebody_should_look
 
 def test_top_prints_a_line_of_json_again_and_again_until_the_run_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cluster.cli.main", "top", str(tmp_path), "--json"]
-    with reporting(tmp_path, "ppo", interval_s=0.2):
+    with reporting(tmp_path, "ppo", Monitor(), interval_s=0.2):
         top = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert top.stdout is not None
         assert [json.loads(top.stdout.readline())["state"] for _ in range(2)] == ["running", "running"]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.waits import reported
-from cluster.runtime.handle import LIVE, ActorDied, local
+from cluster.runtime.health import ActorDied, Health, Monitor, measure
 from cluster.tracking.prometheus import Exporter
 from reward_server.address import free_port
 from reward_server.app import serve
@@ -24,18 +23,19 @@ class Worker:
         gauges = dict.fromkeys(("version", "running", "waiting", "most", "paused", "out", "ready", "iterations"), 3.0)
         return {**gauges, "tokens": 640.0, "scored": 12.0}
 
-    async def wait(self, release: asyncio.Event) -> None:
-        await release.wait()
 
-    async def die(self) -> None:
-        raise ActorDied("reward-0", "gone")
+async def well():
+    return measure(Worker())
 
 
 @pytest.fixture
-def exporter():
-    for handle in list(LIVE):
-        LIVE.discard(handle)
-    exporter = Exporter("mine", "127.0.0.1", free_port("127.0.0.1"))
+def monitor():
+    return Monitor()
+
+
+@pytest.fixture
+def exporter(monitor):
+    exporter = Exporter("mine", monitor, "127.0.0.1", free_port("127.0.0.1"))
     yield exporter
     exporter.close()
 
@@ -53,20 +53,15 @@ def test_a_scrape_has_the_newest_values(exporter):
     assert 'rayward_step{run="mine",stage="ppo"} 2.0' in page
 
 
-def test_a_scrape_says_what_each_process_is_doing(exporter):
+def test_a_scrape_says_what_each_process_is_doing(exporter, monitor):
     async def scenario():
-        busy, dead, release = local(Worker(), "generator-1"), local(Worker(), "reward-0"), asyncio.Event()
-        call = asyncio.create_task(busy.wait(release))
-        with pytest.raises(ActorDied):
-            await dead.die()
+        busy, dead = Health("generator-1", well), Health("reward-0", well)
+        monitor.health |= {busy, dead}
+        with pytest.raises(ActorDied), dead.call("score"):
+            raise ActorDied("reward-0", "gone")
         await busy.attend(5.0)
-        with reported("the learner", lambda: "batch 3"):
-            page = await asyncio.to_thread(scrape, exporter)
-        release.set()
-        await call
-        busy.kill()
-        dead.kill()
-        return page
+        with busy.call("generate"), monitor.waits.reported("the learner", lambda: "batch 3"):
+            return await asyncio.to_thread(scrape, exporter)
 
     page = asyncio.run(scenario())
     labels = '{kind="generator",process="generator-1",run="mine"}'
@@ -85,10 +80,10 @@ def test_a_scrape_says_what_each_process_is_doing(exporter):
 
 def test_a_port_that_is_taken_is_told(exporter):
     with pytest.raises(ValueError, match=rf"tracking.prometheus_port = {exporter.port} cannot be opened"):
-        Exporter("other", "127.0.0.1", exporter.port)
+        Exporter("other", Monitor(), "127.0.0.1", exporter.port)
 
 
-def test_the_dashboard_asks_for_what_is_exported(exporter):
+def test_the_dashboard_asks_for_what_is_exported(exporter, monitor):
     exporter.step("ppo", 1, {"kl/mean": 0.5})
     dashboard = json.loads(DASHBOARD.read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
@@ -96,12 +91,12 @@ def test_the_dashboard_asks_for_what_is_exported(exporter):
     ours, reward = ({name for name in asked if name.startswith("rayward_reward_") is its} for its in (False, True))
 
     async def pages():
-        one = local(Worker(), "generator-1")
+        one = Health("generator-1", well)
+        monitor.health.add(one)
         await one.attend(5.0)
         exporter.alert("kl")
-        with reported("the learner", lambda: "batch 3"):
+        with monitor.waits.reported("the learner", lambda: "batch 3"):
             ours = await asyncio.to_thread(scrape, exporter)
-        one.kill()
         server = serve(build_source(SourceConfig(parts=(PartConfig(name="words", kind="length"),))))
         try:
             url = f"{server.url}/metrics"
