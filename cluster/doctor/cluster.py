@@ -1,0 +1,128 @@
+"""Checks of a running Ray cluster and of each of its machines, where a short task looks."""
+
+import importlib
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.doctor.finding import Finding, fail, warn
+from cluster.doctor.machine import PACKAGES
+from cluster.doctor.services import asks_for_token
+from cluster.runtime.actor import python_path
+from cluster.runtime.placement import cluster_nodes
+from cluster.runtime.session import start_ray
+
+_DEADLINE_S = 30.0
+_CLOCK_S = 5.0
+_LOCAL_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs")
+
+
+def cluster(address: str, folder: Path) -> list[Finding]:
+    """Connect, look and leave; `folder` is the run directory, or the first above it that exists here."""
+    try:
+        with tempfile.TemporaryDirectory() as logs, start_ray(address, cpus=0, log_dir=Path(logs), deadline_s=10):
+            worker: Any = importlib.import_module("ray._private.worker")
+            return [*_head(address, worker.get_dashboard_url() or None), *machines(folder)]
+    except (RuntimeError, ConnectionError) as error:  # Ray refuses to connect with another version, too
+        return [fail("cluster", str(error), "start it, or correct cluster.address")]
+
+
+def _head(address: str, dashboard: str | None) -> Iterator[Finding]:
+    nodes = "; ".join(f"{node.name} {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in cluster_nodes())
+    yield Finding("cluster", f"{address}: {nodes}")
+    yield Finding("Ray there", ray.__version__)
+    if asks_for_token(dashboard):
+        yield Finding("token authentication", "on")
+    else:
+        says = "off: whoever reaches the cluster can run anything on it"
+        remedy = "ray get-auth-token --generate; RAY_AUTH_MODE=token wherever Ray starts"
+        yield fail("token authentication", says, remedy)
+    if dashboard and dashboard.rpartition(":")[0] in ("127.0.0.1", "localhost", "::1", "[::1]"):
+        yield Finding("dashboard", f"at {dashboard}")
+    elif dashboard:
+        remedy = "ray start --dashboard-host 127.0.0.1, and ssh -L 8265:127.0.0.1:8265 from elsewhere"
+        yield warn("dashboard", f"at {dashboard}, which other machines can reach", remedy)
+
+
+def machines(folder: Path) -> Iterator[Finding]:
+    """Look at every machine of the connected cluster. Takes at most half a minute; who does not answer is said."""
+
+    def look() -> dict[str, Any]:  # pickled by value: the code may not be there
+        import importlib.metadata
+        import importlib.util
+        import os
+        import platform
+        import socket
+        import time
+
+        try:
+            resolved = socket.gethostbyname(socket.gethostname())
+        except OSError:
+            resolved = "127.0.0.1"
+        return {
+            "python": platform.python_version(),
+            "versions": {one.name: one.version for one in importlib.metadata.distributions()},
+            "code": importlib.util.find_spec("cluster.runtime") is not None,
+            "run_dir": os.path.exists(folder),
+            "loopback": resolved.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ,
+            "clock": time.time(),
+        }
+
+    task: Any = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": {"PYTHONPATH": python_path()}})(look)
+    nodes, here = sorted(cluster_nodes(), key=lambda node: node.name), look()
+    asked = {
+        node.name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote()
+        for node in nodes
+    }
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=_DEADLINE_S)
+    for name, reference in asked.items():
+        try:
+            there: dict[str, Any] = ray.get(reference, timeout=0)
+        except Exception as error:  # Ray's, or the task's own
+            ray.cancel(reference, force=True)
+            late = isinstance(error, GetTimeoutError)
+            says = f"no answer within {_DEADLINE_S:g} s" if late else str(error).strip().splitlines()[-1]
+            yield fail(f"at {name}", says, "see its raylet's logs: `ray logs` on the head")
+        else:
+            # How far its clock is off, as far as the time that the call took does not explain it.
+            ahead = min(there["clock"] - here["clock"], 0.0) or max(there["clock"] - time.time(), 0.0)
+            wrong = list(differences(f"at {name}", here, there, ahead, alone=len(asked) == 1))
+            yield from wrong or [Finding(f"at {name}", f"python {there['python']}, the same packages, and the code")]
+    mounted = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
+    kind = next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "unknown")
+    if len(asked) > 1 and kind in _LOCAL_DISKS:
+        says = f"on a disk of this machine ({kind}), and the cluster has {len(asked)}"
+        remedy = "--run DIR on storage that all of them see, else checkpoints of several machines are not whole"
+        yield warn("run directory", says, remedy)
+
+
+def differences(
+    what: str, here: dict[str, Any], there: dict[str, Any], ahead_s: float, alone: bool
+) -> Iterator[Finding]:
+    """What is wrong with another machine by what was looked up here and there; `alone`: it is the only one."""
+    mine, other = (
+        {name: at["versions"].get(name) or at["versions"].get(f"{name}-cpu", "missing") for name in PACKAGES}
+        for at in (here, there)
+    )
+    wrong = [f"{name} {other[name]} ({mine[name]} here)" for name in PACKAGES if other[name] != mine[name]]
+    if there["python"].rpartition(".")[0] != here["python"].rpartition(".")[0]:
+        wrong.insert(0, f"python {there['python']} ({here['python']} here)")
+    if wrong:
+        yield fail(what, ", ".join(wrong), "install the same environment on every machine: make setup, or the image")
+    if not there["code"]:
+        yield fail(what, "Rayward's code is not there", "have the checkout at the same path, or use rayward submit")
+    if not there["run_dir"]:
+        yield warn(what, "the run directory is not there", "--run DIR on storage that every machine sees")
+    if there["loopback"] and not alone:
+        remedy = "export GLOO_SOCKET_IFNAME=eth0, or its name there, before `ray start`"
+        yield warn(what, "its host name is the loopback's, where gloo would listen", remedy)
+    if abs(ahead_s) > _CLOCK_S:
+        remedy = "chronyc makestep, or another time service"
+        yield warn(what, f"its clock is {ahead_s:+.0f} s from this one's", remedy)

@@ -1,0 +1,150 @@
+"""Checks of what a run talks to: the loopback, ports, W&B, the model hub; and of files that hold secrets."""
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from cluster.config.redaction import secret_files
+from cluster.config.schema import Config
+from cluster.doctor.finding import Finding, fail, warn
+
+_DASHBOARD = 8265
+_RAY_PORTS = {6379: "Ray's control service", _DASHBOARD: "Ray's dashboard and jobs", 10001: "Ray Client"}
+_HUB_S = 3.0
+
+
+def loopback() -> Iterator[Finding]:
+    """Whether processes can meet at 127.0.0.1, and no proxy is in between."""
+    try:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            socket.create_connection(server.getsockname(), timeout=2).close()
+        yield Finding("loopback", "a free port of 127.0.0.1 answers")
+    except OSError:
+        remedy = "ip link set lo up; processes of a run meet there"
+        yield fail("loopback", "no connection to a port of 127.0.0.1", remedy)
+    exempt = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    proxies = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if os.environ.get(name)]
+    if proxies and not any(host.strip() in ("*", "127.0.0.1") for host in exempt.split(",")):
+        says = f"{proxies[0]} is set and no_proxy does not name 127.0.0.1"
+        yield warn("proxy", says, "export no_proxy=127.0.0.1,localhost")
+
+
+def wandb(mode: str) -> Finding:
+    """Whether W&B has a key, and answers, where something is sent to it."""
+    netrc = Path.home() / ".netrc"
+    key = bool(os.environ.get("WANDB_API_KEY")) or (
+        netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
+    )
+    if mode == "online" and not key:
+        remedy = "wandb login, or set WANDB_API_KEY; or --tracking.mode offline"
+        return fail("W&B", "tracking.mode is online and there is no key", remedy)
+    if mode == "online" and not _reaches("api.wandb.ai"):
+        return warn(
+            "W&B",
+            "tracking.mode is online and api.wandb.ai does not answer; a run keeps everything in RUN/wandb",
+            "see the network and its proxy, or --tracking.mode offline and `wandb sync` later",
+        )
+    return Finding("W&B", f"{mode}, {'a key is there' if key else 'no key, and none is needed'}")
+
+
+def models(base: str | None) -> Finding:
+    """Whether models.base is a folder, or in the local cache, or can be downloaded."""
+    if base is not None and _is_here(base):
+        return Finding("models", f"{base} is here")
+    hub = _reaches("huggingface.co")
+    if base is None:
+        return Finding("models", f"models.base is not set; the Hugging Face hub is {'' if hub else 'not '}reachable")
+    remedy = f"huggingface-cli download {base}, or name a folder in models.base"
+    if hub:
+        return warn("models", f"{base} is not here, and would be downloaded", remedy)
+    return fail("models", f"{base} is not here, nor is the hub reachable", remedy)
+
+
+def _is_here(name: str) -> bool:
+    if (Path(name) / "config.json").is_file():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def _reaches(host: str) -> bool:
+    try:
+        socket.create_connection((host, 443), timeout=_HUB_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def secrets() -> Iterator[Finding]:
+    """Permissions of the files in which tokens and keys are kept, where they are there; never what is in them."""
+    for path in filter(Path.is_file, (*secret_files(), Path.home() / ".netrc")):
+        permissions = stat.S_IMODE(path.stat().st_mode)
+        says = f"{path} has permissions {permissions:04o}"
+        exposed = permissions & 0o077
+        yield fail("secrets", says, f"chmod 600 {path}: others can read it") if exposed else Finding("secrets", says)
+
+
+def ports(config: Config) -> Iterator[Finding]:
+    """Who listens on the ports of the settings, and on Ray's own where somebody does."""
+    wanted = {config.serve.port: "serve.port", config.tracking.prometheus_port: "tracking.prometheus_port"}
+    wanted.pop(0, None)
+    listening: dict[int, list[Any]] = {}
+    with contextlib.suppress(psutil.AccessDenied):
+        connections: Any = psutil.net_connections("tcp")  # who listens has an address
+        for one in (one for one in connections if one.status == psutil.CONN_LISTEN):
+            listening.setdefault(one.laddr.port, []).append(one)
+    for number in dict.fromkeys((*wanted, *_RAY_PORTS)):
+        there = listening.get(number, [])
+        what, use = f"port {number}", wanted.get(number) or _RAY_PORTS[number]
+        if not there:
+            if number in wanted:
+                yield Finding(what, f"{use}: free")
+            continue
+        taken = f"{use}: {_process(there[0].pid)} listens there"
+        everywhere = any(not one.laddr.ip.startswith(("127.", "::1")) for one in there)
+        if number in wanted:
+            yield warn(what, taken, f"--{use} with another number, or end that process")
+        elif number == _DASHBOARD and everywhere and not asks_for_token(f"127.0.0.1:{_DASHBOARD}"):
+            yield fail(
+                what,
+                f"{taken} for other machines too, and asks for no token: whoever reaches it can run anything",
+                "RAY_AUTH_MODE=token wherever Ray starts, and ray start --dashboard-host 127.0.0.1",
+            )
+        else:
+            yield Finding(what, f"{taken}, for {'other machines too' if everywhere else 'this machine alone'}")
+
+
+def _process(pid: int | None) -> str:
+    """A process in words; whose it is may not be known."""
+    with contextlib.suppress(psutil.Error):
+        if pid is not None:
+            return f"{psutil.Process(pid).name()} (pid {pid})"
+    return "a process of somebody else"
+
+
+def asks_for_token(dashboard: str | None) -> bool:
+    """Whether the dashboard, which the whole cluster's setting holds for, refuses a call without a token.
+
+    Without a dashboard: whether this process had to show a token, as a cluster refuses one that has another mode.
+    """
+    if not dashboard:
+        return os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+    try:
+        answer = httpx.get(f"http://{dashboard}/api/jobs/", timeout=5.0, trust_env=False)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code in (401, 403)
