@@ -15,7 +15,7 @@ from actors.trajectory import Completion, Trajectory
 from actors.transfer import Manifest, Rendezvous
 from cluster.config.schema import FleetConfig
 from cluster.fleet.fleet import Fleet
-from cluster.fleet.worker import Worker
+from cluster.fleet.worker import GeneratorHandle
 from cluster.runtime.health import ActorDied
 from learner.config import ParityConfig, PublishConfig
 from learner.data.buffer import Buffer
@@ -154,7 +154,7 @@ class Run:
         )
 
     @contextlib.asynccontextmanager
-    async def start(self, name: str) -> AsyncIterator[Worker]:
+    async def start(self, name: str) -> AsyncIterator[GeneratorHandle]:
         worker = FakeWorker(name, life=sum(worker.name == name for worker in self.workers))
         self.workers.append(worker)
         await asyncio.sleep(0.01)

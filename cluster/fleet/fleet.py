@@ -14,7 +14,7 @@ from typing import Any, Self
 from actors import waves
 from actors.waits import Waits
 from cluster.config.schema import FleetConfig
-from cluster.fleet.worker import Member, Place, Start
+from cluster.fleet.worker import Place, Start, Worker
 from learner.weights.publish import NobodyLeft, Publisher
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Fleet:
         self._publishing = asyncio.Lock()
         self._news = asyncio.Event()
         self._work: Work | None = None
-        self._labours: dict[asyncio.Task[None], Member] = {}
+        self._tasks: dict[asyncio.Task[None], Worker] = {}
         self._fail: Callable[[BaseException], None] = lambda error: None
 
     async def __aenter__(self) -> Self:
@@ -66,7 +66,7 @@ class Fleet:
         try:
             self._fill()
             places = list(self._places.values())
-            while any(place.member is None for place in places):
+            while any(place.worker is None for place in places):
                 await self._news.wait()
                 for place in places:
                     if place.error is not None:
@@ -86,10 +86,10 @@ class Fleet:
         await asyncio.gather(*keepers, return_exceptions=True)
 
     @property
-    def serving(self) -> list[Member]:
+    def serving(self) -> list[Worker]:
         """The generators that have the published weights and take work."""
-        seated = [place for place in self._places.values() if place.serving and not place.leaving]
-        return [place.member for place in seated if place.member and not place.member.gone]
+        reached = [place for place in self._places.values() if place.serving and not place.leaving]
+        return [place.worker for place in reached if place.worker and not place.worker.gone]
 
     def metrics(self) -> dict[str, float]:
         """How many there are, how many there should be, and how many were replaced so far."""
@@ -109,14 +109,14 @@ class Fleet:
         self.wanted = wanted
         self._used_up.clear()
         staying = [place for place in reversed(self._places.values()) if not place.leaving]
-        staying.sort(key=lambda place: (place.serving, place.member is not None))
+        staying.sort(key=lambda place: (place.serving, place.worker is not None))
         for place in staying[: max(0, len(staying) - wanted)]:
             self._dismiss(place)
         self._fill()
 
     # --- work
 
-    async def crew(self) -> list[Member]:
+    async def wait_serving(self) -> list[Worker]:
         """The generators that serve, at least one. Raises FleetError when none comes within the deadline."""
         async with self.joining() as admitting:
             with contextlib.suppress(TimeoutError):
@@ -138,13 +138,13 @@ class Fleet:
         self._work, self._fail = work, fail
         for place in self._places.values():
             if place.serving:
-                self._employ(place)
+                self._start_work(place)
         watching = asyncio.create_task(self._watch_absence())
         try:
             yield
         finally:
             self._work, self._fail = None, lambda error: None
-            tasks = [watching, *self._labours]
+            tasks = [watching, *self._tasks]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -191,21 +191,21 @@ class Fleet:
 
     async def _hand_over(self, places: Sequence[Place]) -> dict[str, float]:
         """Publish the present version to the generators of these places; who gets it serves, who does not is lost."""
-        seated = [(place, place.member) for place in places if place.member is not None]
-        await asyncio.gather(*(member.check() for _, member in seated))
-        seated = [(place, member) for place, member in seated if not member.gone]
+        reached = [(place, place.worker) for place in places if place.worker is not None]
+        await asyncio.gather(*(worker.check() for _, worker in reached))
+        reached = [(place, worker) for place, worker in reached if not worker.gone]
         metrics: dict[str, float] = {}
         lost: dict[str, str] = {}
-        if seated and self.publisher is not None:
+        if reached and self.publisher is not None:
             try:
-                done = await self.publisher.publish([member.worker for _, member in seated], self._version)
+                done = await self.publisher.publish([worker.handle for _, worker in reached], self._version)
                 metrics, lost = done.metrics, done.lost
             except NobodyLeft as error:
                 lost = error.lost
-        for place, member in seated:
-            if member.name in lost:
-                member.give_up(lost[member.name])
-            elif place.member is member and not place.serving:
+        for place, worker in reached:
+            if worker.name in lost:
+                worker.give_up(lost[worker.name])
+            elif place.worker is worker and not place.serving:
                 self._serve(place)
         return metrics
 
@@ -242,35 +242,35 @@ class Fleet:
     def _dismiss(self, place: Place) -> None:
         """Let a generator finish its waves and leave; one that has none leaves at once."""
         place.leaving = True
-        if place.member is None:
+        if place.worker is None:
             self._keepers[place.name].cancel()
         else:
-            place.member.leave.set()
-            if place.member not in self._labours.values():
-                place.member.give_up("it was to leave")
+            place.worker.leave.set()
+            if place.worker not in self._tasks.values():
+                place.worker.give_up("it was to leave")
 
     def _serve(self, place: Place) -> None:
         place.serving = True
         if self._work is not None:
-            self._employ(place)
+            self._start_work(place)
         self._ring()
 
-    def _employ(self, place: Place) -> None:
-        assert place.member is not None, place.name
+    def _start_work(self, place: Place) -> None:
+        assert place.worker is not None, place.name
         assert self._work is not None, "nothing to do"
-        task = asyncio.create_task(self._labour(place.member, self._work), name=place.name)
-        self._labours[task] = place.member
-        task.add_done_callback(self._labours.pop)
+        task = asyncio.create_task(self._run(place.worker, self._work), name=place.name)
+        self._tasks[task] = place.worker
+        task.add_done_callback(self._tasks.pop)
 
-    async def _labour(self, member: Member, work: Work) -> None:
+    async def _run(self, worker: Worker, work: Work) -> None:
         try:
-            await work(member, member.leave)
+            await work(worker, worker.leave)
         except waves.GeneratorFailed as error:
-            member.give_up(str(error))
+            worker.give_up(str(error))
         except Exception as error:
             self._fail(error)
-        if member.leave.is_set():
-            member.give_up("it was to leave")
+        if worker.leave.is_set():
+            worker.give_up("it was to leave")
 
     async def _watch_absence(self) -> None:
         """Stop the run when nobody has been there for too long."""
@@ -279,13 +279,13 @@ class Fleet:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(limit - alone, self.config.watch_s)):
                     await self._news.wait()
-            if any(place.member for place in self._places.values()):
+            if any(place.worker for place in self._places.values()):
                 since = time.monotonic()
         self._fail(FleetError(f"no generator has come back for {limit:g} s: {self._absences()}"))
 
     def _absences(self) -> str:
         """Who is missing, and why."""
-        causes = {place.name: place.cause for place in self._places.values() if place.member is None}
+        causes = {place.name: place.cause for place in self._places.values() if place.worker is None}
         return (
             "; ".join(f"{name}: {cause}" for name, cause in {**self._used_up, **causes}.items()) or "nobody is missing"
         )

@@ -13,8 +13,8 @@ from actors.config import GeneratorConfig
 from actors.generator import Generator
 from cluster.config.schema import ClusterConfig
 from cluster.fleet.fleet import Fleet
-from cluster.fleet.reward_replicas import scorers
-from cluster.fleet.worker import Worker
+from cluster.fleet.reward_replicas import reward_replicas
+from cluster.fleet.worker import GeneratorHandle
 from cluster.runtime.actor import ActorOptions, Handle, remote
 from cluster.runtime.health import Health, Monitor
 from cluster.runtime.placement import Placement
@@ -75,11 +75,11 @@ class Processes:
         """All generators, with the weights of `model_path` as version 0."""
 
         @contextlib.asynccontextmanager
-        async def start(name: str) -> AsyncIterator[Worker]:
+        async def start(name: str) -> AsyncIterator[GeneratorHandle]:
             own = config.model_copy(update={"threads": self._threads(name)})
             async with self._process(Generator, name, own, model_path, name, self.plan.gpus_apart) as handle:
                 await handle.call("start", deadline_s=config.start_deadline_s + 30)
-                yield cast(Worker, handle)  # a handle has the methods of its class, which no type checker sees
+                yield cast(GeneratorHandle, handle)  # a handle has the methods of its class, which no type checker sees
 
         waits = self.monitor.waits
         fleet = Fleet(
@@ -106,7 +106,7 @@ class Processes:
             return RewardClient(urls, token=token, retry_s=config.retry_s, pause_s=config.pause_s)
 
         names = [process.name for process in self.plan.processes if process.name.startswith("reward-")]
-        async with scorers(names, start, connect, self.config.fleet, self.monitor.waits) as client:
+        async with reward_replicas(names, start, connect, self.config.fleet, self.monitor.waits) as client:
             self.monitor.reward_clients.add(client)
             try:
                 yield client

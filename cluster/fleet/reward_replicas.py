@@ -33,7 +33,7 @@ class Connect(Protocol):
 
 
 @contextlib.asynccontextmanager
-async def scorers(
+async def reward_replicas(
     names: Sequence[str], start: StartReplica, connect: Connect, config: FleetConfig, waits: Waits
 ) -> AsyncIterator[RewardClient]:
     """A client of the replicas of these names, all of which have scored a probe.

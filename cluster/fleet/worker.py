@@ -26,7 +26,7 @@ _CHECK_S = 5.0
 log = logging.getLogger(__name__)
 
 
-class Worker(waves.Generator, Receiver, Protocol):
+class GeneratorHandle(waves.Generator, Receiver, Protocol):
     """A generator's handle: to sample, to take new weights, to be asked whether it gets on, and to be stopped."""
 
     async def progress(self) -> int:
@@ -37,20 +37,20 @@ class Worker(waves.Generator, Receiver, Protocol):
         """End the engine."""
 
 
-class Member:
+class Worker:
     """A generator that runs, from its start to its loss or leave."""
 
-    def __init__(self, worker: Worker, watch_s: float, silence_s: float, standing: Callable[[], bool]) -> None:
-        """`standing()`: True while no token is to be expected, as weights are handed over."""
-        self.worker = worker
-        self.name = worker.name
+    def __init__(self, handle: GeneratorHandle, watch_s: float, silence_s: float, paused: Callable[[], bool]) -> None:
+        """`paused()`: True while no token is to be expected, as weights are handed over."""
+        self.handle = handle
+        self.name = handle.name
         self.leave = asyncio.Event()
         """Set when it is to take no more work."""
         self.waves_done = 0
         self._waves = 0
         self._watch_s = watch_s
         self._silence_s = silence_s
-        self._standing = standing
+        self._paused = paused
         self._departure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @property
@@ -72,7 +72,7 @@ class Member:
         self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
         """Sample. Raises GeneratorFailed as soon as the generator is gone, whether it answers or not."""
-        call = asyncio.ensure_future(self.worker.generate(query_ids, seeds, max_new_tokens, temperature))
+        call = asyncio.ensure_future(self.handle.generate(query_ids, seeds, max_new_tokens, temperature))
         call.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may come after the end
         self._waves += 1
         try:
@@ -96,13 +96,13 @@ class Member:
             await asyncio.sleep(self._watch_s)
             try:
                 async with asyncio.timeout(self._silence_s):
-                    now = await self.worker.progress()
+                    now = await self.handle.progress()
             except TimeoutError:
                 self.give_up(f"it answered nothing for {self._silence_s:g} s")
             except Exception as error:
                 self.give_up(str(error))
             else:
-                if now != tokens or not self._waves or self._standing():
+                if now != tokens or not self._waves or self._paused():
                     tokens, since = now, time.monotonic()
                 elif (silence := time.monotonic() - since) > self._silence_s:
                     self.give_up(f"it made no token for {silence:.0f} s, and {self._waves} waves wait")
@@ -111,7 +111,7 @@ class Member:
         """Give it up if it is known to be dead. One that does not answer at once may be busy."""
         try:
             async with asyncio.timeout(_CHECK_S):
-                await self.worker.progress()
+                await self.handle.progress()
         except TimeoutError:
             return
         except Exception as error:
@@ -121,13 +121,13 @@ class Member:
         """End its engine in good order, as far as it goes."""
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_STOP_S):
-                await self.worker.stop()
+                await self.handle.stop()
 
 
 class Start(Protocol):
     """Starts a generator's process in the place of that name; leaving the block ends it."""
 
-    def __call__(self, name: str) -> AbstractAsyncContextManager[Worker]: ...
+    def __call__(self, name: str) -> AbstractAsyncContextManager[GeneratorHandle]: ...
 
 
 class Place:
@@ -136,7 +136,7 @@ class Place:
     def __init__(self, name: str, config: FleetConfig, changed: Callable[[], None], waits: Waits) -> None:
         """`changed` is called when a generator has started, and when it is gone."""
         self.name = name
-        self.member: Member | None = None
+        self.worker: Worker | None = None
         """Who is there, with whatever weights."""
         self.serving = False
         """Whether it has the published weights."""
@@ -151,14 +151,14 @@ class Place:
         self._waits = waits
         self._losses = 0  # in a row, without a wave in between
 
-    async def keep(self, start: Start, silence_s: float, standing: Callable[[], bool]) -> bool:
-        """Have generators until it is left; False when its restarts are used up. See Member for the last two."""
+    async def keep(self, start: Start, silence_s: float, paused: Callable[[], bool]) -> bool:
+        """Have generators until it is left; False when its restarts are used up. See Worker for the last two."""
         while not self.leaving:
             try:
                 async with contextlib.AsyncExitStack() as stack:
                     with self._waits.reported(self.name, lambda: f"its engine to start ({self.cause})"):
-                        worker = await stack.enter_async_context(start(self.name))
-                    await self._host(Member(worker, self._config.watch_s, silence_s, standing))
+                        handle = await stack.enter_async_context(start(self.name))
+                    await self._host(Worker(handle, self._config.watch_s, silence_s, paused))
             except Exception as error:
                 self.error, self.cause = error, f"it did not start: {error}"
             self._changed()
@@ -170,20 +170,20 @@ class Place:
             await self._rest()
         return True
 
-    async def _host(self, member: Member) -> None:
+    async def _host(self, worker: Worker) -> None:
         """Have a started generator until it is gone."""
-        self.member = member
-        watching = asyncio.create_task(member.watch())
+        self.worker = worker
+        watching = asyncio.create_task(worker.watch())
         self._changed()
         try:
-            self.cause = await member.departure()
+            self.cause = await worker.departure()
             if self.leaving:
-                await member.stop()
+                await worker.stop()
         finally:
             watching.cancel()
-            member.give_up("its place is closed")
-            self._losses = 0 if member.waves_done else self._losses
-            self.member, self.serving = None, False
+            worker.give_up("its place is closed")
+            self._losses = 0 if worker.waves_done else self._losses
+            self.worker, self.serving = None, False
 
     async def _rest(self) -> None:
         """Wait until the next start is due."""

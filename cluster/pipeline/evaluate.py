@@ -145,9 +145,9 @@ class HeldOut:
         """A response to each prompt. Generators that are lost meanwhile are waited for, as the fleet does."""
         rollout, seed = self.job.config.rollout, self.job.config.evaluation.seed
         while True:
-            crew = await self.fleet.crew()
+            generators = await self.fleet.wait_serving()
             try:
-                groups = await sample(crew, self.prompts, self.encoding, rollout, samples=1, seed=seed)
+                groups = await sample(generators, self.prompts, self.encoding, rollout, samples=1, seed=seed)
             except GeneratorFailed as error:
                 log.warning("the held-out prompts are answered anew: %s", error)
             else:

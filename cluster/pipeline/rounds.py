@@ -139,9 +139,11 @@ class Rounds:
         part.made("data", file, self.job.file("preference_prompts"))
         by_sft = config.rounds.sft_completions if number > 1 else 0
         count, seed = config.sample.completions_per_prompt - by_sft, config.sample.seed
-        prompts, groups = await sampled(part, await (await place.fleet(policy)).crew(), policy, count, seed)
+        prompts, groups = await sampled(part, await (await place.fleet(policy)).wait_serving(), policy, count, seed)
         if by_sft:
-            _, others = await sampled(part, await (await place.fleet(self.sft)).crew(), self.sft, by_sft, seed + 1)
+            _, others = await sampled(
+                part, await (await place.fleet(self.sft)).wait_serving(), self.sft, by_sft, seed + 1
+            )
             groups = [[*group, *other] for group, other in zip(groups, others, strict=True)]
         write_completions(part, prompts, groups, policy, *[self.sft] * bool(by_sft))
 

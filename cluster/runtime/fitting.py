@@ -11,7 +11,7 @@ from cluster.runtime.resources import Plan, Process, plan_machine
 _EPSILON = 1e-6
 
 
-class Room(Protocol):
+class Node(Protocol):
     """A machine as far as bundles are concerned."""
 
     @property
@@ -24,14 +24,14 @@ class Room(Protocol):
     def gpus(self) -> float: ...
 
 
-Somewhere = TypeVar("Somewhere", bound=Room)
+AnyNode = TypeVar("AnyNode", bound=Node)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placed(Generic[Somewhere]):
+class Placed(Generic[AnyNode]):
     """Where processes go."""
 
-    at: Mapping[str, tuple[Process, Somewhere]]
+    at: Mapping[str, tuple[Process, AnyNode]]
     """process and machine by the process' name"""
     devices: Mapping[str, tuple[str, ...]]
     """names of the GPUs that it uses, by its name; none without GPUs"""
@@ -39,7 +39,7 @@ class Placed(Generic[Somewhere]):
     """why a bundle has no place, one text a bundle"""
 
 
-def plan_cluster(config: Config, machines: Sequence[Room]) -> Plan:
+def plan_cluster(config: Config, machines: Sequence[Node]) -> Plan:
     """The plan of a run on a cluster, whose CPUs are reserved for as long as a process lives.
 
     On several machines every process has cores of its own, as nobody knows who will be neighbours: at most as many
@@ -68,7 +68,7 @@ def _bounded(plan: Plan, most: int) -> Plan:
     return replace(plan, processes=tuple(bounded))
 
 
-def place_processes(processes: Sequence[Process], machines: Sequence[Somewhere], by_cpus: bool) -> Placed[Somewhere]:
+def place_processes(processes: Sequence[Process], machines: Sequence[AnyNode], by_cpus: bool) -> Placed[AnyNode]:
     """Put processes on machines as Ray's PACK does: the largest first, on the emptiest machine, and with it what fits.
 
     A bundle is never split over machines, so the GPUs of one tensor-parallel generator are neighbours. `by_cpus`:
@@ -77,11 +77,11 @@ def place_processes(processes: Sequence[Process], machines: Sequence[Somewhere],
     """
     free = {machine.name: dict.fromkeys(range(int(machine.gpus)), 1.0) for machine in machines}
     cores = {machine.name: float(machine.cpus) for machine in machines}
-    at: dict[str, tuple[Process, Somewhere]] = {}
+    at: dict[str, tuple[Process, AnyNode]] = {}
     devices: dict[str, tuple[str, ...]] = {}
     unplaced = []
 
-    def chosen(process: Process, machine: Somewhere) -> list[int] | None:
+    def chosen(process: Process, machine: AnyNode) -> list[int] | None:
         found = _devices(free[machine.name], process.gpus)
         return None if by_cpus and process.cpus > cores[machine.name] + _EPSILON else found
 
@@ -106,7 +106,7 @@ def place_processes(processes: Sequence[Process], machines: Sequence[Somewhere],
     return Placed(at=dict(sorted(at.items(), key=lambda one: order[one[0]])), devices=devices, unplaced=tuple(unplaced))
 
 
-def _left_over(process: Process, machine: Room) -> float:
+def _left_over(process: Process, machine: Node) -> float:
     """Share of an empty machine that a bundle leaves free, added up over what it asks for."""
     needs = ((process.gpus, machine.gpus), (process.cpus, machine.cpus))
     return sum((has - need) / has for need, has in needs if need and has)
@@ -125,7 +125,7 @@ def _devices(free: Mapping[int, float], gpus: float) -> list[int] | None:
 
 def _no_room(
     process: Process,
-    machines: Sequence[Room],
+    machines: Sequence[Node],
     free: Mapping[str, Mapping[int, float]],
     cores: Mapping[str, float] | None,
 ) -> str:

@@ -43,7 +43,7 @@ class Process:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
+class Concurrent:
     """A set of processes that compute at the same time."""
 
     name: str
@@ -58,7 +58,7 @@ class Plan:
 
     processes: tuple[Process, ...]
     """Each process once."""
-    phases: tuple[Phase, ...]
+    concurrent: tuple[Concurrent, ...]
     """Every set of processes that can be computing at some moment."""
 
     @property
@@ -82,11 +82,13 @@ class Plan:
         return [p for p in self.processes if p.name.partition("-")[0] in kinds and p.name not in later]
 
     def of(self, kinds: Sequence[Kind]) -> "Plan":
-        """The same plan for processes of these kinds alone, and the phases in which any of them computes."""
+        """The same plan for processes of these kinds alone, and the sets in which any of them computes."""
         kept = tuple(one for one in self.processes if one.name.partition("-")[0] in kinds)
         names = {one.name for one in kept}
-        parts = [Phase(name=p.name, processes=tuple(n for n in p.processes if n in names)) for p in self.phases]
-        return Plan(processes=kept, phases=tuple(part for part in parts if part.processes))
+        parts = [
+            Concurrent(name=p.name, processes=tuple(n for n in p.processes if n in names)) for p in self.concurrent
+        ]
+        return Plan(processes=kept, concurrent=tuple(part for part in parts if part.processes))
 
     def process(self, name: str) -> Process:
         """The process called `name`. Raises: KeyError."""
@@ -151,7 +153,7 @@ def plan_replicas(serve: ServeConfig, gpus: int) -> Plan:
     names = [f"reward-{index}" for index in range(max(serve.replicas, serve.max_replicas or 1))]
     cpus = serve.threads if serve.on_ray else 0
     found = [Process(name=name, threads=serve.threads, cpus=cpus, gpus=own) for name in names]
-    return Plan(processes=tuple(found), phases=(Phase(name="score", processes=tuple(names)),))
+    return Plan(processes=tuple(found), concurrent=(Concurrent(name="score", processes=tuple(names)),))
 
 
 def default_plan(
@@ -209,23 +211,25 @@ def default_plan(
         for i in range(learner_ranks)
     ]
     reward = [Process(name=f"reward-{i}", threads=threads, cpus=threads, gpus=share) for i in range(reward_replicas)]
-    return Plan(processes=(*learner, *rollout, *reward), phases=_phases(rollout, learner, reward, together, borrowing))
+    return Plan(
+        processes=(*learner, *rollout, *reward), concurrent=_concurrent(rollout, learner, reward, together, borrowing)
+    )
 
 
-def _phases(
+def _concurrent(
     rollout: Sequence[Process], learner: Sequence[Process], reward: Sequence[Process], together: bool, borrowing: bool
-) -> tuple[Phase, ...]:
+) -> tuple[Concurrent, ...]:
     generators, ranks, replicas = ([process.name for process in kind] for kind in (rollout, learner, reward))
     if borrowing:
         busy = min(len(replicas), len(generators))
-        phases = {"generate": generators, "score": [*generators[busy:], *replicas[:busy]]}
+        concurrent = {"generate": generators, "score": [*generators[busy:], *replicas[:busy]]}
     else:
-        phases = {"generate and score": [*generators, *replicas]}
+        concurrent = {"generate and score": [*generators, *replicas]}
     if together:
-        phases = {f"{name} and update": [*names, *ranks] for name, names in phases.items()}
+        concurrent = {f"{name} and update": [*names, *ranks] for name, names in concurrent.items()}
     else:
-        phases["update"] = ranks
-    return tuple(Phase(name=name, processes=tuple(names)) for name, names in phases.items())
+        concurrent["update"] = ranks
+    return tuple(Concurrent(name=name, processes=tuple(names)) for name, names in concurrent.items())
 
 
 def check(plan: Plan, *, cores: int, gpus: float) -> None:
@@ -233,7 +237,7 @@ def check(plan: Plan, *, cores: int, gpus: float) -> None:
 
     Raises: ResourceError naming the phase, each process with its share, their sum, the limit and the remedy.
     """
-    for phase in plan.phases:
+    for phase in plan.concurrent:
         processes = [plan.process(name) for name in phase.processes]
         if (total := sum(process.threads for process in processes)) > cores:
             each = ", ".join(f"{process.name}: {process.threads}" for process in processes)
@@ -251,7 +255,7 @@ def check(plan: Plan, *, cores: int, gpus: float) -> None:
         )
 
 
-def _check_pins(phase: Phase, processes: Sequence[Process]) -> None:
+def _check_pins(phase: Concurrent, processes: Sequence[Process]) -> None:
     taken: dict[int, str] = {}
     for process in processes:
         pin = process.pin or ()

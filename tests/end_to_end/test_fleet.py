@@ -100,10 +100,10 @@ class Chaos:
         os.kill(pid, signal.SIGKILL)
 
     async def pid(self, name: str) -> int:
-        member = self.fleet._places[name].member
-        assert member is not None
-        assert isinstance(member.worker, Handle)
-        return await member.worker.ready(5.0)
+        worker = self.fleet._places[name].worker
+        assert worker is not None
+        assert isinstance(worker.handle, Handle)
+        return await worker.handle.ready(5.0)
 
     async def until(self, condition: Any, seconds: float = 60.0) -> None:
         async with asyncio.timeout(seconds):
@@ -111,7 +111,7 @@ class Chaos:
                 await asyncio.sleep(0.02)
 
     async def kill_while_it_decodes(self, name: str) -> None:
-        victim, pid = self.fleet._places[name].member, await self.pid(name)
+        victim, pid = self.fleet._places[name].worker, await self.pid(name)
         assert victim is not None
         await self.until(lambda: victim._waves > 0)
         self.kill(pid)
@@ -119,7 +119,7 @@ class Chaos:
 
     async def before(self, version: int) -> None:
         places = self.fleet._places
-        started = lambda name: name in places and places[name].member is not None  # noqa: E731
+        started = lambda name: name in places and places[name].worker is not None  # noqa: E731
         if version == 1:
             self.hunt = asyncio.create_task(self.kill_while_it_decodes("generator-0"))
         if version == 2:

@@ -213,7 +213,7 @@ def test_one_that_works_between_its_deaths_is_replaced_again_and_again(tmp_path:
 
     async def update(version: int) -> None:
         if version % 3 == 0:
-            await until(lambda: run.fleet._places["generator-1"].member is not None, "a replacement")
+            await until(lambda: run.fleet._places["generator-1"].worker is not None, "a replacement")
         if version % 3 == 2:
             assert "generate" in run.worker("generator-1").calls
             run.worker("generator-1").kill()
@@ -325,8 +325,8 @@ SAMPLING = RolloutConfig(prompts_per_wave=2, max_new_tokens=6)
 
 
 async def answers(run: Run) -> list[list[Completion]]:
-    crew = await run.fleet.crew()
-    return list(await sample(crew, HELDOUT, FakeEncoding(), SAMPLING, 1, 5))
+    serving = await run.fleet.wait_serving()
+    return list(await sample(serving, HELDOUT, FakeEncoding(), SAMPLING, 1, 5))
 
 
 def test_an_evaluation_survives_the_death_of_a_generator(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_an_evaluation_that_nobody_answers_ends_with_the_causes(tmp_path: Path) 
         async with run.fleet:
             run.worker("generator-0").kill()
             await until(lambda: not run.fleet.serving, "its death")
-            await run.fleet.crew()
+            await run.fleet.wait_serving()
 
     config = QUICK.model_copy(update={"max_restarts": 0})
     with pytest.raises(FleetError, match=r"no generator is left: generator-0: .*killed in progress"):

@@ -10,7 +10,7 @@ import pytest
 
 from actors.waits import Waits
 from cluster.config.schema import FleetConfig
-from cluster.fleet.reward_replicas import scorers
+from cluster.fleet.reward_replicas import reward_replicas
 from cluster.runtime.health import ActorDied, Health, Stats, measure
 from reward_server.app import ScoreServer, serve
 from reward_server.client import RewardClient
@@ -79,7 +79,7 @@ def test_a_replica_that_dies_is_started_again_and_asked_at_its_new_address(caplo
     machine, waits = Machine(), Waits()
 
     async def scenario() -> None:
-        async with scorers(["reward-0", "reward-1"], machine.start, connect, QUICK, waits) as client:
+        async with reward_replicas(["reward-0", "reward-1"], machine.start, connect, QUICK, waits) as client:
             first = client.urls
             await machine.kill("reward-1")
             assert (await client.score(ASKED))[0].score == 2.0, "the other one answers meanwhile"
@@ -98,7 +98,7 @@ def test_a_lone_replica_pauses_the_run_only_until_it_is_back() -> None:
     machine = Machine()
 
     async def scenario() -> float:
-        async with scorers(["reward-0"], machine.start, connect, QUICK, Waits()) as client:
+        async with reward_replicas(["reward-0"], machine.start, connect, QUICK, Waits()) as client:
             await machine.kill("reward-0")
             return (await client.score(ASKED))[0].score
 
@@ -110,7 +110,7 @@ def test_one_that_cannot_be_started_stays_away_and_the_run_goes_on(caplog: pytes
     machine = Machine()
 
     async def scenario() -> float:
-        async with scorers(["reward-0", "reward-1"], machine.start, connect, QUICK, Waits()) as client:
+        async with reward_replicas(["reward-0", "reward-1"], machine.start, connect, QUICK, Waits()) as client:
             machine.broken = True
             await machine.kill("reward-0")
             await until(lambda: any(record.levelno == logging.ERROR for record in caplog.records))
@@ -123,7 +123,7 @@ def test_one_that_cannot_be_started_stays_away_and_the_run_goes_on(caplog: pytes
 
 def test_what_keeps_the_first_from_starting_ends_the_run() -> None:
     async def scenario() -> None:
-        async with scorers(["reward-0"], Machine(broken=True).start, connect, QUICK, Waits()):
+        async with reward_replicas(["reward-0"], Machine(broken=True).start, connect, QUICK, Waits()):
             raise AssertionError
 
     with pytest.raises(ValueError, match="no memory is left"):
