@@ -188,24 +188,30 @@ def test_on_another_system_the_setup_says_so(setup: Setup):
     assert "this is Darwin on arm64" in one_line(setup.run())
 
 
+def stand_in_python(setup: Setup, pip: str) -> Path:
+    """A Python 3.11 whose environments hold a python that runs `pip`: making a real one takes ten seconds."""
+    setup.program("pip", pip)
+    return setup.program(
+        "python3.11",
+        f'case "$*" in "-m venv"*) echo venv >>{setup.folder}/calls; mkdir -p {setup.folder}/.venv/bin;'
+        f" cp {setup.programs}/pip {setup.folder}/.venv/bin/python; exit;; esac;"
+        f' exec {sys.executable} "$@"',
+    )
+
+
 def test_without_a_package_index_the_setup_says_so_and_keeps_the_log(setup: Setup):
     nowhere = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_DEFAULT_TIMEOUT": "2"}
-    # a lock without the second index that CPU builds of torch have, which this would ask as well
-    (setup.folder / "only.lock").write_text("torch==2.13.0\n")
-    line = one_line(setup.run(LOCK="only.lock", PIP_INDEX_URL="http://127.0.0.1:9/simple", **nowhere))
-    assert "could not download torch==2.13.0 from the package index" in line
+    # no version that there is, as nothing may be installed here, nor one of the CPU, which has a second index
+    (setup.folder / "only.lock").write_text("torch==0.0.1\n")
+    python = stand_in_python(setup, f'exec {sys.executable} "$@"')
+    told = setup.run(PYTHON=str(python), LOCK="only.lock", PIP_INDEX_URL="http://127.0.0.1:9/simple", **nowhere)
+    assert "could not download torch==0.0.1 from the package index" in one_line(told)
     assert (setup.folder / ".venv-install.log").is_file()
 
 
 def test_a_second_setup_does_nothing(setup: Setup):
     marker = setup.folder / "calls"
-    python = setup.program(
-        "python3.11",
-        f'case "$*" in "-m venv"*) echo venv >>{marker}; mkdir -p {setup.folder}/.venv/bin;'
-        f" cp {setup.programs}/pip {setup.folder}/.venv/bin/python; exit;; esac;"
-        f' exec {sys.executable} "$@"',
-    )
-    setup.program("pip", f'echo "$*" >>{marker}')
+    python = stand_in_python(setup, f'echo "$*" >>{marker}')
     code, told, _ = setup.run(PYTHON=str(python))
     assert code == 0
     assert told.splitlines()[-1].endswith("ready")
