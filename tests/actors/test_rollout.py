@@ -273,11 +273,11 @@ def test_a_run_whose_reward_server_is_away_is_paused_beyond_the_batchs_deadline_
 
     async def late() -> list[list[Trajectory]]:
         scorer = RewardClient(f"http://127.0.0.1:{port}", retry_s=0.2, pause_s=60.0, ask_s=0.2)
-        run = Run(generators, scorer, config=config, prompts_per_batch=8, deadline_s=1.0)
+        run = Run(generators, scorer, config=config, prompts_per_batch=8, deadline_s=0.6)
         training = asyncio.create_task(run.train(2))
         while scorer.paused is None:
             await asyncio.sleep(0.01)
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.0)
         assert not training.done()
         assert [len(generator.waves) for generator in generators.values()] == [1, 1], "no new prompts in a pause"
         server = serve(RuleSource(None), port=port)

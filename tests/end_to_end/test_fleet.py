@@ -16,7 +16,7 @@ from cluster.fleet.processes import Processes
 from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import Alignment
 from cluster.runtime.actor import Handle
-from cluster.runtime.resources import default_plan
+from cluster.runtime.resources import default_plan, machine_cores
 from cluster.runtime.session import start_ray
 from cluster.tracking.tracker import Tracker
 from learner.data.ledger import audit

@@ -36,9 +36,9 @@ def lengths(tmp_path, monkeypatch) -> SourceConfig:
     return SourceConfig(parts=(PartConfig(kind="function", target="own_rewards:length"),))
 
 
-def score(url: str, token: str | None = None) -> ScoreReply:
+def score(url: str, token: str | None = None, retry_s: float = 2.0) -> ScoreReply:
     async def ask() -> ScoreReply:
-        client = RewardClient(url, token=token, retry_s=2.0)
+        client = RewardClient(url, token=token, retry_s=retry_s)
         try:
             return (await client.score([REQUEST]))[0]
         finally:
@@ -57,7 +57,7 @@ def test_it_serves_its_source_on_the_loopback_until_it_is_closed(lengths):
     assert held.stats() == {"waiting": 0.0, "scored": 1.0}
     held.close()
     with pytest.raises(RewardUnavailable):
-        score(url)
+        score(url, retry_s=0.2)
     held.close()  # once more does nothing
 
 
