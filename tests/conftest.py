@@ -4,6 +4,7 @@ Every process has cores of its own, and so has whatever its tests start: threads
 would spin at each other's barriers. A file is never split, and files that share an engine or a Ray cluster are one.
 """
 
+import gc
 import os
 from itertools import groupby
 
@@ -48,3 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return not path.startswith("tests/end_to_end"), not slow
 
     items[:] = [item for _, group in sorted(files, key=rank) for item in group]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # DeepSpeed collects garbage four times an engine, and what was imported is none: a second each
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else nanobind reports at the end what was never freed

@@ -148,7 +148,7 @@ def engine_of(actor: int) -> int:
 
 @pytest.mark.timeout(400)
 def test_the_run_goes_on_when_generators_die_come_and_go(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = default_plan(generators=2, cores=2, gpus=0, max_staleness=1, learner_ranks=1)
+    plan = default_plan(generators=2, cores=machine_cores(), gpus=0, max_staleness=1, learner_ranks=1)
 
     async def work() -> tuple[list[int], int]:
         processes = Processes(job.config.cluster, plan, job.run_dir / "logs")

@@ -1,5 +1,6 @@
 """Tiny models, and the one rank that a process can be: torch.distributed starts once."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def rank() -> LearnerWorker:
     """The only rank of this process."""
     worker = OpenWorker(rank=0, world_size=1, threads=1)
     worker.start(*worker.meeting_point(loopback=True), deadline_s=60)
+    gc.freeze()  # see tests/conftest.py; DeepSpeed is imported by now
     return worker
 
 
