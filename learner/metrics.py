@@ -8,8 +8,8 @@ from actors.trajectory import Trajectory
 from learner.data.batch import Batch, staleness
 from learner.maths.advantages import explained_variance, masked_mean
 from learner.maths.kl import k2, k3, kl_per_response
-from learner.worker.group import added
-from learner.worker.worker import Targets
+from learner.maths.losses import add_sums
+from learner.worker.ppo_steps import Targets
 
 
 class Laps:
@@ -51,7 +51,7 @@ def iteration_metrics(
     kl = kl_per_response(old.logprobs, old.ref_logprobs, mask)
     total = batch.score - beta * kl
     lengths = batch.response_len.float()
-    update = added(sums)
+    update = add_sums(sums)
     # Each sum beside the count that makes it a mean; a step that was skipped has neither.
     counts = {
         "loss/policy": "tokens",

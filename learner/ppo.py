@@ -16,8 +16,8 @@ from learner.maths.losses import importance_weights
 from learner.maths.schedules import warmup
 from learner.metrics import Laps, iteration_metrics
 from learner.sft import Log
+from learner.worker.ppo_steps import Evaluation, PPOStep, Targets
 from learner.worker.skipped_steps import SkippedSteps
-from learner.worker.worker import Evaluation, PPOStep, Targets
 
 
 class Learner(Protocol):

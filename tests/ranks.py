@@ -22,7 +22,7 @@ class OpenWorker(LearnerWorker):
 
     def state_of(self, name: str) -> dict[str, torch.Tensor]:
         """Copies of a network's weights, optimizer states and average and of the random numbers' state on this rank."""
-        engine = self._engines[name]
+        engine = self.networks.engine(name)
         optimizer = engine._engine.optimizer
         state = getattr(optimizer, "optimizer", optimizer).state
         found = {f"weight/{key}": whole(parameter) for key, parameter in engine.module.named_parameters()}

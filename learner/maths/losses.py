@@ -9,6 +9,7 @@ Inputs are zeroed outside the mask before any arithmetic: selecting among the re
 in the padding reach the gradient, as 0 * NaN.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -22,6 +23,16 @@ from learner.maths.kl import k1, k3
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are held within +- this before exp, so that no token yields an infinite ratio."""
+
+
+def add_sums(parts: Iterable[Mapping[str, float | Tensor]]) -> dict[str, float]:
+    """The statistics of all parts as numbers, key by key: their sum, and of what is called max the maximum."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for key, value in part.items():
+            number = float(value)
+            total[key] = max(total.get(key, number), number) if key.endswith("/max") else total.get(key, 0.0) + number
+    return total
 
 
 def policy_loss_sum(

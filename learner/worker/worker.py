@@ -1,117 +1,76 @@
-"""One rank of the learner: networks, and the forward and backward passes that the three loops ask of them.
+"""One rank of the learner, as the process that it is: networks, the steps that the loops ask of them, and a sender."""
 
-Every rank is given the whole batch and takes its own share of it, so counts over the global batch are known without
-communication, and all results are sums or zero-filled arrays that add up over ranks (`learner.worker.group` adds them).
-"""
-
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import logging
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
 from actors.chat import ChatExample
+from actors.transfer import Manifest, Rendezvous
+from learner.config import PublishConfig
 from learner.data.batch import Batch
-from learner.maths.losses import policy_loss_sum, value_loss_sum
-from learner.worker.supervised import SupervisedRank, add_sums, floats, targets_of
+from learner.maths.losses import add_sums
+from learner.weights.sender import NcclWeightSender, WeightSender
+from learner.worker import ppo_steps, supervised
+from learner.worker.engine import init_distributed, whole_shape
+from learner.worker.loaded import LoadedNetworks
+from learner.worker.networks import weight_shapes
+from learner.worker.ppo_steps import PPOStep, Targets
+from reward_server.address import free_port, own_address
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What the learner's networks say of a batch before it is trained on."""
+def _with_networks(step: Callable[Concatenate[LoadedNetworks, P], T]) -> Callable[Concatenate["LearnerWorker", P], T]:
+    """A step as a method of the worker that has the networks."""
 
-    logprobs: Tensor
-    """f32 [B, T] of the policy as it is now; 0 in the padding"""
-    ref_logprobs: Tensor
-    """f32 [B, T] of the reference policy; 0 in the padding"""
-    values: Tensor
-    """f32 [B, T] of the critic; 0 in the padding"""
-    entropies: Tensor
-    """f32 [B, T] of the policy's next-token distributions (nats); 0 in the padding"""
+    @wraps(step)
+    def method(self: "LearnerWorker", *args: P.args, **settings: P.kwargs) -> T:
+        return step(self.networks, *args, **settings)
 
-    def __add__(self, other: "Evaluation") -> "Evaluation":
-        return Evaluation(
-            **{name: getattr(self, name) + getattr(other, name) for name in Evaluation.__dataclass_fields__}
-        )
+    return method
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Targets:
-    """What a PPO update learns from, beside the batch."""
-
-    evaluation: Evaluation
-    """log-probs and values from before the update"""
-    advantages: Tensor
-    """f32 [B, T], whitened"""
-    returns: Tensor
-    """f32 [B, T]"""
-    weights: Tensor | None
-    """f32 [B, T] importance weights of stale tokens, or None when every token is fresh"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PPOStep:
-    """The constants of a PPO update that a rank needs."""
-
-    clip: float
-    """of the probability ratio"""
-    value_clip: float | None
-    """of the value's change; None does not clip it"""
-    pretraining_coef: float
-    """gamma of PPO-ptx; 0 leaves the pretraining term out"""
-    temperature: float
-    """sampling temperature, applied to the logits here too"""
-    max_tokens: int
-    """padded tokens of a micro-batch at most"""
-    pretraining_max_tokens: int
-    """the same for the pretraining text"""
-    pretraining_normaliser: Literal["tokens", "sequences"]
-    """what the pretraining loss, summed over tokens, is divided by the number of"""
-    policy_lr: float
-    """learning rate of the policy in this iteration"""
-    critic_lr: float
-    """learning rate of the critic in this iteration"""
-
-
-class LearnerWorker(SupervisedRank):
+class LearnerWorker:
     """One rank's part of every step. Its methods are called in the same order on every rank."""
 
-    def evaluate(
-        self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int, temperature: float
-    ) -> Evaluation:
-        """Log-probs, reference log-probs, values and entropies, in the micro-batches that `update` will train on.
+    def __init__(self, rank: int, world_size: int, threads: int, direct: bool = False) -> None:
+        """`direct`: weights go to the generators' GPUs over NCCL; otherwise through main memory over gloo."""
+        self.networks = LoadedNetworks(rank, world_size)
+        self.threads = threads
+        self.direct = direct
+        self.version = 0
+        """PPO updates that the policy has had."""
+        self._host = "127.0.0.1"
+        self._sender: WeightSender
 
-        The same cut makes the probability ratio of the first minibatch exactly 1.
-        """
-        found = {name: torch.zeros(batch.mask.shape) for name in Evaluation.__dataclass_fields__}
-        with torch.no_grad():
-            for rows in self._micro_rows(batch, minibatches, max_tokens):
-                if not rows:
-                    for name in ("policy", "reference", "critic"):
-                        self._idle(name)
-                    continue
-                part = batch.rows(rows)
-                width = part.mask.shape[1]
-                logprobs, entropies = self._response_logprobs("policy", part, temperature)
-                reference, _ = self._response_logprobs("reference", part, temperature)
-                answers = (logprobs, reference, self._response_values(part), entropies)
-                for array, answer in zip(found.values(), answers, strict=True):
-                    array[rows, :width] = answer.cpu()
-        return Evaluation(**found)
+    load = _with_networks(LoadedNetworks.load)
+    save = _with_networks(LoadedNetworks.save)
+    save_state = _with_networks(LoadedNetworks.save_state)
+    weights = _with_networks(LoadedNetworks.weights)
+    language_model_loss = _with_networks(supervised.language_model_loss)
+    language_model_step = _with_networks(supervised.language_model_step)
+    ranking_step = _with_networks(supervised.ranking_step)
+    last_values = _with_networks(supervised.last_values)
+    normalise = _with_networks(supervised.normalise)
+    evaluate = _with_networks(ppo_steps.evaluate)
+    response_logprobs = _with_networks(ppo_steps.response_logprobs)
+    probe_logprobs = _with_networks(ppo_steps.probe_logprobs)
 
-    def response_logprobs(self, name: str, batch: Batch, max_tokens: int, temperature: float) -> Tensor:
-        """Log-probs of the response tokens by one network, f32 [B, T]; 0 in the padding and in other ranks' rows."""
-        found = torch.zeros(batch.mask.shape)
-        with torch.no_grad():
-            for rows in self._micro_rows(batch, [list(range(len(batch)))], max_tokens):
-                if not rows:
-                    self._idle(name)
-                    continue
-                part = batch.rows(rows)
-                found[rows, : part.mask.shape[1]] = self._response_logprobs(name, part, temperature)[0].cpu()
-        return found
+    def meeting_point(self, loopback: bool) -> tuple[str, int]:
+        """An address and a free port of this machine, where the ranks can meet."""
+        self._host = own_address(loopback)
+        return self._host, free_port(self._host)
+
+    def start(self, address: str, port: int, deadline_s: float) -> None:
+        """Join the other ranks at `address:port` within `deadline_s` seconds."""
+        torch.set_num_threads(self.threads)
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        init_distributed(self.networks.rank, self.networks.world_size, address, port, deadline_s)
 
     def update(
         self,
@@ -121,121 +80,57 @@ class LearnerWorker(SupervisedRank):
         pretraining: Sequence[Sequence[ChatExample]],
         step: PPOStep,
     ) -> list[dict[str, float]]:
-        """The optimizer steps of one PPO iteration, a policy and a critic step a minibatch; sums of each minibatch.
-
-        The policy's gradient is that of the clipped surrogate plus `pretraining_coef` times that of the language-model
-        loss, in one step (InstructGPT eq. 2). Both are means over all tokens of the minibatch, whatever the ranks; the
-        second may be a mean over sequences.
-        """
+        """The optimizer steps of one PPO iteration, a policy and a critic step a minibatch; sums of each minibatch."""
         results = []
         for rows, text in zip(minibatches, pretraining, strict=True):
-            sums = self._policy_step(batch, targets, rows, text, step)
-            add_sums(sums, self._critic_step(batch, targets, rows, step))
-            results.append(sums)
+            policy = ppo_steps.policy_step(self.networks, batch, targets, rows, text, step)
+            results.append(add_sums([policy, ppo_steps.critic_step(self.networks, batch, targets, rows, step)]))
         self.version += 1
         return results
 
+    def unload(self) -> None:
+        """Forget every network, to make room for the next step's."""
+        self.networks.unload()
+        self.version = 0
+
+    def load_state(self, folder: Path, version: int) -> None:
+        """Go on from `save_state` of that version, after `load` of the same networks.
+
+        Raises ValueError for another layout.
+        """
+        self.version = version
+        self.networks.load_state(folder)
+
     def stats(self) -> dict[str, float]:
         """What a run's status shows, from any thread: the version, where PPO's networks are loaded."""
-        return {"version": float(self.version)} if "critic" in self._engines else {}
+        return {"version": float(self.version)} if "critic" in self.networks else {}
 
-    def _policy_step(
-        self, batch: Batch, targets: Targets, rows: list[int], text: Sequence[ChatExample], step: PPOStep
-    ) -> dict[str, float]:
-        policy, tokens, sums = self._engines["policy"], int(batch.mask[rows].sum()), {"loss/policy": 0.0}
-        started = time.monotonic()
-        for micro in self._micro_rows(batch, [rows], step.max_tokens):
-            if not micro:
-                self._idle("policy")
-                continue
-            part = batch.rows(micro)
-            old, advantages, weights = (
-                _cut(array, micro, part, self.device)
-                for array in (targets.evaluation.logprobs, targets.advantages, targets.weights)
-            )
-            new, _ = self._response_logprobs("policy", part, step.temperature)
-            loss, stats = policy_loss_sum(new, old, advantages, part.mask.to(self.device), step.clip, weights)
-            policy.backward(loss / tokens)
-            add_sums(sums, {"tokens": float(part.mask.sum()), "loss/policy": loss.item(), **floats(stats)})
-        gradient = policy.gradients()
-        sums["grad_norm/policy"] = policy.norm(gradient) / self.world_size
-        sums["time/policy"] = (time.monotonic() - started) / self.world_size
-        if step.pretraining_coef:
-            started = time.monotonic()
-            targets_in_text = targets_of(text)
-            sums["pretraining_tokens"] = targets_in_text / self.world_size
-            count = targets_in_text if step.pretraining_normaliser == "tokens" else len(text)
-            sums["loss/pretraining"] = self._backward_language_model(
-                "policy", text, step.pretraining_max_tokens, step.pretraining_coef / count
-            )
-            added = [both.sub_(first) for both, first in zip(policy.gradients(), gradient, strict=True)]
-            sums["grad_norm/pretraining"] = policy.norm(added) / self.world_size
-            sums["time/pretraining"] = (time.monotonic() - started) / self.world_size
-            del added
-        del gradient  # Adam needs as much room for copies of its own
-        return self._stepped("policy", step.policy_lr, sums, "/policy")
+    def open_sender(self, config: PublishConfig) -> None:
+        """Prepare to send weights from this rank."""
+        sender = NcclWeightSender if self.direct else WeightSender
+        self._sender = sender(config.bucket_mb, config.deadline_s, self._host)
 
-    def _critic_step(self, batch: Batch, targets: Targets, rows: list[int], step: PPOStep) -> dict[str, float]:
-        critic, tokens, sums = self._engines["critic"], int(batch.mask[rows].sum()), {"loss/value": 0.0}
-        started = time.monotonic()
-        for micro in self._micro_rows(batch, [rows], step.max_tokens):
-            if not micro:
-                self._idle("critic")
-                continue
-            part = batch.rows(micro)
-            old, returns = (
-                _cut(array, micro, part, self.device) for array in (targets.evaluation.values, targets.returns)
-            )
-            mask = part.mask.to(self.device)
-            loss, stats = value_loss_sum(self._response_values(part), old, returns, mask, step.value_clip)
-            critic.backward(loss / tokens)
-            add_sums(sums, {"value_tokens": float(part.mask.sum()), "loss/value": loss.item(), **floats(stats)})
-        sums["time/value"] = (time.monotonic() - started) / self.world_size
-        return self._stepped("critic", step.critic_lr, sums, "/value")
+    def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous:
+        """Open the meeting point of a transfer group (see WeightSender)."""
+        return self._sender.listen(world_size, epoch)
 
-    def _response_logprobs(self, name: str, part: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [b, T] of a micro-batch's response tokens, 0 in the padding."""
-        rows, positions = _response_places(part)
-        answers = self._call(name, part.ids, rows, positions, part.ids[rows, positions + 1], temperature)
-        return tuple(_spread(answer, part.mask) for answer in answers)  # pyright: ignore[reportReturnType]
+    def connect_transfer(self) -> None:
+        """Meet the generators."""
+        self._sender.connect()
 
-    def _response_values(self, part: Batch) -> Tensor:
-        """Values [b, T] of the states before each response token, 0 in the padding."""
-        return _spread(self._call("critic", part.ids, *_response_places(part)), part.mask)
+    def transfer_manifest(self) -> Manifest:
+        """What will be sent."""
+        return self._sender.manifest(weight_shapes(self.networks.module("policy").model, whole_shape))
 
-    def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Teacher-forced log-probs of every token after the first, by the policy as it is now."""
-        answers = []
-        with torch.no_grad():
-            for ids in sequences:
-                row = torch.tensor([ids])
-                ends = torch.arange(1, len(ids))
-                logprobs, _ = self._call("policy", row, torch.zeros_like(ends), ends - 1, row[0, ends])
-                answers.append(logprobs.tolist())
-        return answers
+    def send_weights(self) -> dict[str, int]:
+        """Send the policy's merged weights to every generator; returns each tensor's checksum, on rank 0.
 
-    def _micro_rows(self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
-        """This rank's micro-batches of every minibatch, as rows of the batch; empty where other ranks have more."""
-        lengths = batch.lengths.tolist()
-        return [
-            [rows[i] for i in micro]
-            for rows in minibatches
-            for micro in self._share([lengths[row] for row in rows], max_tokens)
-        ]
-
-
-def _response_places(part: Batch) -> tuple[Tensor, Tensor]:
-    """Where each response token's log-prob and value are read: one token before it (row, position)."""
-    rows, steps = part.mask.nonzero(as_tuple=True)
-    return rows, part.query_len[rows] - 1 + steps
-
-
-def _spread(answers: Tensor, mask: Tensor) -> Tensor:
-    """[N] answers at the True places of mask [b, T], row by row; 0 elsewhere."""
-    mask = mask.to(answers.device)
-    return torch.zeros(mask.shape, device=answers.device, dtype=answers.dtype).masked_scatter(mask, answers)
-
-
-def _cut(array: Tensor | None, rows: list[int], part: Batch, device: torch.device) -> Tensor:
-    """The rows of a [B, T] array, as wide as the micro-batch."""
-    return array[rows, : part.mask.shape[1]].to(device) if array is not None else None  # pyright: ignore
+        A collective: where weights are sharded, the other ranks take part in gathering them, to the end even if
+        sending fails.
+        """
+        weights = self.networks.weights()
+        try:
+            return self._sender.send(self.transfer_manifest(), weights) if self.networks.rank == 0 else {}
+        finally:
+            for _ in weights:
+                pass

@@ -4,11 +4,15 @@ import gc
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from learner.worker.group import LearnerGroup
 from learner.worker.worker import LearnerWorker
 from tests.ranks import InProcess, OpenWorker
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine fails no proof
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

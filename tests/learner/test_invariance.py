@@ -23,7 +23,7 @@ from learner.config import NetworkConfig, OptimizerConfig, PublishConfig
 from learner.data.batch import Batch, collate
 from learner.worker.group import LearnerGroup
 from learner.worker.networks import load_network, merged_weights
-from learner.worker.worker import Evaluation, PPOStep, Targets
+from learner.worker.ppo_steps import Evaluation, PPOStep, Targets
 from tests.ranks import InProcess, processes
 from tests.tiny_batches import example, tokens, trajectory
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model

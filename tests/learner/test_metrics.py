@@ -8,7 +8,7 @@ import torch
 
 from learner.data.batch import collate
 from learner.metrics import Laps, iteration_metrics, part_means
-from learner.worker.worker import Evaluation, Targets
+from learner.worker.ppo_steps import Evaluation, Targets
 from tests.tiny_batches import trajectory
 
 LOGPROBS = torch.tensor([[-1.0, -2.0, -0.5], [-1.5, 0.0, 0.0]])

@@ -18,8 +18,8 @@ from learner.data.buffer import Buffer
 from learner.data.ledger import Ledger, audit
 from learner.ppo import Parts, ppo
 from learner.weights.checkpoint import Checkpoints
+from learner.worker.ppo_steps import Evaluation
 from learner.worker.skipped_steps import NonFiniteSteps
-from learner.worker.worker import Evaluation
 from reward_server.sources import FunctionSource
 from tests.fakes import prompts
 from tests.hf_generator import HfGenerator, SourceScorer

@@ -278,4 +278,4 @@ def test_a_tiny_model_learns_a_preference_that_length_does_not_tell(learner, wor
     asyncio.run(learner.save("reward", tmp_path))
     stored = normalisation(load_reward_model(tmp_path, torch.float32))
     assert stored.gain == 1.0
-    assert stored.bias == worker._engines["reward"].module.bias
+    assert stored.bias == worker.networks.engine("reward").module.bias

@@ -216,7 +216,7 @@ def test_the_critic_starts_from_the_folder_that_is_named_for_it(
     def noted(self: LearnerWorker, name: str, *rest: Any, **more: Any) -> int:
         trained = load(self, name, *rest, **more)
         if name == "critic":
-            network = self._held("critic").module
+            network = self.networks.module("critic")
             assert isinstance(network, ValueNetwork)
             started.append({key: value.detach().clone() for key, value in network.model.named_parameters()})
         return trained

@@ -27,7 +27,7 @@ from cluster.plan.shapes import shape_of
 from cluster.runtime.resources import Process, machine_cores
 from learner.config import OptimizerConfig
 from learner.data.batch import collate
-from learner.worker.worker import PPOStep, Targets
+from learner.worker.ppo_steps import PPOStep, Targets
 from tests.model_sizes import save_policy_and_reward
 from tests.ranks import RankProcess
 from tests.tiny_batches import example, trajectory

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from learner.config import NetworkConfig, OptimizerConfig
 from learner.data.batch import collate, minibatches
-from learner.worker.group import LearnerGroup, added
-from learner.worker.worker import Evaluation, PPOStep, Targets
+from learner.maths.losses import add_sums
+from learner.worker.group import LearnerGroup
+from learner.worker.ppo_steps import Evaluation, PPOStep, Targets
 from tests.ranks import InProcess, processes
 from tests.tiny_batches import example, tokens, trajectory
 
@@ -112,8 +113,8 @@ def test_what_is_the_same_on_every_rank_is_not_added(fakes):
 
 def test_a_sum_that_only_one_rank_has_is_kept(fakes):
     assert call(fakes.ranking_step("reward", [], [], "pairs", 64, 1e-3)) == {"loss": 3.25, "pairs": 6.0}
-    assert added([{}, {"a": 1.0}, {"b": 2.0, "a": 3.0}]) == {"a": 4.0, "b": 2.0}
-    assert added([{"ratio/max": 1.5}, {}, {"ratio/max": 1.25}]) == {"ratio/max": 1.5}
+    assert add_sums([{}, {"a": 1.0}, {"b": 2.0, "a": 3.0}]) == {"a": 4.0, "b": 2.0}
+    assert add_sums([{"ratio/max": 1.5}, {}, {"ratio/max": 1.25}]) == {"ratio/max": 1.5}
 
 
 def test_ranks_that_do_not_return_the_same_minibatches_are_an_error(fakes):

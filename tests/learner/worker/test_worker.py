@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from learner.config import NetworkConfig, OptimizerConfig
 from learner.data.batch import collate, minibatches
 from learner.maths.losses import kwise_loss
-from learner.worker.worker import PPOStep, Targets
+from learner.worker.ppo_steps import PPOStep, Targets
+from learner.worker.supervised import backward_language_model
 from reward_server.model import token_values
 from tests.tiny_batches import example, trajectory
 from tests.tiny_models import FAMILIES, tiny_causal_lm
@@ -54,8 +55,8 @@ def test_the_language_model_loss_is_that_of_unpadded_sequences(worker, folders):
 def test_gradients_of_many_microbatches_are_counted_once_each(worker, folders, dtype, max_tokens):
     worker.load("policy", "policy", folders / "policy", NetworkConfig(dtype=dtype), ADAM)
     examples = [example(7, 3, seed) for seed in range(4)]
-    worker._backward_language_model("policy", examples, max_tokens, 1.0 / 16)
-    engine = worker._engines["policy"]
+    backward_language_model(worker.networks, "policy", examples, max_tokens, 1.0 / 16)
+    engine = worker.networks.engine("policy")
     model = AutoModelForCausalLM.from_pretrained(folders / "policy", dtype=getattr(torch, dtype))
     total, count = plain_nll(model, examples)
     assert count == 16
@@ -100,8 +101,10 @@ def test_k_completions_are_k_forwards_however_many_pairs(worker, folders, monkey
     worker.load("reward", "value", folders / "reward", FULL, ADAM)
     groups = [[example(6 + k, 1, 10 * g + k).ids for k in range(2 + g)] for g in range(4)]  # K = 2, 3, 4, 5
     ranks = [list(range(len(group))) for group in groups]
-    call, rows = worker._call, []
-    monkeypatch.setattr(worker, "_call", lambda name, ids, *places: rows.append(len(ids)) or call(name, ids, *places))
+    call, rows = worker.networks.call, []
+    monkeypatch.setattr(
+        worker.networks, "call", lambda name, ids, *places: rows.append(len(ids)) or call(name, ids, *places)
+    )
     sums = worker.ranking_step("reward", groups, ranks, "pairs", 60, lr=1e-3)
     assert sums["pairs"] == 1 + 3 + 6 + 10
     assert sum(rows) == 2 + 3 + 4 + 5
@@ -199,8 +202,8 @@ def test_the_moving_average_follows_every_step_and_is_saved_as_a_model(worker, f
 def test_a_gradient_that_is_not_finite_changes_nothing(worker, folders):
     worker.load("policy", "policy", folders / "policy", FULL, ADAM)
     before = [weight.clone() for _, weight in worker.weights()]
-    worker._backward_language_model("policy", [example(7, 3)], 64, float("nan"))
-    assert worker._engines["policy"].step(1e-2) is None
+    backward_language_model(worker.networks, "policy", [example(7, 3)], 64, float("nan"))
+    assert worker.networks.engine("policy").step(1e-2) is None
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, worker.weights(), strict=True))
     worker.language_model_step("policy", [example(7, 3)], 64, lr=1e-2)
     assert all(weight.isfinite().all() for _, weight in worker.weights())
@@ -233,7 +236,9 @@ def test_a_reward_model_of_every_family_learns_to_rank_and_is_read_as_a_critic(w
     worker.load("critic", "value", tmp_path / "saved", network, ADAM)
     torch.testing.assert_close(worker.last_values("critic", sequences, 100), values, rtol=0, atol=1e-4)
     # At every token, whatever follows: the values of all prefixes are those of the prefixes alone.
-    whole = worker._call("critic", torch.tensor([sequences[1]]), torch.zeros(5, dtype=torch.long), torch.arange(5))
+    whole = worker.networks.call(
+        "critic", torch.tensor([sequences[1]]), torch.zeros(5, dtype=torch.long), torch.arange(5)
+    )
     prefixes = [sequences[1][: end + 1] for end in range(5)]
     torch.testing.assert_close(whole.detach(), worker.last_values("critic", prefixes, 100), rtol=0, atol=1e-4)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", attn_implementation="eager")
