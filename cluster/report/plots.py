@@ -1,245 +1,293 @@
-"""The kinds of pictures a report is made of.
-
-Each function returns a `Picture`: its title, a text that tells its figures to those who do not see it, and
-how to draw it on given axes, so that the same code serves page and overview. Lines also differ by dashes.
-"""
+"""The plots of one run. Each function yields those for which the run has the figures, maybe none."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import cycle
-from textwrap import fill
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice, product
+from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from cluster.report import charts
+from cluster.report.charts import Curve
+from cluster.report.plot import BEFORE, SERIES, Plot
+from cluster.rundir.files import Run, Series, number, visible
 
-from cluster.report.canvas import BEFORE, INK, MUTED, SERIES, Picture
-
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
-_KL = "KL to the SFT model (nats a response)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """One line of a picture."""
-
-    name: str
-    """for the legend"""
-    x: tuple[float, ...]
-    """steps, or what else is along the axis"""
-    y: tuple[float, ...]
-    """values, as many"""
-    spread: tuple[float, ...] = ()
-    """half the height of the band around each value; empty for none"""
-    colour: str = SERIES[0]
-    """one of this module's colours"""
+_SCATTER_POINTS = 400  # a model; more would hide one another
+_BARS = 16
+_KL = ("kl/mean", "KL to the SFT model, nats a response")
 
 
-def lines(title: str, xlabel: str, curves: Sequence[Curve], log: bool = False, smooth: bool = False) -> Picture:
-    """Curves with bands. `smooth` draws a running mean over the values themselves, which become faint."""
+def plots(run: Run) -> dict[str, list[Plot]]:
+    """Every plot of a run, by what it is about: the names of the functions below."""
+    kinds = (rounds, gold, tax, learning, gold_by_kl, held_out, responses, reward_model)
+    return {kind.__name__: list(kind(run)) for kind in (*kinds, supervised, selection, inside_ppo, time_spent)}
 
-    def draw(axes: Axes) -> None:
-        for curve, dashes in zip(curves, cycle(_DASHES), strict=False):
-            x, y = np.array(curve.x), np.array(curve.y)
-            marker = "o" if len(x) <= 6 else None
-            if smooth and len(y) >= 40:
-                axes.plot(x, y, color=curve.colour, alpha=0.25, linewidth=0.8)
-                x, y = _running_mean(x, y, width=len(y) // 15)
-            axes.plot(x, y, color=curve.colour, linestyle=dashes, marker=marker, label=curve.name)
-            if curve.spread:
-                spread = np.array(curve.spread)
-                shade = {"color": curve.colour, "alpha": 0.2 / (1 + len(curves)), "linewidth": 0}
-                axes.fill_between(x, y - spread, y + spread, **shade)
-        if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(lambda value, _: figure(value))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.02)
-        if xlabel != _KL:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(xlabel)
-        _legend(axes, len(curves))
 
-    told = "; ".join(
-        f"{curve.name} from {figure(curve.y[0])} to {figure(curve.y[-1])} over {len(curve.y)} points"
-        for curve in curves
+def overview(run: Run) -> list[Plot]:
+    """The four plots that tell the most; fewer when the run has fewer."""
+    parts = (gold(run), tax(run), gold_histogram(run), _by_arm(run, (_KL,)))
+    return list(islice(chain(*parts, reward_model(run), supervised(run), time_spent(run)), 4))
+
+
+def arms(run: Run) -> list[tuple[str, str, str]]:
+    """(stage, name, colour) of each PPO run; PPO-ptx is one with a pretraining mix."""
+    names = ["PPO-ptx" if run.series(arm, "loss/pretraining") else "PPO" for arm in run.arms]
+    repeated = len(set(names)) < len(names)
+    return [
+        (arm, f"{name} ({arm})" if repeated else name, SERIES[index % len(SERIES)])
+        for index, (arm, name) in enumerate(zip(run.arms, names, strict=True))
+    ]
+
+
+def labels(run: Run) -> list[tuple[str, str, str]]:
+    """(label, name, colour) of each evaluation, those from before PPO first, in grey.
+
+    What a further PPO run measured before it began ("<arm>-start") is of the SFT model once more: left out.
+    """
+    known = {"sft": ("SFT", BEFORE)} | {arm: (name, colour) for arm, name, colour in arms(run)}
+    shown = [label for label in run.evaluations if label.removesuffix("-start") not in {*run.arms} - {label}]
+    order = sorted(shown, key=lambda label: (label in run.arms, label != "sft", label))
+    return [(label, *known.get(label, (label, BEFORE))) for label in order]
+
+
+def rounds(run: Run) -> Iterator[Plot]:
+    """Win rates, gold and the reward model's accuracy by round, with 95 % intervals."""
+    table, xlabel = round_table(run), "round; bar: 95% CI"
+    curves = [
+        *_by_round(table, "win_rate_sft", "against the SFT model", SERIES[0]),
+        *_by_round(table, "win_rate_previous", "against the round before", SERIES[1]),
+    ]
+    if curves:
+        yield charts.lines(f"Win rate, {run.labeler}", xlabel, curves, level=(0.5, "even"))
+    before = next((value for row in table.values() if (value := number(row.get("gold_sft"))) is not None), None)
+    if curves := _by_round(table, "gold", "policy", SERIES[0]):
+        level = None if before is None else (before, "SFT")
+        yield charts.lines(f"Gold score, {run.labeler}", xlabel, curves, level=level)
+    who = ", ".join(dict.fromkeys(visible(str(row["rankings"])) for row in table.values() if "rankings" in row))
+    agreement = _by_round(table, "labelers_agree", "two labelers", SERIES[1])
+    if curves := _by_round(table, "accuracy", "reward model", SERIES[0]):
+        yield charts.lines(f"Reward-model accuracy, {who}", xlabel, [*curves, *agreement], level=(0.5, "chance"))
+
+
+def round_table(run: Run) -> dict[int, Mapping[str, Any]]:
+    """The summary's table of rounds, by their number."""
+    rows = run.figures("rounds").items()
+    return dict(sorted((int(key), row) for key, row in rows if key.isdecimal() and isinstance(row, dict)))
+
+
+def _by_round(table: Mapping[int, Mapping[str, Any]], key: str, name: str, colour: str) -> list[Curve]:
+    """A curve of a figure with its interval, which may be a table of its own; none where no round has it."""
+    found: list[tuple[float, ...]] = []
+    for index, row in table.items():
+        part = row.get(key)
+        value, ci = (part.get("rate"), part.get("ci")) if isinstance(part, dict) else (part, row.get(f"{key}_ci"))
+        if (point := number(value)) is not None:
+            found.append((index, point, *(interval(ci) or (math.nan, math.nan))))
+    if not found:
+        return []
+    x, y, low, high = zip(*found, strict=True)
+    return [Curve(name=name, colour=colour, x=x, y=y, low=low, high=high)]
+
+
+def interval(value: object) -> tuple[float, float] | None:
+    """A confidence interval as it stands in a JSON file, or None."""
+    if isinstance(value, list) and len(value) == 2:
+        low, high = number(value[0]), number(value[1])
+        if low is not None and high is not None:
+            return low, high
+    return None
+
+
+def _curve(run: Run, stage: str, metric: str, name: str, colour: str) -> list[Curve]:
+    """A curve, with a band where the run has logged its ends or a standard deviation; none without the metric."""
+    series, band = run.series(stage, metric), dict[str, Series]()
+    if low := run.series(stage, f"{metric}_low"):
+        band = {"low": low, "high": run.series(stage, f"{metric}_high")}
+    elif metric.endswith("/mean") and (spread := run.series(stage, metric.replace("/mean", "/std"))):
+        ends = {"low": -1, "high": 1}
+        band = {
+            end: {at: series[at] + sign * spread[at] for at in series if at in spread} for end, sign in ends.items()
+        }
+    ends = {end: tuple(values.get(step, math.nan) for step in series) for end, values in band.items()}
+    return [Curve(name=name, colour=colour, x=tuple(series), y=tuple(series.values()), **ends)] if series else []
+
+
+def _by_arm(
+    run: Run, metrics: Iterable[tuple[str, str]], xlabel: str = "PPO iteration", fewest: int = 1
+) -> Iterator[Plot]:
+    """A plot for each (metric, title), with a curve of at least so many points for each PPO run."""
+    for metric, title in metrics:
+        found = chain.from_iterable(_curve(run, arm, metric, name, colour) for arm, name, colour in arms(run))
+        if curves := [curve for curve in found if len(curve.x) >= fewest]:
+            yield charts.lines(title, xlabel, curves)
+
+
+def gold(run: Run) -> Iterator[Plot]:
+    """The labeler's verdict over iterations."""
+    yield from _by_arm(run, (("gold/mean", f"Gold score, {run.labeler}"),))
+
+
+def held_out(run: Run) -> Iterator[Plot]:
+    """What was measured on held-out prompts and text before PPO, on its way, and after it."""
+    metrics = (
+        ("heldout/gold", f"Gold on held-out prompts, {run.labeler}; 95% CI"),
+        ("heldout/score", "Score on held-out prompts"),
+        ("heldout/kl", "KL on held-out prompts, nats a response"),
+        ("heldout/pretraining_loss", "Loss on held-out pretraining text, nats a token"),
     )
-    return Picture(title=title, alt=f"Line chart, {title}, by {xlabel}: {told}.", draw=draw)
+    yield from _by_arm(run, metrics, "PPO iterations done", fewest=3)  # before and after are told elsewhere
 
 
-def path(title: str, curves: Sequence[Curve]) -> Picture:
-    """What is reached at which KL: a point an iteration, joined in their order, the last one marked."""
-    plain = lines(title, _KL, curves)
-
-    def draw(axes: Axes) -> None:
-        plain.draw(axes)
-        for curve in curves:
-            axes.plot(curve.x, curve.y, ".", color=curve.colour, markersize=4)
-            axes.plot(curve.x[-1], curve.y[-1], "o", color=curve.colour, markersize=7)
-
-    return Picture(title=title, alt=plain.alt, draw=draw)
+def learning(run: Run) -> Iterator[Plot]:
+    """What PPO is told, and how far it went for it."""
+    reward = ("reward/mean", "Reward: score minus the KL penalty")
+    yield from _by_arm(run, (("score/mean", "Score of the reward model"), _KL, reward))
 
 
-def histogram(title: str, groups: Sequence[tuple[str, str, Sequence[float]]]) -> Picture:
-    """Distributions of the same quantity, groups of (name, colour, values); the means are dotted lines."""
-    values = [value for _, _, group in groups for value in group]
-    low, high = (-1.0, 1.0) if max(map(abs, values)) <= 1 else (min(values), max(values))
+def tax(run: Run) -> Iterator[Plot]:
+    """The loss on pretraining text before and after each PPO run."""
+    rows = [
+        (name, colour, change.before, change.after)
+        for arm, name, colour in arms(run)
+        if (change := run.change(arm, "pretraining_loss"))
+    ]
+    if rows:
+        yield charts.dumbbells("Alignment tax: loss on pretraining text", rows, "nats a token; grey: before PPO")
 
-    def draw(axes: Axes) -> None:
-        edges = np.linspace(low, high, 21).tolist()
-        for name, colour, group in groups:
-            weights = np.full(len(group), 100 / len(group))
-            filled = colour == BEFORE
-            axes.hist(group, edges, weights=weights, color=colour, alpha=0.45 if filled else 0.16)
-            if not filled:
-                axes.hist(group, edges, weights=weights, color=colour, histtype="step", linewidth=1.6)
-            axes.axvline(float(np.mean(group)), color=colour, linestyle=(0, (1, 1.5)), linewidth=1.6)
-            axes.plot([], [], color=colour, linewidth=6, alpha=0.7, label=f"{name} {np.mean(group):+.2f}")
-        axes.set_xlabel("dotted, and in the legend: the mean")
-        axes.set_ylabel("% of the responses")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        _legend(axes, len(groups))
 
-    told = "; ".join(
-        f"{name} mean {figure(float(np.mean(group)))}, {len(group)} responses" for name, _, group in groups
+def gold_by_kl(run: Run) -> Iterator[Plot]:
+    """How much of the labeler's liking a nat of KL bought (Gao et al. 2023 plot it so)."""
+    curves = []
+    for arm, name, colour in arms(run):
+        gold, kl = run.series(arm, "gold/mean"), run.series(arm, "kl/mean")
+        if steps := [step for step in gold if step in kl]:
+            x, y = tuple(kl[step] for step in steps), tuple(gold[step] for step in steps)
+            curves.append(Curve(name=name, colour=colour, x=x, y=y))
+    if curves:
+        yield charts.path(f"Gold bought with KL, {run.labeler}", curves)
+
+
+def gold_histogram(run: Run) -> Iterator[Plot]:
+    """The verdicts on held-out responses, before and after."""
+    groups = [
+        (name, colour, gold)
+        for label, name, colour in labels(run)
+        if (gold := [sample.gold for sample in run.evaluations[label] if sample.gold is not None])
+    ]
+    if groups:
+        yield charts.histogram(f"Gold score of responses, {run.labeler}", groups)
+
+
+def responses(run: Run) -> Iterator[Plot]:
+    """Verdicts on held-out responses, and whether the score still agrees with them (over-optimisation)."""
+    yield from gold_histogram(run)
+    groups = []
+    for label, name, colour in labels(run):
+        pairs = [(one.score, one.gold) for one in run.evaluations[label]]
+        if points := [(score, gold) for score, gold in pairs if score is not None and gold is not None]:
+            groups.append((name, colour, *zip(*points[:_SCATTER_POINTS], strict=True)))
+    if groups:
+        axes = ("score of the reward model", f"gold, {run.labeler}")
+        yield charts.scatter("Does the score still mean gold?", groups, axes)
+
+
+def reward_model(run: Run) -> Iterator[Plot]:
+    """Accuracy beside the baseline and by rank gap, calibration, training."""
+    table = run.figures("reward") | run.calibration
+    kinds = (
+        ("accuracy", "reward model", SERIES[0]),
+        ("prompt_accuracy", "the same, mean of prompts", SERIES[0]),
+        ("longer_wins", 'rule "the longer wins"', BEFORE),
     )
-    return Picture(title=title, alt=f"Histogram, {title}: {told}.", draw=draw)
+    rows = [
+        (name, colour, share, interval(table.get(f"{key}_ci")))
+        for key, name, colour in kinds
+        if (share := number(table.get(key))) is not None
+    ]
+    if rows:
+        yield charts.accuracy("Accuracy on held-out pairs", rows)
+    gaps = [
+        (f"{int(gap)} apart, {int(count or 0)} pairs", SERIES[0], share, None)
+        for gap, share, count in _numbers(table.get("by_rank_gap"), "gap", "accuracy")
+    ]
+    if len(gaps) > 1:
+        yield charts.accuracy("Accuracy by how many ranks apart", gaps)
+    bins = table.get("bins", table.get("calibration"))
+    bins = _numbers(bins.get("bins") if isinstance(bins, dict) else bins, "predicted", "observed")
+    if any(count for *_, count in bins):
+        bins = [(predicted, observed, int(count or 0)) for predicted, observed, count in bins]
+        yield charts.calibration("How often the higher score wins", bins)
+    if curves := _curve(run, "reward", "reward_model/loss", "training", SERIES[0]):
+        yield charts.lines("Loss, nats a pair", "step", curves, smooth=True)
 
 
-def dumbbells(title: str, rows: Sequence[tuple[str, str, float, float]], unit: str) -> Picture:
-    """What each row moved from and to, rows of (name, colour, before, after)."""
-
-    def draw(axes: Axes) -> None:
-        # At least this much, so that a small change looks small.
-        reach = max(max(abs(after - before) for *_, before, after in rows), 0.2)
-        for row, (name, colour, before, after) in enumerate(rows):
-            axes.annotate(
-                "",
-                xy=(after, -row),
-                xytext=(before, -row),
-                arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2, "shrinkA": 0, "shrinkB": 3},
-            )
-            axes.plot(before, -row, "o", color=BEFORE, markersize=7)
-            axes.plot(after, -row, "o", color=colour, markersize=9)
-            axes.annotate(name, (min(before, after), -row), (0, 13), textcoords="offset points", weight="bold")
-            label = f"{before:.2f} → {after:.2f}  ({after - before:+.2f})"
-            axes.annotate(label, (min(before, after), -row), (0, -18), textcoords="offset points", color=MUTED)
-        axes.set_xlim(min(min(row[2:]) for row in rows) - 0.1 * reach, max(max(row[2:]) for row in rows) + 0.35 * reach)
-        axes.set_ylim(-len(rows) + 0.3, 0.7)
-        axes.set_yticks([])
-        axes.set_xlabel(unit)
-
-    told = "; ".join(f"{name} from {figure(before)} to {figure(after)}" for name, _, before, after in rows)
-    return Picture(title=title, alt=f"{title}, {unit}: {told}.", draw=draw, height=1.5 + 0.8 * len(rows))
+def _numbers(rows: object, first: str, second: str) -> list[tuple[float, float, float | None]]:
+    """Two figures and the count of each row of a table in a JSON file; rows that lack one are left out."""
+    tables = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    found = [(number(row.get(first)), number(row.get(second)), number(row.get("count"))) for row in tables]
+    return [(one, other, count) for one, other, count in found if one is not None and other is not None]
 
 
-def bars(title: str, rows: Sequence[tuple[str, str, float]], unit: str, shares: bool = True) -> Picture:
-    """Horizontal bars in the order of the rows (name, colour, value), with values and shares of the whole."""
-
-    def draw(axes: Axes) -> None:
-        names, colours, values = zip(*rows, strict=True)
-        names = [fill(name, 30, max_lines=2, placeholder=" …") for name in names]
-        places = -np.arange(len(rows))
-        axes.barh(places, values, color=colours, height=0.62)
-        total = sum(values) or 1.0
-        for place, value in zip(places, values, strict=True):
-            label = figure(value) + (f"  ({100 * value / total:.0f}%)" if shares else "")
-            axes.annotate(label, (value, place), (5, 0), textcoords="offset points", va="center", color=INK)
-        axes.set_yticks(places, names)
-        axes.tick_params(axis="y", colors=INK)
-        axes.set_xlim(0, 1.28 * max(values) or 1.0)
-        axes.set_ylim(-len(rows) + 0.4, 0.6)
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel(unit)
-
-    told = "; ".join(f"{name} {figure(value)}" for name, _, value in rows)
-    return Picture(title=title, alt=f"Bar chart, {title}, {unit}: {told}.", draw=draw, height=0.9 + 0.32 * len(rows))
+def supervised(run: Run) -> Iterator[Plot]:
+    """Losses of each supervised stage: those that log "<stage>/loss"."""
+    kinds = (("training", "loss"), ("held out", "valid_loss"), ("held-out pretraining text", "pretraining_valid_loss"))
+    for stage in run.metrics:
+        named = zip(kinds, SERIES, strict=False)
+        found = (_curve(run, stage, f"{stage}/{metric}", name, colour) for (name, metric), colour in named)
+        if curves := list(chain.from_iterable(found)):
+            title = "SFT" if stage == "sft" else stage.capitalize()
+            yield charts.lines(f"{title} loss, nats a token", "step", curves, smooth=True)
 
 
-def accuracy(title: str, rows: Sequence[tuple[str, str, float, tuple[float, float] | None]]) -> Picture:
-    """Shares from 0 to 1, rows of (name, colour, share, 95 % confidence interval), and the mark of chance."""
-
-    def draw(axes: Axes) -> None:
-        names = []
-        for row, (name, colour, share, interval) in enumerate(rows):
-            if interval:
-                axes.plot(interval, (-row, -row), color=colour, linewidth=6, alpha=0.35)
-            axes.plot(share, -row, "o", color=colour, markersize=9)
-            names.append(f"{name}\n{share:.3f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""))
-        axes.axvline(0.5, color=MUTED, linestyle=(0, (1, 1.5)))
-        axes.annotate("chance", (0.5, -len(rows) + 0.35), (4, 2), textcoords="offset points", color=MUTED)
-        axes.set_xlim(min(0.4, *(share - 0.05 for _, _, share, _ in rows)), 1)
-        axes.set_ylim(-len(rows) + 0.3, 0.7)
-        axes.set_yticks([-row for row in range(len(rows))], names)
-        axes.tick_params(axis="y", colors=INK)
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel("share of pairs; bar: 95% CI")
-
-    told = "; ".join(f"{name} {share:.3f}" for name, _, share, _ in rows)
-    return Picture(title=title, alt=f"{title}: {told}; chance 0.5.", draw=draw, height=1.3 + 0.7 * len(rows))
+def selection(run: Run) -> Iterator[Plot]:
+    """The score of each epoch of an SFT model that was to be chosen among."""
+    for stage in run.metrics:
+        if curves := _curve(run, stage, "select/score", "mean score, 95% CI", SERIES[0]):
+            yield charts.lines(f"Score of each epoch: {stage.removeprefix('select-')}", "epoch", curves)
 
 
-def calibration(title: str, bins: Sequence[tuple[float, float, int]]) -> Picture:
-    """Predicted against observed shares, bins of (predicted, observed, count); the count is a dot's area."""
-
-    def draw(axes: Axes) -> None:
-        predicted, observed, counts = (np.array(column) for column in zip(*bins, strict=True))
-        axes.plot((0, 1), (0, 1), color=MUTED, linestyle=(0, (1, 1.5)), linewidth=1.4)
-        axes.annotate("perfect", (0.97, 0.97), (-4, -12), textcoords="offset points", ha="right", color=MUTED)
-        axes.plot(predicted, observed, color=SERIES[0], linewidth=1.2, alpha=0.6)
-        axes.scatter(predicted, observed, s=14 + 160 * counts / counts.max(), color=SERIES[0], alpha=0.75, linewidths=0)
-        left = max(0.0, math.floor(10 * min(predicted.min(), observed.min(), 0.5)) / 10)
-        axes.set(xlim=(left, 1.02), ylim=(left, 1.02))
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("observed")
-
-    told = "; ".join(
-        f"{predicted:.2f} predicted, {observed:.2f} observed, {count} pairs" for predicted, observed, count in bins
+def inside_ppo(run: Run) -> Iterator[Plot]:
+    """What tells a healthy PPO run from a sick one."""
+    metrics = (
+        ("loss/policy", "Policy loss"),
+        ("loss/value", "Value loss"),
+        ("loss/pretraining", "Pretraining loss of the mix"),
+        ("value/explained_variance", "Variance explained by the critic"),
+        ("response/length", "Response length, tokens"),
+        ("response/eos_rate", "Responses that end by themselves"),
+        ("policy/entropy", "Entropy, nats a token"),
+        ("policy/clip_fraction", "Share of clipped tokens"),
     )
-    return Picture(title=title, alt=f"Calibration curve, {title}: {told}.", draw=draw)
+    yield from _by_arm(run, metrics)
+    if len(run.arms) > 1:
+        found = [_curve(run, arm, "parity/max_gap", name, colour) for arm, name, colour in arms(run)]
+    else:
+        kinds = product(run.arms, zip(("max", "mean"), SERIES, strict=False))
+        found = [_curve(run, arm, f"parity/{kind}_gap", kind, colour) for arm, (kind, colour) in kinds]
+    if gaps := list(chain.from_iterable(found)):
+        positive = all(value > 0 for curve in gaps for value in curve.y)
+        yield charts.lines("Parity gap, nats", "PPO iteration", gaps, log=positive)
 
 
-def scatter(
-    title: str, groups: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], labels: tuple[str, str]
-) -> Picture:
-    """Points by group of (name, colour, x, y), each with its correlation in the legend."""
-    names = [f"{name}, r = {_correlation(x, y)}" for name, _, x, y in groups]
-
-    def draw(axes: Axes) -> None:
-        for label, (_, colour, x, y), marker in zip(names, groups, cycle("os^D"), strict=False):
-            axes.scatter(x, y, s=16, color=colour, alpha=0.55, linewidths=0, marker=marker, label=label)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        _legend(axes, len(groups))
-
-    told = "; ".join(f"{label}, {len(group[2])} responses" for label, group in zip(names, groups, strict=True))
-    return Picture(title=title, alt=f"Scatter plot, {title}: {told}.", draw=draw, height=3.3)
-
-
-def figure(value: float) -> str:
-    """A number with three digits that count."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:.0f}"
-    return f"{value:,.{max(0, min(6, 2 - math.floor(math.log10(abs(value)))))}f}"
-
-
-def _legend(axes: Axes, count: int) -> None:
-    """Above the axes, in as many columns as fit."""
-    if count > 1:
-        longest = max(map(len, axes.get_legend_handles_labels()[1]))
-        letters = axes.bbox.width * 72 / axes.figure.dpi / 5  # that fit beside one another
-        columns = max(1, min(count, int(letters / (longest + 7))))
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderaxespad=0.2)
-
-
-def _running_mean(x: np.ndarray, y: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    kernel = np.ones(width) / width
-    return np.convolve(x, kernel, "valid"), np.convolve(y, kernel, "valid")
-
-
-def _correlation(x: Sequence[float], y: Sequence[float]) -> str:
-    if len(x) < 3 or np.std(x) == 0 or np.std(y) == 0:
-        return "undefined"
-    return f"{np.corrcoef(x, y)[0, 1]:.2f}"
+def time_spent(run: Run) -> Iterator[Plot]:
+    """Seconds of each phase, a colour for each stage, and of the parts of an iteration."""
+    spent: dict[tuple[str, str], float] = {}
+    for phase in run.phases:
+        spent[phase.stage, phase.name] = spent.get((phase.stage, phase.name), 0.0) + phase.seconds
+    stages = list(dict.fromkeys(stage for stage, _ in spent))
+    often = Counter(name for _, name in spent)
+    rows = [
+        (name if often[name] == 1 else f"{stage}: {name}", SERIES[stages.index(stage) % len(SERIES)], seconds)
+        for (stage, name), seconds in spent.items()
+    ]
+    shown = sorted(rows, key=lambda row: -row[2])[: _BARS - 1]
+    if rest := [seconds for *row, seconds in rows if (*row, seconds) not in shown]:
+        rows = [*(row for row in rows if row in shown), (f"{len(rest)} more", BEFORE, sum(rest))]
+    if rows:
+        yield charts.bars("Time of each phase", rows, "seconds")
+    means = [
+        (f"{name}: {part}" if len(run.arms) > 1 else part, colour, sum(series.values()) / len(series))
+        for (arm, name, colour), part in product(arms(run), ("rollout", "evaluate", "update", "publish"))
+        if (series := run.series(arm, f"time/{part}"))
+    ]
+    if means:
+        yield charts.bars("Mean time of a PPO iteration", means, "seconds", shares=len(run.arms) == 1)

@@ -1,5 +1,7 @@
 """The report of a run: an HTML page that needs nothing else, a picture for a README, a terminal summary.
 
+Titles and leads of the page's sections are in its template, report.html.
+
 Everything is read from the plain files of the run directory (see `cluster.rundir.files`). `summary.json` holds
 the final figures; every part of it is optional:
 
@@ -34,10 +36,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from cluster.report.canvas import png, svg
-from cluster.report.pictures import arm_names, interval, labels, overview
-from cluster.report.round_pictures import round_table
-from cluster.report.sections import sections
+from cluster.report.plot import png, svg
+from cluster.report.plots import arms, interval, labels, overview, plots, round_table
 from cluster.rundir.files import Change, Run, Sample, number, read_run, visible
 
 _FIRST, _EXTREMES, _TERMINAL = 8, 2, 3  # samples: first by id, of each extreme, in the terminal
@@ -45,7 +45,7 @@ _LONGEST = 700  # characters of a sample that are shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
+class Result:
     """One of the figures at the top."""
 
     arm: str
@@ -75,11 +75,10 @@ class Exchange:
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html and RUN/report.png and return the first. Raises ValueError when it is no run."""
     run = read_run(run_dir)
-    pictures = overview(run)
-    if pictures:
-        words = f"{_subject(run)}. Verdicts: {run.labeler}." if run.arms else _subject(run)
-        (run_dir / "report.png").write_bytes(png(pictures, words))
-    figures = list(_figures(run))
+    if shown := overview(run):
+        caption = f"{_subject(run)}. Verdicts: {run.labeler}." if run.arms else _subject(run)
+        (run_dir / "report.png").write_bytes(png(shown, caption))
+    results = list(_results(run))
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template.filters |= {"visible": lambda value: visible(str(value)), "svg": svg}
     template.filters["tone"] = lambda gold: _tone(run, gold)
@@ -88,9 +87,10 @@ def write_report(run_dir: Path) -> Path:
         title=_subject(run),
         date=str(run.environment.get("date", ""))[:10],
         duration=_duration(_seconds(run)),
-        figures=figures,
-        arms=list(dict.fromkeys(figure.arm for figure in figures if figure.arm)),
-        sections=sections(run),
+        results=results,
+        arms=list(dict.fromkeys(result.arm for result in results if result.arm)),
+        mixed=len({name.split()[0] for _, name, _ in arms(run)}) > 1,
+        plots=plots(run),
         exchanges=exchanges(run),
         longest=_LONGEST,
         facts=list(_facts(run)),
@@ -104,19 +104,15 @@ def write_report(run_dir: Path) -> Path:
 def summary(run_dir: Path) -> RenderableType:
     """The same in short for a terminal. Raises ValueError when it is no run."""
     run = read_run(run_dir)
-    figures = list(_figures(run))
-    named = len({figure.arm for figure in figures if figure.arm}) > 1
+    results = list(_results(run))
+    named = len({result.arm for result in results if result.arm}) > 1
     table = Table.grid(padding=(0, 3))
-    for figure in figures:
-        name = f"{figure.name}, {figure.arm}" if named and figure.arm else figure.name
-        note = f"{figure.detail} · {run.labeler}" if figure.verdict else figure.detail
-        table.add_row(Text(name), Text(figure.value, style="bold"), Text(note, style="dim"))
-    parts: list[RenderableType] = [
-        Rule(Text(_subject(run), style="bold"), align="left"),
-        Padding(table, (1, 2)),
-    ]
-    chosen = exchanges(run)[:_TERMINAL]
-    if chosen:
+    for result in results:
+        name = f"{result.name}, {result.arm}" if named and result.arm else result.name
+        note = f"{result.detail} · {run.labeler}" if result.verdict else result.detail
+        table.add_row(Text(name), Text(result.value, style="bold"), Text(note, style="dim"))
+    parts: list[RenderableType] = [Rule(Text(_subject(run), style="bold"), align="left"), Padding(table, (1, 2))]
+    if chosen := exchanges(run)[:_TERMINAL]:
         parts.append(Text(f"  The first prompts by id; the number is gold, by the {run.labeler}", style="dim"))
     for exchange in chosen:
         table = Table.grid(padding=(0, 2))
@@ -161,14 +157,14 @@ def _subject(run: Run) -> str:
         ("SFT", "sft" in run.metrics or run.figures("sft")),
         ("reward model", "reward" in run.metrics or run.figures("reward") or run.calibration),
     ) if done]  # fmt: skip
-    steps += dict.fromkeys(arm_names(run).values())
+    steps += dict.fromkeys(name for _, name, _ in arms(run))
     told = " and ".join(filter(None, (", ".join(steps[:-1]), *steps[-1:]))) or "a run"
     return visible(f"{model}: {told}" if model else f"{told[0].upper()}{told[1:]}")
 
 
-def _figures(run: Run) -> Iterator[Figure]:
-    for arm, name in arm_names(run).items():
-        make = partial(Figure, arm=name)
+def _results(run: Run) -> Iterator[Result]:
+    for arm, name, _ in arms(run):
+        make = partial(Result, arm=name)
         if gold := run.change(arm, "gold"):
             yield make(name="Gold", value=_moved(gold), detail=_gain(gold), verdict=True)
         if score := run.change(arm, "score"):
@@ -178,24 +174,19 @@ def _figures(run: Run) -> Iterator[Figure]:
         if tax := run.change(arm, "pretraining_loss"):
             detail = f"{_moved(tax)} nats a token of pretraining text"
             yield make(name="Alignment tax", value=f"{tax.difference:+.3f}", detail=detail, verdict=False)
-    make = partial(Figure, arm="")
+    make = partial(Result, arm="")
     for index, row in round_table(run).items():
-        yield from _round_figures(run, index, row)
+        yield from _round_results(run, index, row)
     reward = run.figures("reward") | run.calibration
     if (accuracy := number(reward.get("accuracy"))) is not None:
-        detail = "held-out pairs"
-        if bounds := interval(reward.get("accuracy_ci")):
-            detail += f", 95% CI {bounds[0]:.2f} to {bounds[1]:.2f}"
+        detail = f"held-out pairs{_ci(reward.get('accuracy_ci'))}"
         if (alike := number(reward.get("prompt_accuracy"))) is not None:
             detail += f"; mean of prompts: {alike:.3f}"
         if (longer := number(reward.get("longer_wins"))) is not None:
             detail += f"; longer wins: {longer:.3f}"
         detail += f" · {run.rankings}"
         yield make(name="Reward-model accuracy", value=f"{accuracy:.3f}", detail=detail, verdict=False)
-    for stage, name, what in (
-        ("pretraining", "Pretraining loss", "text"),
-        ("sft", "SFT loss", "demonstrations"),
-    ):
+    for stage, name, what in (("pretraining", "Pretraining loss", "text"), ("sft", "SFT loss", "demonstrations")):
         table = run.figures(stage)
         before, after = number(table.get("valid_before")), number(table.get("valid_after"))
         if before is not None and after is not None:
@@ -205,13 +196,12 @@ def _figures(run: Run) -> Iterator[Figure]:
         yield make(name="Time", value=_duration(seconds), detail="all phases", verdict=False)
 
 
-def _round_figures(run: Run, index: int, row: Mapping[str, Any]) -> Iterator[Figure]:
+def _round_results(run: Run, index: int, row: Mapping[str, Any]) -> Iterator[Result]:
     for key, name in (("win_rate_sft", "the SFT model"), ("win_rate_previous", f"round {index - 1}")):
         found = row.get(key)
         if isinstance(found, dict) and (rate := number(found.get("rate"))) is not None:
-            bounds = interval(found.get("ci"))
-            detail = f"against {name}" + (f", 95% CI {bounds[0]:.2f} to {bounds[1]:.2f}" if bounds else "")
-            yield Figure(arm="", name=f"Win rate of round {index}", value=f"{rate:.2f}", detail=detail, verdict=True)
+            detail = f"against {name}{_ci(found.get('ci'))}"
+            yield Result(arm="", name=f"Win rate of round {index}", value=f"{rate:.2f}", detail=detail, verdict=True)
 
 
 def _moved(change: Change) -> str:
@@ -219,11 +209,13 @@ def _moved(change: Change) -> str:
 
 
 def _gain(change: Change) -> str:
-    told = f"{change.difference:+.2f}"
-    if change.interval:
-        low, high = change.interval
-        told += f", 95% CI {low:+.2f} to {high:+.2f}, {change.count} held-out prompts"
-    return told
+    prompts = f", {change.count} held-out prompts" if change.interval else ""
+    return f"{change.difference:+.2f}{_ci(list(change.interval or ()), '+')}{prompts}"
+
+
+def _ci(value: object, sign: str = "") -> str:
+    bounds = interval(value)
+    return f", 95% CI {bounds[0]:{sign}.2f} to {bounds[1]:{sign}.2f}" if bounds else ""
 
 
 def _seconds(run: Run) -> float:
@@ -266,7 +258,7 @@ def _folders(run: Run) -> Iterator[tuple[str, str]]:
     """(name, what it is) of each model in the run directory."""
     known = {"base": "where SFT started", "sft": "after SFT", "baseline": "the SFT baseline"}
     known |= {"reward": "the reward model"}
-    for arm, name in arm_names(run).items():
+    for arm, name, _ in arms(run):
         folder = arm.replace("ppo", "policy")
         known |= {folder: f"after {name}", f"{folder}_ema": f"after {name}, weights averaged over its steps"}
     yield from ((name, what) for name, what in known.items() if (run.path / name / "config.json").is_file())

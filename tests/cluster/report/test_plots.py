@@ -1,143 +1,213 @@
-import math
+import html
+import json
 import re
+from pathlib import Path
 
-import numpy as np
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from cluster.report import plots
-from cluster.report.canvas import BEFORE, SERIES, Picture
-from cluster.report.plots import Curve, figure
+from cluster.report.plot import BEFORE, SERIES, svg
+from cluster.report.report import summary, write_report
+from cluster.rundir.files import Run, read_run
+from tests.cluster.report.test_report import Page
+from tests.synthetic_run import CAPTION, write_rows, write_run
+
+ROUND = {
+    "rankings": "people (anna, ben)",
+    "gold": 0.4,
+    "gold_ci": [0.3, 0.5],
+    "gold_sft": 0.1,
+    "accuracy": 0.7,
+    "accuracy_ci": [0.6, 0.8],
+    "labelers_agree": 0.73,
+    "labelers_agree_ci": [0.7, 0.76],
+    "win_rate_sft": {"rate": 0.64, "ci": [0.54, 0.73], "wins": 61, "losses": 33, "ties": 6},
+}
+SECOND = {"rankings": CAPTION, "gold": 0.5, "accuracy": 0.72, "win_rate_previous": {"rate": 0.55, "ci": [0.45, 0.65]}}
 
 
-def drawn(picture: Picture) -> Axes:
-    axes = Figure().add_subplot()
-    picture.draw(axes)
-    return axes
+@pytest.fixture
+def one(tmp_path: Path) -> Run:
+    return read_run(write_run(tmp_path / "one"))
 
 
-def curve(values: list[float], spread: list[float] | None = None, name: str = "a") -> Curve:
-    return Curve(name=name, x=tuple(range(len(values))), y=tuple(values), spread=tuple(spread or ()))
+@pytest.fixture
+def two(tmp_path: Path) -> Run:
+    return read_run(write_run(tmp_path / "two", arms=("ppo", "ppo-noptx")))
+
+
+@pytest.fixture
+def rounds(tmp_path: Path) -> Run:
+    table = {"labeler": CAPTION, "rounds": {"2": ROUND | SECOND, "1": ROUND, "x": 3}}
+    (tmp_path / "summary.json").write_text(json.dumps(table))
+    return read_run(tmp_path)
+
+
+def titles(run: Run) -> dict[str, list[str]]:
+    """Titles of the sections of the page, each with those of its plots."""
+    found: dict[str, list[str]] = {}
+    source = html.unescape(write_report(run.path).read_text(encoding="utf-8"))
+    for section, plot in re.findall("<h2[^>]*>(.*?)</h2>|<figcaption>(.*?)</figcaption>", source):
+        found[section or [*found][-1]] = [*found[[*found][-1]], plot] if plot else []
+    del found["How it was made"]
+    return found
+
+
+def test_a_run_with_one_arm_gives_every_section(one: Run):
+    assert titles(one) == {
+        "Learning": [
+            f"Gold score, {CAPTION}",
+            "Score of the reward model",
+            "KL to the SFT model, nats a response",
+            "Reward: score minus the KL penalty",
+        ],
+        "Held-out measurements on the way": [
+            f"Gold on held-out prompts, {CAPTION}; 95% CI",
+            "Score on held-out prompts",
+            "KL on held-out prompts, nats a response",
+            "Loss on held-out pretraining text, nats a token",
+        ],
+        "What it cost": ["Alignment tax: loss on pretraining text", f"Gold bought with KL, {CAPTION}"],
+        "Held-out responses": [f"Gold score of responses, {CAPTION}", "Does the score still mean gold?"],
+        "The reward model": [
+            "Accuracy on held-out pairs",
+            "Accuracy by how many ranks apart",
+            "How often the higher score wins",
+            "Loss, nats a pair",
+        ],
+        "Supervised training": ["SFT loss, nats a token", "Score of each epoch: baseline"],
+        "Inside PPO": [
+            "Policy loss",
+            "Value loss",
+            "Pretraining loss of the mix",
+            "Variance explained by the critic",
+            "Response length, tokens",
+            "Responses that end by themselves",
+            "Entropy, nats a token",
+            "Share of clipped tokens",
+            "Parity gap, nats",
+        ],
+        "Time": ["Time of each phase", "Mean time of a PPO iteration"],
+    }
+
+
+def test_the_reward_model_is_shown_by_pairs_by_prompts_and_by_rank_gap(one: Run):
+    accuracy, gaps, *_ = plots.reward_model(one)
+    assert "reward model 0.807; the same, mean of prompts 0.796" in accuracy.alt
+    assert "1 apart, 480 pairs 0.790; 2 apart, 240 pairs 0.880; 3 apart, 160 pairs 0.970" in gaps.alt
+
+
+def test_held_out_curves_go_from_before_to_after_and_two_points_are_no_curve(one: Run, tmp_path: Path):
+    gold, _, kl, _ = plots.held_out(one)
+    assert "PPO-ptx from 0.120 to 0.620 over 5 points" in gold.alt
+    assert "PPO-ptx from 0 to 6.40 over 5 points" in kl.alt
+    write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": n, "heldout/gold": 0.5} for n in (0, 8)])
+    assert list(plots.held_out(read_run(tmp_path))) == []
+
+
+def test_two_arms_are_compared_first_in_the_same_axes(one: Run, two: Run):
+    (gold,), (tax,) = plots.gold(two), plots.tax(two)
+    assert titles(two)["What the pretraining mix does"] == [gold.title, tax.title]
+    assert "PPO-ptx from" in gold.alt
+    assert "; PPO from" in gold.alt
+    assert tax.alt.endswith("PPO-ptx from 3.97 to 4.01; PPO from 3.97 to 4.71.")
+    everything, expected = ([title for found in titles(run).values() for title in found] for run in (two, one))
+    assert sorted(everything) == sorted(expected)
+
+
+def test_arms_that_differ_in_something_else_are_told_apart_by_their_stage(tmp_path: Path):
+    run = read_run(write_run(tmp_path, arms=("ppo", "ppo-high-kl")))
+    assert [name for _, name, _ in plots.arms(run)] == ["PPO-ptx (ppo)", "PPO-ptx (ppo-high-kl)"]
+    assert next(iter(titles(run))) == "The runs compared"
+
+
+def test_models_before_ppo_are_grey_and_come_first_and_are_shown_once(two: Run):
+    assert plots.labels(two) == [
+        ("sft", "SFT", BEFORE),
+        ("ppo", "PPO-ptx", SERIES[0]),
+        ("ppo-noptx", "PPO", SERIES[1]),
+    ]
+
+
+def test_a_run_of_sft_only_gives_that_only(tmp_path: Path):
+    write_rows(
+        tmp_path / "metrics.jsonl",
+        [
+            {"stage": "sft", "step": 1, "sft/loss": 3.0},
+            {"stage": "pretraining", "step": 1, "pretraining/loss": 5.0},
+        ],
+    )
+    run = read_run(tmp_path)
+    assert titles(run) == {"Supervised training": ["SFT loss, nats a token", "Pretraining loss, nats a token"]}
+    assert [plot.title for plot in plots.overview(run)] == titles(run)["Supervised training"]
+
+
+def test_the_overview_shows_gold_tax_distribution_and_kl(two: Run):
+    assert [plot.title for plot in plots.overview(two)] == [
+        f"Gold score, {CAPTION}",
+        "Alignment tax: loss on pretraining text",
+        f"Gold score of responses, {CAPTION}",
+        "KL to the SFT model, nats a response",
+    ]
+
+
+def test_samples_without_verdicts_still_have_a_section(tmp_path: Path):
+    write_rows(tmp_path / "evaluations" / "policy.jsonl", [{"id": "a", "prompt": "?", "response": "!"}])
+    assert titles(read_run(tmp_path)) == {"Held-out responses": []}
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    "table",
     [
-        (0.0, "0"),
-        (1234.5, "1,234"),
-        (64.04, "64.0"),
-        (3.14159, "3.14"),
-        (-0.01234, "-0.0123"),
-        (1e-9, "0.000000"),
-        (math.nan, "nan"),
+        {
+            "accuracy": "high",
+            "accuracy_ci": [0.1],
+            "bins": [{"predicted": 0.5}, 3, {"predicted": 0.5, "observed": 1}],
+        },
+        {"bins": "none"},
+        {"calibration": {"bins": []}},
     ],
 )
-def test_a_figure_has_three_digits_that_count(value: float, text: str):
-    assert figure(value) == text
+def test_figures_of_the_wrong_kind_give_no_plot(tmp_path: Path, table: dict[str, object]):
+    (tmp_path / "summary.json").write_text(json.dumps({"reward": table}))
+    assert not any(plots.plots(read_run(tmp_path)).values())
 
 
-def test_lines_show_each_curve_and_its_band_and_tell_where_it_begins_and_ends():
-    picture = plots.lines("Gold", "iteration", [curve([0.1, 0.5], [0.2, 0.3], "one"), curve([0.0, 0.2], name="two")])
-    told = "one from 0.100 to 0.500 over 2 points; two from 0 to 0.200 over 2 points."
-    assert picture.alt == f"Line chart, Gold, by iteration: {told}"
-    axes = drawn(picture)
-    assert [line.get_label() for line in axes.lines] == ["one", "two"]
-    assert axes.lines[0].get_linestyle() != axes.lines[1].get_linestyle()
-    band = axes.collections[0].get_paths()[0].get_extents()
-    assert (band.ymin, band.ymax) == pytest.approx((-0.1, 0.8))
+def test_calibration_is_also_read_from_the_summary(tmp_path: Path):
+    bins = [{"margin": 0.25, "predicted": 0.56, "observed": 0.5, "count": 8}]
+    (tmp_path / "summary.json").write_text(json.dumps({"reward": {"calibration": bins}}))
+    (found,) = plots.reward_model(read_run(tmp_path))
+    assert found.alt.endswith("0.56 predicted, 0.50 observed, 8 pairs.")
 
 
-def test_a_single_curve_has_no_legend_and_a_single_point_is_seen():
-    axes = drawn(plots.lines("Loss", "step", [curve([2.0])]))
-    assert axes.get_legend() is None
-    assert axes.lines[0].get_marker() == "o"
-
-
-def test_long_curves_are_smoothed_by_a_running_mean_over_a_fifteenth():
-    axes = drawn(plots.lines("Loss", "step", [curve([float(value % 2) for value in range(60)])], smooth=True))
-    raw, mean = axes.lines
-    assert np.size(raw.get_xdata()) == 60
-    assert np.asarray(mean.get_ydata()) == pytest.approx([0.5] * 57)  # windows of four, two zeros and two ones each
-
-
-def test_a_logarithmic_axis_has_plain_numbers():
-    axes = drawn(plots.lines("Gap", "publish", [curve([0.002, 0.012, 0.1])], log=True))
-    assert axes.get_yscale() == "log"
-    axes.figure.canvas.draw()
-    assert {"0.0100", "0.100"} <= {label.get_text() for label in axes.get_yticklabels()}
-
-
-def test_a_path_marks_its_end():
-    axes = drawn(plots.path("Gold by KL", [Curve(name="ppo", x=(0.0, 2.0, 1.0), y=(0.1, 0.3, 0.4))]))
-    assert np.ravel(axes.lines[-1].get_xydata()).tolist() == [1.0, 0.4]
-
-
-def test_a_histogram_counts_in_percent_of_its_own_group():
-    picture = plots.histogram("Gold", [("SFT", BEFORE, [-1.0, 0.05, 0.05, 1.0]), ("PPO", SERIES[0], [0.95])])
-    assert picture.alt == "Histogram, Gold: SFT mean 0.0250, 4 responses; PPO mean 0.950, 1 responses."
-    axes = drawn(picture)
-    heights = [patch.get_height() for patch in axes.patches[:20]]  # type: ignore[attr-defined]
-    assert heights[0] == heights[-1] == 25
-    assert heights[10] == 50
-    assert axes.get_xlim()[0] < -1
-
-
-def test_a_histogram_of_another_scale_covers_it():
-    axes = drawn(plots.histogram("Gold", [("SFT", BEFORE, [2.0, 8.0])]))
-    assert axes.get_xlim()[0] < 2 < 8 < axes.get_xlim()[1]
-
-
-def test_equal_values_draw_without_trouble():
-    drawn(plots.histogram("Gold", [("SFT", BEFORE, [5.0, 5.0])]))
-    drawn(plots.dumbbells("Tax", [("PPO", SERIES[0], 3.0, 3.0)], "nats"))
-    drawn(plots.bars("Time", [("a", SERIES[0], 0.0)], "seconds"))
-    drawn(plots.lines("Loss", "step", [curve([1.0, 1.0])]))
-
-
-def test_a_dumbbell_tells_both_ends_and_shows_a_small_change_small():
-    picture = plots.dumbbells("Tax", [("PPO-ptx", SERIES[0], 3.97, 3.98)], "nats a token")
-    assert picture.alt == "Tax, nats a token: PPO-ptx from 3.97 to 3.98."
-    axes = drawn(picture)
-    assert "3.97 → 3.98  (+0.01)" in [text.get_text() for text in axes.texts]
-    low, high = axes.get_xlim()
-    assert 0.01 / (high - low) < 0.15
-
-
-def test_bars_show_values_and_shares_and_shorten_long_names():
-    long = "rank the completions of two hundred and fifty six prompts by the labeler"
-    axes = drawn(plots.bars("Time", [("sft", SERIES[0], 30.0), (long, SERIES[1], 90.0)], "seconds"))
-    assert [text.get_text() for text in axes.texts] == ["30.0  (25%)", "90.0  (75%)"]
-    name = axes.get_yticklabels()[1].get_text()
-    assert name.endswith("…")
-    assert name.count("\n") == 1
-    whole = drawn(plots.bars("Time", [("sft", SERIES[0], 30.0)], "seconds", shares=False))
-    assert [text.get_text() for text in whole.texts] == ["30.0"]
-
-
-def test_accuracy_stands_beside_chance_and_the_baseline():
-    rows = [("reward model", SERIES[0], 0.807, (0.778, 0.836)), ("longer wins", BEFORE, 0.3, None)]
-    picture = plots.accuracy("Accuracy", rows)
-    assert picture.alt == "Accuracy: reward model 0.807; longer wins 0.300; chance 0.5."
-    axes = drawn(picture)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "reward model\n0.807 (0.78 to 0.84)",
-        "longer wins\n0.300",
+def test_many_phases_are_summed_by_name_and_the_shortest_gathered(tmp_path: Path):
+    rows = [{"phase": f"part {number}", "stage": "ppo", "seconds": 10.0 + number} for number in range(20)]
+    rows += [
+        {"phase": "part 19", "stage": "ppo", "seconds": 100.0},
+        {"phase": "part 18", "stage": "sft", "seconds": 5},
     ]
-    assert axes.get_xlim()[0] <= 0.3
+    write_rows(tmp_path / "phases.jsonl", rows)
+    (plot,) = plots.time_spent(read_run(tmp_path))
+    # 21 rows; the longest 15 are parts 5 to 19 of ppo, the rest are parts 0 to 4 (10 to 14 s) and 5 s of sft
+    assert plot.alt.endswith("part 17 27.0; ppo: part 18 28.0; part 19 129; 6 more 65.0.")
 
 
-def test_calibration_draws_counts_as_areas():
-    axes = drawn(plots.calibration("Calibration", [(0.55, 0.5, 100), (0.9, 0.95, 50)]))
-    small, large = sorted(axes.collections[0].get_sizes())  # type: ignore[attr-defined]
-    assert (small - 14) / (large - 14) == pytest.approx(0.5)
+def test_rounds_are_drawn_in_order_with_the_labelers_name(rounds: Run):
+    win, gold, accuracy = plots.rounds(rounds)
+    assert "SFT model from 0.640 to 0.640 over 2 points; against the round before from 0.550" in win.alt
+    assert "policy from 0.400 to 0.500 over 2 points" in gold.alt
+    assert accuracy.title == f"Reward-model accuracy, people (anna, ben), {CAPTION}"
+    assert "two labelers from 0.730" in accuracy.alt
+    assert CAPTION in win.title
+    assert CAPTION in gold.title
+    for plot in (win, gold, accuracy):
+        assert svg(plot, "x", small=True).startswith("<svg")
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "r"),
-    [([0, 1, 2], [1, 3, 5], "1.00"), ([1, 1, 1], [1, 2, 3], "undefined"), ([1], [1], "undefined")],
-)
-def test_a_scatter_tells_the_correlation(x: list[float], y: list[float], r: str):
-    picture = plots.scatter("Score and gold", [("SFT", BEFORE, x, y)], ("score", "gold"))
-    assert re.search(rf"SFT, r = {re.escape(r)}, {len(x)} responses\.$", picture.alt)
-    drawn(picture)
+def test_the_page_has_rounds_and_win_rates(rounds: Run):
+    page = Page(write_report(rounds.path))
+    head = page.text[: page.text.index("In each round the newest")]
+    assert f"Win rate of round 1 0.64 against the SFT model, 95% CI 0.54 to 0.73 · {CAPTION}" in head
+    assert f"Win rate of round 2 0.55 against round 1, 95% CI 0.45 to 0.65 · {CAPTION}" in head
+    assert f"Gold scores and win rates on this page are verdicts of the {CAPTION}" in page.text
+    assert summary(rounds.path)

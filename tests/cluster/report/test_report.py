@@ -253,3 +253,14 @@ def test_the_terminal_shows_figures_and_samples_and_names_the_labeler(one: Path)
     assert f"The first prompts by id; the number is gold, by the {CAPTION}" in shown
     first = read_run(one).evaluations["ppo"][0]
     assert f"PPO-ptx  {first.gold:+.2f}  {first.response}" in shown
+
+
+def test_rankings_of_people_are_not_called_simulated(tmp_path: Path):
+    reward = {"accuracy": 0.7, "longer_wins": 0.5}
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"rankings": "people (anna)", "labeler": CAPTION, "reward": reward})
+    )
+    text = Page(write_report(tmp_path)).text
+    assert "Completions were ranked by people (anna) . Gold scores on this page are verdicts of the" in text
+    assert "Reward-model accuracy 0.700 held-out pairs; longer wins: 0.500 · people (anna)" in text
+    assert "held-out comparisons ranked by people (anna)" in text
