@@ -45,7 +45,7 @@ def contents(include: Sequence[Path]) -> dict[str, Path]:
 
 
 def sizes(files: dict[str, Path], settings: BaseModel | None) -> dict[str, int]:
-    """Bytes of each file of a shipment. Raises ConfigError for more than Ray's job server takes."""
+    """Bytes of each file of a job. Raises ConfigError for more than Ray's job server takes."""
     found = {name: file.stat().st_size for name, file in files.items()}
     if settings is not None:
         found[SETTINGS] = len(to_toml(settings).encode())
@@ -61,7 +61,7 @@ def sizes(files: dict[str, Path], settings: BaseModel | None) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def shipment(settings: BaseModel | None, include: Sequence[Path]) -> Iterator[Path]:
+def working_dir(settings: BaseModel | None, include: Sequence[Path]) -> Iterator[Path]:
     """A folder with the four packages, the settings if there are any, and `include`: the job's working directory.
 
     Raises ConfigError, as `contents` and `sizes` do.

@@ -26,7 +26,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.config.load import ConfigError
 from cluster.config.redaction import holder
-from cluster.jobs.package import SETTINGS, contents, shipment, sizes
+from cluster.jobs.package import SETTINGS, contents, sizes, working_dir
 
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -157,7 +157,7 @@ def submit(client: JobSubmissionClient, order: Order) -> str:
 
     Raises JobError with what the cluster says when it does not take the job.
     """
-    with shipment(order.settings, order.include) as folder, _quiet():
+    with working_dir(order.settings, order.include) as folder, _quiet():
         try:
             return client.submit_job(
                 entrypoint=order.entrypoint,

@@ -6,6 +6,7 @@ dashboard over all three.
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -81,41 +82,36 @@ class _Processes(Collector):
         self._monitor = monitor
 
     def collect(self) -> Iterator[Metric]:
-        labels = ["run", "process", "kind"]
         found: dict[str, Metric] = {}
 
-        def gauge(name: str, text: str, value: float | None) -> None:
-            family = found.setdefault(name, GaugeMetricFamily(f"rayward_process_{name}", text, labels=labels))
+        def add(name: str, text: str, value: float | None, kind: type[Metric] = GaugeMetricFamily) -> None:
+            full, labels = f"rayward_process_{name}", ["run", "process", "kind"]
+            family: Any = found.setdefault(name, kind(full, text, labels=labels))  # pyright: ignore[reportCallIssue]
             if value is not None:
-                family.add_metric(names, value)  # pyright: ignore[reportAttributeAccessIssue]
-
-        def counter(name: str, text: str, value: float) -> None:
-            family = found.setdefault(name, CounterMetricFamily(f"rayward_process_{name}", text, labels=labels))
-            family.add_metric(names, value)  # pyright: ignore[reportAttributeAccessIssue]
+                family.add_metric([self._run, one.name, re.sub(r"[-0-9.]+$", "", one.name)], value)
 
         for one in self._monitor.processes():
-            names = [self._run, one.name, re.sub(r"[-0-9.]+$", "", one.name)]
-            gauge("alive", "1 unless it was found dead", 0.0 if one.died else 1.0)
-            gauge("open_calls", "Calls without an answer yet", len(one.waiting))
+            add("alive", "1 unless it was found dead", 0.0 if one.died else 1.0)
+            add("open_calls", "Calls without an answer yet", len(one.waiting))
             oldest = one.waiting[0][1] if one.waiting else 0.0
-            gauge("oldest_wait_seconds", "Age of the oldest call without an answer", oldest)
-            counter("answered", "Calls answered", one.answered)
-            gauge("silent_seconds", "For how long it has not said how it is", one.silent_s)
-            if (vitals := one.vitals) is None:
+            add("oldest_wait_seconds", "Age of the oldest call without an answer", oldest)
+            add("answered", "Calls answered", one.answered, CounterMetricFamily)
+            add("silent_seconds", "For how long it has not said how it is", one.silent_s)
+            if (stats := one.vitals) is None:
                 continue
-            gauge("resident_bytes", "Main memory, with its children's", vitals.resident)
-            gauge("gpu_bytes", "Memory in use on its GPUs, by anybody", vitals.gpu)
-            counter("cpu_seconds", "Processor seconds, with those of the children that live", vitals.cpu_s)
-            for name, value in vitals.facts.items():
-                if name in _COUNTERS:
-                    counter(name, _COUNTERS[name], value)
-                elif name in _GAUGES:
-                    gauge(name, _GAUGES[name], value)
+            add("resident_bytes", "Main memory, with its children's", stats.resident)
+            add("gpu_bytes", "Memory in use on its GPUs, by anybody", stats.gpu)
+            text = "Processor seconds, with those of the children that live"
+            add("cpu_seconds", text, stats.cpu_s, CounterMetricFamily)
+            for name, value in stats.facts.items():
+                if text := _COUNTERS.get(name):
+                    add(name, text, value, CounterMetricFamily)
+                elif text := _GAUGES.get(name):
+                    add(name, text, value)
         yield from found.values()
-        wait = GaugeMetricFamily("rayward_wait_seconds", "How long it has waited for somebody", labels=["run", "who"])
+        waits = GaugeMetricFamily("rayward_wait_seconds", "How long it has waited for somebody", labels=["run", "who"])
         for who, seconds in {one.who: one.seconds for one in reversed(self._monitor.waits.open)}.items():
-            wait.add_metric([self._run, who], seconds)
-        yield wait
-        waits_for_scores = GaugeMetricFamily("rayward_paused", "1 while the run waits for scores", labels=["run"])
-        waits_for_scores.add_metric([self._run], float(self._monitor.paused is not None))
-        yield waits_for_scores
+            waits.add_metric([self._run, who], seconds)
+        paused = GaugeMetricFamily("rayward_paused", "1 while the run waits for scores", labels=["run"])
+        paused.add_metric([self._run], float(self._monitor.paused is not None))
+        yield from (waits, paused)

@@ -26,9 +26,9 @@ from cluster.tracking.alerts import Alert, Alerts
 from cluster.tracking.console import Console
 from cluster.tracking.prometheus import Exporter
 from cluster.tracking.tensorboard import EventFiles, event_files
-from cluster.tracking.wandb import WandbFeed
-from cluster.tracking.wandb_records import (
+from cluster.tracking.wandb import (
     Record,
+    WandbFeed,
     artefact_record,
     phases_record,
     samples_record,
@@ -81,8 +81,8 @@ class Tracker:
             "config": dict(settings or {}),
         }
         self._config = config
-        self._known = run_id is not None and has_all(run_dir, name)
-        self._sent = last_steps(run_dir) if self._known else {}
+        self._goes_on = run_id is not None
+        self._sent: dict[tuple[str, str], int] = {}
         self._wandb = None if config.mode == "disabled" else WandbFeed(config, self._start, wandb)
         self._alerts = Alerts(config.alerts, self._alert)
         self._counted: Callable[[str], None] = lambda kind: None
@@ -96,7 +96,7 @@ class Tracker:
         """The same in the subdirectory `name`; in W&B it is the same run, with `name`/ before everything."""
         part = copy.copy(self)
         part.run_dir, part._prefix = self.run_dir / name, f"{self._prefix}{name}/"
-        part._sent = last_steps(part.run_dir) if self._known else {}
+        part._sent = last_steps(part.run_dir) if self._goes_on else {}
         return part
 
     @property
@@ -106,6 +106,8 @@ class Tracker:
 
     def __enter__(self) -> Self:
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._goes_on = self._goes_on and has_all(self.run_dir, self._start["job_type"])
+        self._sent = last_steps(self.run_dir) if self._goes_on else {}
         if self._config.prometheus_port:
             exporter = Exporter(
                 self.run_dir.name, self._monitor, self._config.prometheus_host, self._config.prometheus_port
@@ -122,9 +124,6 @@ class Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Let W&B finish, within its deadline, and say how to send what is not there."""
         self._closing.close()
         if self._wandb is not None:

@@ -6,16 +6,16 @@ import pytest
 from cluster.config.load import ConfigError
 from cluster.config.schema import Config
 from cluster.jobs import package as module
-from cluster.jobs.package import SETTINGS, contents, shipment, sizes
+from cluster.jobs.package import SETTINGS, contents, sizes, working_dir
 
 CANARY = "canary-0123456789abcdef"
 
 
-def test_a_shipment_is_the_code_the_settings_and_what_is_included(tmp_path: Path):
+def test_a_working_directory_is_the_code_the_settings_and_what_is_included(tmp_path: Path):
     (tmp_path / "mine.py").write_text("x = 1")
     (tmp_path / "data" / "__pycache__").mkdir(parents=True)
     (tmp_path / "data" / "a.jsonl").write_text("{}")
-    with shipment(Config(), [tmp_path / "mine.py", tmp_path / "data"]) as folder:
+    with working_dir(Config(), [tmp_path / "mine.py", tmp_path / "data"]) as folder:
         names = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
         assert {"cluster/cli/main.py", "cluster/config/presets/tiny.toml", "learner/ppo.py", SETTINGS} <= names.keys()
         assert {"mine.py", "data/a.jsonl"} <= names.keys()
@@ -62,7 +62,7 @@ def test_more_than_ray_takes_is_refused_with_the_biggest_files_before_it_is_copi
     for name, size in (("small", 1), ("large", 2**21), ("larger", 3 * 2**20)):
         with (tmp_path / "data" / name).open("wb") as file:
             file.truncate(size)
-    with pytest.raises(ConfigError) as error, shipment(None, [tmp_path / "data"]):
+    with pytest.raises(ConfigError) as error, working_dir(None, [tmp_path / "data"]):
         pass
     text = str(error.value)
     assert re.search(r"the job would carry \d\.\d MiB, and Ray takes 3\.0 MiB", text)
