@@ -56,33 +56,28 @@ def screen(status: Mapping[str, Any], run: str, width: int, height: int) -> Rend
     """The same for a screen of so many columns and rows, with the curves of the stage at work and the last alerts."""
     found, inner = status["processes"], width - 4
     head = [_headline(status, run), *_bar(status, inner), *_progress(status)]
-    waits, alerts = status["waits"][:_SHOWN], status["alerts"][-_SHOWN:]
-    parts: list[RenderableType] = [_panel("", head, len(head))]
-    left = height - len(head) - 2
-    side_by_side = width >= _WIDE and bool(waits and alerts)
-    for count, other in ((len(waits), len(alerts)),) if side_by_side else ((len(waits), 0), (len(alerts), 0)):
-        left -= max(count, other) + 2 if count or other else 0
+    told = {"who waits for whom": _waits(status["waits"][:_SHOWN], cut=True), "alerts": _alerts(status)}
+    told = {title: lines for title, lines in told.items() if lines}
+    beside, most = width >= _WIDE and len(told) == 2, max(map(len, told.values()), default=0)
+    left = height - len(head) - 2 - (most + 2 if beside else sum(len(lines) + 2 for lines in told.values()))
     deaths = _deaths(found)[:_SHOWN]
-    most = max(_FEWEST_PROCESSES, left - len(deaths) - 3 - (_FEWEST_CURVES + 2 if status["curves"] else 0))
-    rows = found if len(found) <= most else _by_kind(found)[:most]
+    curves = _FEWEST_CURVES + 2 if status["curves"] else 0
+    room = max(_FEWEST_PROCESSES, left - len(deaths) - 3 - curves)
+    rows = found if len(found) <= room else _by_kind(found)[:room]
+    parts: list[RenderableType] = [_panel("", head)]
     if rows:
         parts.append(_panel("processes", [_processes(rows, inner), *deaths], len(rows) + 1 + len(deaths)))
         left -= len(rows) + 3 + len(deaths)
-    told = (
-        [_panel("who waits for whom", _waits(waits, cut=True), max(len(waits), len(alerts) * side_by_side))]
-        if waits
-        else []
-    )
-    warned = [_panel("alerts", _alerts(status), max(len(alerts), len(waits) * side_by_side))] if alerts else []
-    parts += [_beside(*told, *warned)] if side_by_side else [*told, *warned]
-    curves = _curves(status, inner, left - 2)
-    if curves.row_count:
-        parts.append(_panel(_stage(status), [curves], curves.row_count))
-    return Group(*parts)
+    panels = [_panel(title, lines, most if beside else None) for title, lines in told.items()]
+    parts += [_beside(*panels)] if beside else panels
+    table = _curves(status, inner, left - 2)
+    return Group(*parts, _panel(_stage(status), [table], table.row_count)) if table.row_count else Group(*parts)
 
 
-def _panel(title: str, lines: Sequence[RenderableType], rows: int) -> Panel:
-    return Panel(Group(*lines), title=title or None, title_align="left", border_style="dim", height=rows + 2)
+def _panel(title: str, lines: Sequence[RenderableType], rows: int | None = None) -> Panel:
+    """Lines in a frame; so many `rows`, where that is not their number."""
+    height = (len(lines) if rows is None else rows) + 2
+    return Panel(Group(*lines), title=title or None, title_align="left", border_style="dim", height=height)
 
 
 def _beside(*panels: RenderableType) -> Table:
@@ -96,11 +91,12 @@ def _beside(*panels: RenderableType) -> Table:
 def _headline(status: Mapping[str, Any], run: str) -> Text:
     """What is run, where, and how that stands."""
     state: str = status["state"]
+    paused, age = status.get("paused") or {}, status["time"] - status.get("started", status["time"])
     what = {
-        "running": f"running on {status['host']} (pid {status['pid']}) for {duration(_age(status))}",
+        "running": f"running on {status['host']} (pid {status['pid']}) for {duration(age)}",
         "killed": "killed: its process is gone. Remedy: the same command with --resume",
         "silent": f"silent for {duration(status['silent_s'])}: its machine is gone, or it is stopped",
-        "paused": f"paused for {duration(_paused(status, 'seconds', 0.0))}: {_paused(status, 'reason', '')}",
+        "paused": f"paused for {duration(paused.get('seconds', 0.0))}: {paused.get('reason', '')}",
     }.get(state, state)
     return Text.assemble((f"rayward {status['command']}", "bold"), f"  {run}: ", (what, _style(state)))
 
@@ -119,7 +115,7 @@ def _progress(status: Mapping[str, Any]) -> list[Text]:
         words += f", {duration(progress['step_s'])} each"
     if progress["left_s"]:
         words += f", about {duration(progress['left_s'])} left"
-    return [Text("; now ".join([words, *under_way]), overflow="ellipsis", no_wrap=True)]
+    return [_line("; now ".join([words, *under_way]), "", cut=True)]
 
 
 def _bar(status: Mapping[str, Any], width: int) -> list[RenderableType]:
@@ -129,36 +125,27 @@ def _bar(status: Mapping[str, Any], width: int) -> list[RenderableType]:
     return [_beside(ProgressBar(total=progress["total"], completed=progress["step"], width=width))]
 
 
-def _paused(status: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    return (status.get("paused") or {}).get(name, otherwise)
-
-
-def _age(status: Mapping[str, Any]) -> float:
-    return status["time"] - status.get("started", status["time"])
-
-
 def _style(state: str) -> str:
     return _STYLES.get(state.split()[0], "bold red")
 
 
 def _processes(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
     """A row a process; what is too long for `width` columns is cut from its load."""
-    gpus = any((one["vitals"] or {}).get("gpu") is not None for one in rows)
-    nodes = len({one["vitals"]["node"] for one in rows if one["vitals"]}) > 1
+    stats = [one["vitals"] for one in rows if one["vitals"]]
+    left_out = set() if any(one.get("gpu") is not None for one in stats) else {"GPU"}
+    left_out |= set() if len({one["node"] for one in stats}) > 1 else {"on"}
+    cells = [_cells(one) for one in rows]
+    names = [name for name in cells[0] if name not in left_out]
     gap = 2 if width >= _ROOMY else 1
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
-    right = {"version", "memory", "cores", "GPU"}
-    extra = [*(["GPU"] if gpus else []), *(["on"] if nodes else [])]
-    names = ("process", "state", "version", "load", "memory", "cores", *extra, "open call")
-    cells = [_cells(one, gpus, nodes) for one in rows]
-    longest = {name: max(len(name), *(len(row[index]) for row in cells)) for index, name in enumerate(names)}
+    longest = {name: max(len(name), *(len(row[name]) for row in cells)) for name in names}
     others = sum(length for name, length in longest.items() if name != "load") + gap * (len(names) - 1)
+    longest["load"] = max(4, min(longest["load"], width - others))
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
     for name in names:
-        columns = max(4, min(longest[name], width - others)) if name == "load" else longest[name]
-        justify = "right" if name in right else "left"
-        table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", width=columns)
+        justify = "right" if name in ("version", "memory", "cores", "GPU") else "left"
+        table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", width=longest[name])
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*(row[name] for name in names))
     return table
 
 
@@ -166,22 +153,22 @@ def _deaths(found: Sequence[Mapping[str, Any]]) -> list[Text]:
     return [Text(f"{one['name']} is dead: {one['died']}", "red") for one in found if one["died"]]
 
 
-def _cells(one: Mapping[str, Any], gpus: bool, nodes: bool) -> list[str | Text]:
-    vitals, state = one["vitals"] or {}, one["state"]
-    facts = vitals.get("facts", {})
+def _cells(one: Mapping[str, Any]) -> dict[str, str | Text]:
+    """What each column says of a process."""
+    stats, state = one["vitals"] or {}, one["state"]
+    version, gpu = stats.get("facts", {}).get("version"), stats.get("gpu")
     silent = f" {_short(one['silent_s'])}" if state == "silent" else ""
-    method, seconds = one["waiting"][0] if one["waiting"] else ("", 0.0)
-    return [
-        one["name"],
-        Text(state + silent, _style(state)),
-        f"{facts['version']:.0f}" if "version" in facts else "",
-        load(one),
-        _bytes(vitals["resident"]) if vitals else "",
-        "" if one["cores"] is None else f"{one['cores']:.1f}",
-        *([_bytes(vitals["gpu"]) if vitals.get("gpu") is not None else ""] if gpus else []),
-        *([vitals.get("node", "")] if nodes else []),
-        f"{method} {_short(seconds)}" if method else "",
-    ]
+    return {
+        "process": one["name"],
+        "state": Text(state + silent, _style(state)),
+        "version": "" if version is None else f"{version:.0f}",
+        "load": load(one),
+        "memory": _bytes(stats["resident"]) if stats else "",
+        "cores": "" if one["cores"] is None else f"{one['cores']:.1f}",
+        "GPU": "" if gpu is None else _bytes(gpu),
+        "on": stats.get("node", ""),
+        "open call": f"{one['waiting'][0][0]} {_short(one['waiting'][0][1])}" if one["waiting"] else "",
+    }
 
 
 def load(one: Mapping[str, Any]) -> str:
@@ -234,16 +221,18 @@ def _together(kind: str, group: Sequence[Mapping[str, Any]]) -> Mapping[str, Any
     }
 
 
+def _line(text: str, style: str, cut: bool) -> Text:
+    return Text(text, style, overflow="ellipsis" if cut else "fold", no_wrap=cut)
+
+
 def _waits(found: Sequence[Mapping[str, Any]], cut: bool) -> list[Text]:
-    return [
-        Text(
-            f"{wait['who']} waits for {wait['for']} ({_short(wait['seconds'])})",
-            "yellow" if wait["seconds"] >= _LONG_S else "",
-            overflow="ellipsis" if cut else "fold",
-            no_wrap=cut,
-        )
-        for wait in found
-    ]
+    told = [(f"{wait['who']} waits for {wait['for']} ({_short(wait['seconds'])})", wait["seconds"]) for wait in found]
+    return [_line(text, "yellow" if seconds >= _LONG_S else "", cut) for text, seconds in told]
+
+
+def _alerts(status: Mapping[str, Any]) -> list[Text]:
+    told = [(max(0.0, status["time"] - one["time"]), one["text"]) for one in status["alerts"][-_SHOWN:]]
+    return [_line(f"{duration(ago)} before: {text}", "yellow", cut=True) for ago, text in told]
 
 
 def _stage(status: Mapping[str, Any]) -> str:
@@ -274,18 +263,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_SPARKS[round((value - low) * scale)] for value in means)
-
-
-def _alerts(status: Mapping[str, Any]) -> list[Text]:
-    return [
-        Text(
-            f"{duration(max(0.0, status['time'] - one['time']))} before: {one['text']}",
-            "yellow",
-            overflow="ellipsis",
-            no_wrap=True,
-        )
-        for one in status["alerts"][-_SHOWN:]
-    ]
 
 
 def _short(seconds: float) -> str:
