@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shlex
 import socket
 import sys
@@ -17,12 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.config.load import ConfigError
 from cluster.config.redaction import holder
@@ -62,6 +63,22 @@ class JobRow:
     message: str
     """why it stands as it does, in Ray's words"""
 
+    @classmethod
+    def of(cls, details: JobDetails) -> "JobRow":
+        """A job of which Ray tells the times in milliseconds."""
+        start, metadata = (details.start_time or 0) / 1000, details.metadata or {}
+        end = (details.end_time or 0) / 1000 or time.time()
+        return cls(
+            id=details.submission_id or "",
+            status=str(details.status),
+            started=datetime.fromtimestamp(start, UTC).isoformat(timespec="seconds") if start else "",
+            seconds=max(end - start, 0.0) if start else 0.0,
+            command=metadata.get("rayward_command", details.entrypoint),
+            run=metadata.get("rayward_run", ""),
+            entrypoint=details.entrypoint,
+            message=(details.message or "").strip(),
+        )
+
 
 def connect(address: str | None) -> JobSubmissionClient:
     """A client of the cluster's job server: `address`, else RAY_API_SERVER_ADDRESS, else port 8265 of this machine.
@@ -71,9 +88,9 @@ def connect(address: str | None) -> JobSubmissionClient:
     url = address or os.environ.get(_VARIABLE) or _DEFAULT_ADDRESS
     parts = urlsplit(url)
     try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError
-        port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         raise ConfigError(
             f"{url!r} is no address of a dashboard. Remedy: http://HOST:8265, or https:// where it is behind a proxy"
@@ -86,23 +103,18 @@ def connect(address: str | None) -> JobSubmissionClient:
             socket.create_connection((parts.hostname, port), timeout=_CONNECT_S).close()
             return JobSubmissionClient(url)
     except Exception as error:  # requests, Ray and its authentication each raise their own
-        raise JobError(_no_answer(url, error)) from error
+        if re.search("401|403|uthenticat", str(error)):
+            raise JobError(
+                f"the cluster at {url} refuses this token. Remedy: have the cluster's token in ~/.ray/auth_token "
+                "(0600) or in RAY_AUTH_TOKEN"
+            ) from error
+        raise JobError(
+            f"no Ray job server answers at {url} ({type(error).__name__}). Remedy: name the dashboard of a running "
+            "cluster, --address http://HOST:8265, or start one with `ray start --head`"
+        ) from error
     finally:
         del os.environ[_VARIABLE]
         os.environ.update({} if before is None else {_VARIABLE: before})
-
-
-def _no_answer(url: str, error: Exception) -> str:
-    text = str(error)
-    if "401" in text or "403" in text or "uthenticat" in text:
-        return (
-            f"the cluster at {url} refuses this token. Remedy: have the cluster's token in ~/.ray/auth_token (0600) "
-            "or in RAY_AUTH_TOKEN"
-        )
-    return (
-        f"no Ray job server answers at {url} ({type(error).__name__}). Remedy: name the dashboard of a running "
-        "cluster, --address http://HOST:8265, or start one with `ray start --head`"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,36 +194,19 @@ def _said(error: Exception) -> str:
 
 def jobs(client: JobSubmissionClient) -> list[JobRow]:
     """Every submitted job that the cluster remembers, newest first."""
-    found = [row(job) for job in client.list_jobs() if job.submission_id]
+    found = [JobRow.of(job) for job in client.list_jobs() if job.submission_id]
     return sorted(found, key=lambda job: job.started, reverse=True)
 
 
 def job(client: JobSubmissionClient, name: str) -> JobRow:
     """One job. Raises JobError for an id that the cluster does not know."""
     try:
-        return row(client.get_job_info(name))
+        return JobRow.of(client.get_job_info(name))
     except RuntimeError as error:
         if "404" not in str(error) and "does not exist" not in str(error):
             raise JobError(f"the cluster did not say how job {name!r} stands: {_said(error)}") from error
         known = ", ".join(one.id for one in jobs(client)[:5]) or "none"
         raise JobError(f"the cluster knows no job {name!r}. Its newest jobs: {known}") from error
-
-
-def row(details: Any) -> JobRow:
-    """A job as lists show it, of Ray's JobDetails (times in milliseconds)."""
-    start, end = details.start_time, details.end_time
-    seconds = ((end or time.time() * 1000) - start) / 1000 if start else 0.0
-    started = datetime.fromtimestamp(start / 1000, UTC).isoformat(timespec="seconds") if start else ""
-    return JobRow(
-        id=details.submission_id,
-        status=str(details.status),
-        started=started,
-        seconds=max(seconds, 0.0),
-        command=(details.metadata or {}).get("rayward_command", details.entrypoint),
-        run=(details.metadata or {}).get("rayward_run", ""),
-        entrypoint=details.entrypoint,
-        message=(details.message or "").strip(),
-    )
 
 
 def follow(client: JobSubmissionClient, name: str, out: TextIO = sys.stdout) -> JobRow:
