@@ -9,22 +9,43 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any, Self
 
 from actors import waves
 from actors.waits import Waits
 from cluster.config.schema import FleetConfig
-from cluster.fleet.worker import Place, Start, Worker
+from cluster.fleet.restarts import Place, keep
+from cluster.fleet.worker import GeneratorHandle, Worker
 from learner.weights.publish import NobodyLeft, Publisher
 
 log = logging.getLogger(__name__)
 
+Start = Callable[[str], AbstractAsyncContextManager[GeneratorHandle]]
+"""Starts the generator of that name; leaving the block ends it."""
 Work = Callable[[waves.Generator, asyncio.Event], Coroutine[Any, Any, None]]
 """(generator, leave) -> what keeps it busy until `leave` is set."""
 
 
 class FleetError(RuntimeError):
     """Too few generators are left; the text names those that are gone, with the causes."""
+
+
+@dataclass(eq=False, slots=True)
+class Seat(Place):
+    """A generator's place."""
+
+    keeper: asyncio.Task[None] | None = None
+    """What keeps it filled."""
+    worker: Worker | None = None
+    """Who is there, with whatever weights."""
+    serving: bool = False
+    """Whether it has the published weights."""
+    leaving: bool = False
+    """Whether nobody is to come after it."""
+    error: Exception | None = None
+    """What the last start failed with."""
 
 
 class Fleet:
@@ -39,9 +60,7 @@ class Fleet:
         validate: Callable[[int], None] = lambda wanted: None,
         waits: Waits | None = None,
     ) -> None:
-        """`silence_s`: how long a generator with work may make no token; `validate` raises for a number too many;
-        `waits`: of the run.
-        """
+        """`silence_s`: how long a generator with work may make no token; `validate` raises for a number too many."""
         self.wanted = wanted
         self.config = config
         self.publisher: Publisher | None = None
@@ -50,10 +69,9 @@ class Fleet:
         self._silence_s = silence_s
         self._validate = validate
         self._waits = waits or Waits()
-        self._places: dict[str, Place] = {}
-        self._keepers: dict[str, asyncio.Task[None]] = {}
-        self._used_up: dict[str, str] = {}  # places that stay empty, with the cause
-        self._restarts = 0  # in places that are closed
+        self._seats: dict[str, Seat] = {}
+        self._used_up: dict[str, str] = {}  # seats that stay empty, with the cause
+        self._restarts = 0  # in seats that are closed
         self._version = 0
         self._publishing = asyncio.Lock()
         self._news = asyncio.Event()
@@ -65,14 +83,14 @@ class Fleet:
         """Start all generators; raises what kept the first of them from starting."""
         try:
             self._fill()
-            places = list(self._places.values())
-            while any(place.worker is None for place in places):
+            seats = list(self._seats.values())
+            while any(seat.worker is None for seat in seats):
                 await self._news.wait()
-                for place in places:
-                    if place.error is not None:
-                        raise place.error
-            for place in places:
-                self._serve(place)
+                for seat in seats:
+                    if seat.error is not None:
+                        raise seat.error
+            for seat in seats:
+                self._serve(seat)
         except BaseException:
             await self.__aexit__()
             raise
@@ -80,27 +98,27 @@ class Fleet:
 
     async def __aexit__(self, *_: object) -> None:
         self.wanted = 0
-        keepers = list(self._keepers.values())
-        for place in self._places.values():
-            self._dismiss(place)
+        keepers = [seat.keeper for seat in self._seats.values() if seat.keeper]
+        for seat in self._seats.values():
+            self._dismiss(seat)
         await asyncio.gather(*keepers, return_exceptions=True)
 
     @property
     def serving(self) -> list[Worker]:
         """The generators that have the published weights and take work."""
-        reached = [place for place in self._places.values() if place.serving and not place.leaving]
-        return [place.worker for place in reached if place.worker and not place.worker.gone]
+        workers = [seat.worker for seat in self._seats.values() if seat.serving and not seat.leaving]
+        return [worker for worker in workers if worker and not worker.gone]
 
     def metrics(self) -> dict[str, float]:
         """How many there are, how many there should be, and how many were replaced so far."""
-        restarts = self._restarts + sum(place.restarts for place in self._places.values())
+        restarts = self._restarts + sum(seat.restarts for seat in self._seats.values())
         sizes = {"fleet/size": len(self.serving), "fleet/wanted": self.wanted, "fleet/restarts": restarts}
         return {name: float(value) for name, value in sizes.items()}
 
     def scale(self, wanted: int) -> None:
         """Have another number of generators, from the next version on.
 
-        Those that are too many finish their waves and leave; places that were left empty are tried again. Raises
+        Those that are too many finish their waves and leave; seats that were left empty are tried again. Raises
         ValueError for a number that cannot be.
         """
         if wanted < 1:
@@ -108,10 +126,10 @@ class Fleet:
         self._validate(wanted)
         self.wanted = wanted
         self._used_up.clear()
-        staying = [place for place in reversed(self._places.values()) if not place.leaving]
-        staying.sort(key=lambda place: (place.serving, place.worker is not None))
-        for place in staying[: max(0, len(staying) - wanted)]:
-            self._dismiss(place)
+        staying = [seat for seat in reversed(self._seats.values()) if not seat.leaving]
+        staying.sort(key=lambda seat: (seat.serving, seat.worker is not None))
+        for seat in staying[: max(0, len(staying) - wanted)]:
+            self._dismiss(seat)
         self._fill()
 
     # --- work
@@ -122,7 +140,7 @@ class Fleet:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.config.replacement_deadline_s):
                     with self._waits.reported("the fleet", lambda: f"a first generator: {self._absences()}"):
-                        while not self.serving and self._places and not admitting.done():
+                        while not self.serving and self._seats and not admitting.done():
                             await self._news.wait()
         if not self.serving:
             raise FleetError(f"no generator is left: {self._absences()}")
@@ -136,9 +154,9 @@ class Fleet:
         more samples.
         """
         self._work, self._fail = work, fail
-        for place in self._places.values():
-            if place.serving:
-                self._start_work(place)
+        for seat in self._seats.values():
+            if seat.serving:
+                self._start_work(seat)
         watching = asyncio.create_task(self._watch_absence())
         try:
             yield
@@ -148,6 +166,39 @@ class Fleet:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start_work(self, seat: Seat) -> None:
+        assert seat.worker is not None, seat.name
+        assert self._work is not None, "nothing to do"
+        task = asyncio.create_task(self._run(seat.worker, self._work), name=seat.name)
+        self._tasks[task] = seat.worker
+        task.add_done_callback(self._tasks.pop)
+
+    async def _run(self, worker: Worker, work: Work) -> None:
+        try:
+            await work(worker, worker.leave)
+        except waves.GeneratorFailed as error:
+            worker.give_up(str(error))
+        except Exception as error:
+            self._fail(error)
+        if worker.leave.is_set():
+            worker.give_up("it was to leave")
+
+    async def _watch_absence(self) -> None:
+        """Stop the run when nobody has been there for too long."""
+        since, limit = time.monotonic(), self.config.replacement_deadline_s
+        while (alone := time.monotonic() - since) < limit:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(limit - alone, self.config.watch_s)):
+                    await self._news.wait()
+            if any(seat.worker for seat in self._seats.values()):
+                since = time.monotonic()
+        self._fail(FleetError(f"no generator has come back for {limit:g} s: {self._absences()}"))
+
+    def _absences(self) -> str:
+        """Who is missing, and why."""
+        causes = self._used_up | {seat.name: seat.cause for seat in self._seats.values() if seat.worker is None}
+        return "; ".join(f"{name}: {cause}" for name, cause in causes.items()) or "nobody is missing"
 
     # --- versions
 
@@ -159,7 +210,7 @@ class Fleet:
         """
         async with self._publishing:
             self._version = version
-            there = [place for place in self._places.values() if not place.leaving]
+            there = [seat for seat in self._seats.values() if not seat.leaving]
             return {**await self._hand_over(there), **self.metrics()}
 
     @contextlib.asynccontextmanager
@@ -182,113 +233,103 @@ class Fleet:
             while True:
                 news = self._news
                 async with self._publishing:
-                    await self._hand_over([p for p in self._places.values() if not p.serving and not p.leaving])
+                    await self._hand_over([s for s in self._seats.values() if not s.serving and not s.leaving])
                 await news.wait()
         except Exception as error:
             self._fail(error)
             self._ring()
             raise
 
-    async def _hand_over(self, places: Sequence[Place]) -> dict[str, float]:
-        """Publish the present version to the generators of these places; who gets it serves, who does not is lost."""
-        reached = [(place, place.worker) for place in places if place.worker is not None]
-        await asyncio.gather(*(worker.check() for _, worker in reached))
-        reached = [(place, worker) for place, worker in reached if not worker.gone]
+    async def _hand_over(self, seats: Sequence[Seat]) -> dict[str, float]:
+        """Publish the present version to the generators of these seats; who gets it serves, who does not is lost."""
+        there = [(seat, seat.worker) for seat in seats if seat.worker is not None]
+        await asyncio.gather(*(worker.check() for _, worker in there))
+        there = [(seat, worker) for seat, worker in there if not worker.gone]
         metrics: dict[str, float] = {}
         lost: dict[str, str] = {}
-        if reached and self.publisher is not None:
+        if there and self.publisher is not None:
             try:
-                done = await self.publisher.publish([worker.handle for _, worker in reached], self._version)
+                done = await self.publisher.publish([worker.handle for _, worker in there], self._version)
                 metrics, lost = done.metrics, done.lost
             except NobodyLeft as error:
                 lost = error.lost
-        for place, worker in reached:
+        for seat, worker in there:
             if worker.name in lost:
                 worker.give_up(lost[worker.name])
-            elif place.worker is worker and not place.serving:
-                self._serve(place)
+            elif seat.worker is worker and not seat.serving:
+                self._serve(seat)
         return metrics
 
-    # --- places
+    # --- seats
 
     def _fill(self) -> None:
-        """Open places until there are as many as wanted; one that somebody still leaves has to wait."""
-        staying = sum(not place.leaving for place in self._places.values())
+        """Open seats until there are as many as wanted; one that somebody still leaves has to wait."""
+        staying = sum(not seat.leaving for seat in self._seats.values())
         names = [f"generator-{index}" for index in range(self.wanted)]
-        free = [name for name in names if name not in self._places and name not in self._used_up]
+        free = [name for name in names if name not in self._seats and name not in self._used_up]
         for name in free[: max(0, self.wanted - staying)]:
-            self._places[name] = place = Place(name, self.config, self._ring, self._waits)
-            self._keepers[name] = asyncio.create_task(self._keep(place), name=name)
+            self._seats[name] = seat = Seat(name)
+            seat.keeper = asyncio.create_task(self._keep(seat), name=name)
 
-    async def _keep(self, place: Place) -> None:
+    async def _keep(self, seat: Seat) -> None:
         try:
-            if not await place.keep(self._start, self._silence_s, self._publishing.locked):
-                self._leave_empty(place)
+            if not await keep(seat, lambda: self._live(seat), self.config, self._waits):
+                self._leave_empty(seat)
         finally:
-            del self._places[place.name], self._keepers[place.name]
-            self._restarts += place.restarts
+            del self._seats[seat.name]
+            self._restarts += seat.restarts
             self._fill()
             self._ring()
 
-    def _leave_empty(self, place: Place) -> None:
-        self._used_up[place.name] = place.cause
-        left = len(self._places) - 1
-        text = f"{place.name} was replaced {self.config.max_restarts} times in a row and is lost again: {place.cause}"
+    async def _live(self, seat: Seat) -> tuple[str, bool] | None:
+        """One generator in a seat, from its start until it is gone; see `keep`."""
+        sampled = False
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                with self._waits.reported(seat.name, lambda: f"its engine to start ({seat.cause})"):
+                    handle = await stack.enter_async_context(self._start(seat.name))
+                worker = Worker(handle, self.config, self._silence_s, self._publishing.locked)
+                seat.worker, watching = worker, asyncio.create_task(worker.watch())
+                self._ring()
+                try:
+                    seat.cause = await worker.departure()
+                    if seat.leaving:
+                        await worker.stop()
+                finally:
+                    watching.cancel()
+                    worker.give_up("its place is closed")
+                    sampled = worker.waves_done > 0
+                    seat.worker, seat.serving = None, False
+        except Exception as error:
+            seat.error, seat.cause = error, f"it did not start: {error}"
+        self._ring()
+        return None if seat.leaving else (seat.cause, sampled)
+
+    def _leave_empty(self, seat: Seat) -> None:
+        self._used_up[seat.name] = seat.cause
+        left = len(self._seats) - 1
+        text = f"{seat.name} was replaced {self.config.max_restarts} times in a row and is lost again: {seat.cause}"
         if left < self.config.min_generators:
             self._fail(FleetError(f"{text}. {left} generators are left, {self.config.min_generators} are needed"))
         else:
             log.error("%s. Its place stays empty, and the run goes on with %d", text, left)
 
-    def _dismiss(self, place: Place) -> None:
+    def _dismiss(self, seat: Seat) -> None:
         """Let a generator finish its waves and leave; one that has none leaves at once."""
-        place.leaving = True
-        if place.worker is None:
-            self._keepers[place.name].cancel()
+        seat.leaving = True
+        if seat.worker is None:
+            assert seat.keeper is not None, seat.name
+            seat.keeper.cancel()
         else:
-            place.worker.leave.set()
-            if place.worker not in self._tasks.values():
-                place.worker.give_up("it was to leave")
+            seat.worker.leave.set()
+            if seat.worker not in self._tasks.values():
+                seat.worker.give_up("it was to leave")
 
-    def _serve(self, place: Place) -> None:
-        place.serving = True
+    def _serve(self, seat: Seat) -> None:
+        seat.serving = True
         if self._work is not None:
-            self._start_work(place)
+            self._start_work(seat)
         self._ring()
-
-    def _start_work(self, place: Place) -> None:
-        assert place.worker is not None, place.name
-        assert self._work is not None, "nothing to do"
-        task = asyncio.create_task(self._run(place.worker, self._work), name=place.name)
-        self._tasks[task] = place.worker
-        task.add_done_callback(self._tasks.pop)
-
-    async def _run(self, worker: Worker, work: Work) -> None:
-        try:
-            await work(worker, worker.leave)
-        except waves.GeneratorFailed as error:
-            worker.give_up(str(error))
-        except Exception as error:
-            self._fail(error)
-        if worker.leave.is_set():
-            worker.give_up("it was to leave")
-
-    async def _watch_absence(self) -> None:
-        """Stop the run when nobody has been there for too long."""
-        since, limit = time.monotonic(), self.config.replacement_deadline_s
-        while (alone := time.monotonic() - since) < limit:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(limit - alone, self.config.watch_s)):
-                    await self._news.wait()
-            if any(place.worker for place in self._places.values()):
-                since = time.monotonic()
-        self._fail(FleetError(f"no generator has come back for {limit:g} s: {self._absences()}"))
-
-    def _absences(self) -> str:
-        """Who is missing, and why."""
-        causes = {place.name: place.cause for place in self._places.values() if place.worker is None}
-        return (
-            "; ".join(f"{name}: {cause}" for name, cause in {**self._used_up, **causes}.items()) or "nobody is missing"
-        )
 
     def _ring(self) -> None:
         """Wake whoever waits for a change."""

@@ -100,7 +100,7 @@ class Chaos:
         os.kill(pid, signal.SIGKILL)
 
     async def pid(self, name: str) -> int:
-        worker = self.fleet._places[name].worker
+        worker = self.fleet._seats[name].worker
         assert worker is not None
         assert isinstance(worker.handle, Handle)
         return await worker.handle.ready(5.0)
@@ -111,14 +111,14 @@ class Chaos:
                 await asyncio.sleep(0.02)
 
     async def kill_while_it_decodes(self, name: str) -> None:
-        victim, pid = self.fleet._places[name].worker, await self.pid(name)
+        victim, pid = self.fleet._seats[name].worker, await self.pid(name)
         assert victim is not None
         await self.until(lambda: victim._waves > 0)
         self.kill(pid)
         await self.until(lambda: victim.gone, 10.0)
 
     async def before(self, version: int) -> None:
-        places = self.fleet._places
+        places = self.fleet._seats
         started = lambda name: name in places and places[name].worker is not None  # noqa: E731
         if version == 1:
             self.hunt = asyncio.create_task(self.kill_while_it_decodes("generator-0"))

@@ -188,7 +188,7 @@ def test_one_that_cannot_be_replaced_leaves_its_place_empty(tmp_path: Path, capl
     run = Run(tmp_path, shape=shape, config=QUICK.model_copy(update={"max_restarts": 2}))
 
     async def update(version: int) -> None:
-        await until(lambda: version < 2 or "generator-0" not in run.fleet._places, "giving up")
+        await until(lambda: version < 2 or "generator-0" not in run.fleet._seats, "giving up")
 
     asyncio.run(run.train(5, update))
     check(run, 5)
@@ -213,7 +213,7 @@ def test_one_that_works_between_its_deaths_is_replaced_again_and_again(tmp_path:
 
     async def update(version: int) -> None:
         if version % 3 == 0:
-            await until(lambda: run.fleet._places["generator-1"].worker is not None, "a replacement")
+            await until(lambda: run.fleet._seats["generator-1"].worker is not None, "a replacement")
         if version % 3 == 2:
             assert "generate" in run.worker("generator-1").calls
             run.worker("generator-1").kill()
@@ -235,10 +235,10 @@ def test_more_and_fewer_generators_while_the_run_works(tmp_path: Path) -> None:
         if version == 4:
             run.fleet.scale(1)
         if version == 6:
-            await until(lambda: len(run.fleet._places) == 1, "their leave")
+            await until(lambda: len(run.fleet._seats) == 1, "their leave")
             run.fleet.scale(2)
         if version == 8:
-            await until(lambda: len(run.fleet._places) == 2, "another")
+            await until(lambda: len(run.fleet._seats) == 2, "another")
             await asyncio.sleep(0.05)
 
     asyncio.run(run.train(11, update))
@@ -293,7 +293,7 @@ def test_a_newcomer_that_cannot_be_placed_leaves_the_run_as_it_was(tmp_path: Pat
     async def update(version: int) -> None:
         if version == 0:
             run.fleet.scale(3)
-            await until(lambda: "generator-2" not in run.fleet._places, "giving up")
+            await until(lambda: "generator-2" not in run.fleet._seats, "giving up")
 
     asyncio.run(run.train(3, update))
     check(run, 3)

@@ -205,7 +205,7 @@ def test_a_machine_that_is_lost_costs_its_generators_waves_and_the_next_machine_
                         taken.release()
                     trained.update(str(t.key) for t in await buffer.take(60))
                     if version == 6:
-                        await until(lambda: any(p.worker and not p.serving for p in fleet._places.values()))
+                        await until(lambda: any(p.worker and not p.serving for p in fleet._seats.values()))
                     sizes.append((await fleet.publish(version + 1))["fleet/size"])
                     buffer.advance()
             assert await addresses() == [HEAD, LARGE]
