@@ -168,11 +168,10 @@ class Fleet:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _start_work(self, seat: Seat) -> None:
-        assert seat.worker is not None, seat.name
-        assert self._work is not None, "nothing to do"
-        task = asyncio.create_task(self._run(seat.worker, self._work), name=seat.name)
-        self._tasks[task] = seat.worker
-        task.add_done_callback(self._tasks.pop)
+        if seat.worker is not None and self._work is not None:
+            task = asyncio.create_task(self._run(seat.worker, self._work), name=seat.name)
+            self._tasks[task] = seat.worker
+            task.add_done_callback(self._tasks.pop)
 
     async def _run(self, worker: Worker, work: Work) -> None:
         try:
@@ -274,7 +273,7 @@ class Fleet:
     async def _keep(self, seat: Seat) -> None:
         try:
             if not await keep(seat, lambda: self._live(seat), self.config, self._waits):
-                self._leave_empty(seat)
+                self._give_up(seat)
         finally:
             del self._seats[seat.name]
             self._restarts += seat.restarts
@@ -305,7 +304,7 @@ class Fleet:
         self._ring()
         return None if seat.leaving else (seat.cause, sampled)
 
-    def _leave_empty(self, seat: Seat) -> None:
+    def _give_up(self, seat: Seat) -> None:
         self._used_up[seat.name] = seat.cause
         left = len(self._seats) - 1
         text = f"{seat.name} was replaced {self.config.max_restarts} times in a row and is lost again: {seat.cause}"
@@ -327,8 +326,7 @@ class Fleet:
 
     def _serve(self, seat: Seat) -> None:
         seat.serving = True
-        if self._work is not None:
-            self._start_work(seat)
+        self._start_work(seat)
         self._ring()
 
     def _ring(self) -> None:

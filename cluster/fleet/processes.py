@@ -53,19 +53,11 @@ class Processes:
         """All learner ranks, connected with each other, without networks."""
         ranks = self.config.learner_ranks
         async with contextlib.AsyncExitStack() as stack:
-            handles = [
-                await stack.enter_async_context(
-                    self._process(
-                        LearnerWorker,
-                        f"learner-{rank}",
-                        rank,
-                        ranks,
-                        self._threads(f"learner-{rank}"),
-                        self.plan.gpus_apart,
-                    )
-                )
-                for rank in range(ranks)
-            ]
+            handles = []
+            for rank in range(ranks):
+                name, apart = f"learner-{rank}", self.plan.gpus_apart
+                starting = self._process(LearnerWorker, name, rank, ranks, self._threads(name), apart)
+                handles.append(await stack.enter_async_context(starting))
             group = LearnerGroup(handles)
             await group.start(_one_machine(), self.config.start_deadline_s)
             yield group

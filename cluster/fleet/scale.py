@@ -1,7 +1,6 @@
 """`rayward scale`: a run is asked for another number of generators, and answers, in a file of its directory.
 
-A file needs no port, no token and no address, and can be written wherever the run's directory can: beside a run on
-this machine, or by a job that is submitted to the same cluster.
+A file needs no port, no token and no address, and can be written wherever the run's directory can be.
 """
 
 import asyncio
@@ -12,8 +11,9 @@ import time
 from collections.abc import AsyncIterator
 from json import dumps, loads
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from cluster.fleet.fleet import Fleet
 from cluster.tracking.console import Console
 from reward_server.preferences.records import write_whole
 
@@ -22,15 +22,6 @@ LOOK_S = 1.0
 ANSWER_S = 20.0
 """Seconds in which a run that is there has answered."""
 log = logging.getLogger(__name__)
-
-
-class Scalable(Protocol):
-    """What is needed of `cluster.fleet.Fleet`."""
-
-    wanted: int
-
-    def scale(self, wanted: int) -> None:
-        """Have another number of generators. Raises ValueError for one that cannot be."""
 
 
 def scale(run_dir: Path, console: Console, wanted: str, json: bool = False) -> None:
@@ -64,7 +55,7 @@ def number_of(wanted: str) -> int:
 
 
 @contextlib.asynccontextmanager
-async def obeying(fleet: Scalable, run_dir: Path) -> AsyncIterator[None]:
+async def obeying(fleet: Fleet, run_dir: Path) -> AsyncIterator[None]:
     """Answer requests while the block lasts; one from before it is forgotten."""
     file = run_dir / "scale.json"
     file.unlink(missing_ok=True)
@@ -76,7 +67,7 @@ async def obeying(fleet: Scalable, run_dir: Path) -> AsyncIterator[None]:
         await asyncio.gather(looking, return_exceptions=True)
 
 
-async def _look(fleet: Scalable, file: Path) -> None:
+async def _look(fleet: Fleet, file: Path) -> None:
     while True:
         await asyncio.sleep(LOOK_S)
         request = _read(file)
@@ -96,8 +87,7 @@ async def _look(fleet: Scalable, file: Path) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     """What is in the file; nothing where there is none, or no request."""
-    try:
-        found = loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(found := loads(file.read_text(encoding="utf-8")), dict):
+            return found
+    return {}

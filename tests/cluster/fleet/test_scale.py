@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -36,7 +37,7 @@ class Run:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._work()))
 
     async def _work(self) -> None:
-        async with obeying(self.fleet, self.run_dir):
+        async with obeying(cast(Any, self.fleet), self.run_dir):
             self._began.set()
             while not self._ended.is_set():
                 await asyncio.sleep(0.01)
