@@ -10,8 +10,8 @@ from cluster.config.schema import AlertsConfig
 
 _GAPS = ("parity/mean_gap", "importance/log_ratio_mean")
 _SKIPPED = "optimizer/skipped_"
-_PATIENCE = {"fleet": 3}  # steps in a row before it is told; a newcomer takes its time to join
-_CALM = 3  # steps in a row before it is over
+_FOR = {"fleet": 3}  # steps in a row before it is told; a newcomer takes its time to join
+_KEEP_FIRING = 3  # steps in a row before it is over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Alerts:
         self._clock = clock
         self._last = clock()
         self._where = "the start"
-        self._standing: set[str] = set()
+        self._firing: set[str] = set()
         self._streak: dict[str, int] = {}  # steps in a row: out of bounds above 0, within them below
         self._looks: dict[str, Callable[[], str | None]] = {}
 
@@ -57,34 +57,34 @@ class Alerts:
         """Look at the metrics of a step; of what it has no metric, nothing is known."""
         silence = self._clock() - self._last
         self._last, self._where = self._clock(), f"step {step} of {stage}"
-        if "stalled" in self._standing:
+        if "stalled" in self._firing:
             self._end("stalled", f"{self._where} was logged, after {silence:.0f} s")
         for kind, text in _seen(self._config, metrics):
             streak = self._streak.get(kind, 0)
             self._streak[kind] = streak = max(streak, 0) + 1 if text else min(streak, 0) - 1
-            if streak >= _PATIENCE.get(kind, 1):
+            if streak >= _FOR.get(kind, 1):
                 self._begin(kind, f"{self._where}: {text}")
-            elif streak <= -_CALM and kind in self._standing:
-                self._end(kind, f"{self._where}: {kind} is within its bounds again, for {_CALM} steps")
+            elif streak <= -_KEEP_FIRING and kind in self._firing:
+                self._end(kind, f"{self._where}: {kind} is within its bounds again, for {_KEEP_FIRING} steps")
 
     def tick(self) -> None:
         """Look at the clock: no step for `stalled_s` seconds is an alert. Look at what is wrong in between steps."""
         for kind, look in list(self._looks.items()):
             if text := look():
                 self._begin(kind, text)
-            elif kind in self._standing:
+            elif kind in self._firing:
                 self._end(kind, f"no longer {kind}")
         silence = self._clock() - self._last
         if self._config.stalled_s and silence > self._config.stalled_s:
             self._begin("stalled", f"no step was logged for {silence:.0f} s since {self._where}; see rayward status")
 
     def _begin(self, kind: str, text: str) -> None:
-        if kind not in self._standing:
-            self._standing.add(kind)
+        if kind not in self._firing:
+            self._firing.add(kind)
             self._tell(Alert(kind=kind, text=text))
 
     def _end(self, kind: str, text: str) -> None:
-        self._standing.discard(kind)
+        self._firing.discard(kind)
         self._tell(Alert(kind=kind, text=text, over=True))
 
 
@@ -111,7 +111,7 @@ def _seen(config: AlertsConfig, metrics: Mapping[str, float]) -> Iterator[tuple[
     if (size := metrics.get("fleet/size")) is not None and (wanted := metrics.get("fleet/wanted")) is not None:
         yield (
             "fleet",
-            f"{size:g} of {wanted:g} generators have been at work for {_PATIENCE['fleet']} steps; their logs in "
+            f"{size:g} of {wanted:g} generators have been at work for {_FOR['fleet']} steps; their logs in "
             "RUN/logs say why the others are gone"
             if size < wanted
             else None,

@@ -41,7 +41,7 @@ _TICK_S = 5.0
 
 
 class Tracker:
-    """Records the steps, phases, tables and pictures of one command in a run directory, from any thread."""
+    """Records the steps, phases and samples of one command in a run directory, from any thread."""
 
     def __init__(
         self,
