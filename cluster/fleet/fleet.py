@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Self
 
-from actors import waves
+from actors import sampling
 from actors.waits import Waits
 from cluster.config.schema import FleetConfig
 from cluster.fleet.restarts import Place, keep
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Start = Callable[[str], AbstractAsyncContextManager[GeneratorHandle]]
 """Starts the generator of that name; leaving the block ends it."""
-Work = Callable[[waves.Generator, asyncio.Event], Coroutine[Any, Any, None]]
+Work = Callable[[sampling.Generator, asyncio.Event], Coroutine[Any, Any, None]]
 """(generator, leave) -> what keeps it busy until `leave` is set."""
 
 
@@ -176,7 +176,7 @@ class Fleet:
     async def _run(self, worker: Worker, work: Work) -> None:
         try:
             await work(worker, worker.leave)
-        except waves.GeneratorFailed as error:
+        except sampling.GeneratorFailed as error:
             worker.give_up(str(error))
         except Exception as error:
             self._fail(error)

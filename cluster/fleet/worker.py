@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from actors import waves
+from actors import sampling
 from actors.engine import GeneratorError
 from actors.trajectory import Completion
-from actors.waves import GeneratorFailed
+from actors.sampling import GeneratorFailed
 from cluster.config.schema import FleetConfig
 from cluster.runtime.health import ActorDied
 from learner.weights.publish import Receiver
@@ -18,7 +18,7 @@ _STOP_S = 15.0  # a generator that leaves has so long to end its engine before i
 _CHECK_S = 5.0
 
 
-class GeneratorHandle(waves.Generator, Receiver, Protocol):
+class GeneratorHandle(sampling.Generator, Receiver, Protocol):
     """A generator's handle: to sample, to take new weights, to be asked whether it gets on, and to be stopped."""
 
     async def progress(self) -> int:

@@ -13,9 +13,8 @@ from typing import Any, Self
 import torch
 
 from actors.prompts import Prompt
-from actors.sampling import sample
+from actors.sampling import GeneratorFailed, sample
 from actors.trajectory import Completion, SampleKey, Trajectory
-from actors.waves import GeneratorFailed
 from cluster.fleet.fleet import Fleet
 from cluster.pipeline.job import Job, heldout_prompts, packed_text
 from learner.config import PPOConfig

@@ -11,9 +11,8 @@ from typing import Any
 
 from actors.chat import ChatExample
 from actors.prompts import Demonstration, Prompt, check_prompts, read_demonstrations, read_prompts
-from actors.sampling import sample
+from actors.sampling import Generator, sample
 from actors.trajectory import Completion
-from actors.waves import Generator
 from cluster.config.schema import Config
 from cluster.pipeline.recipes import reward_stage, sample_stage, tuning_stage
 from cluster.rundir.inputs import data_file, model_folder

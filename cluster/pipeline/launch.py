@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from rich.text import Text
 
-from actors.waves import Generator
+from actors.sampling import Generator
 from cluster.cli.audit import run_audit
 from cluster.fleet.processes import Processes
 from cluster.pipeline.evaluate import HeldOut

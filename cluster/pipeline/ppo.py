@@ -9,8 +9,8 @@ from typing import Any, Self
 from actors.chat import ChatExample
 from actors.prompts import PromptStream, check_prompts, read_prompts
 from actors.rollout import rollout
+from actors.sampling import Generator
 from actors.trajectory import Trajectory
-from actors.waves import Generator
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.scale import obeying
 from cluster.pipeline.evaluate import Held, HeldOut

@@ -15,8 +15,8 @@ import torch
 from rich.table import Table
 
 from actors.prompts import Prompt, check_prompts, read_prompts
-from actors.sampling import sample
-from actors.waves import Generator, Scorer
+from actors.rollout import Scorer
+from actors.sampling import Generator, sample
 from cluster.pipeline.job import Job
 from learner.maths.intervals import bootstrap_interval
 from reward_server.encoding import ChatEncoding

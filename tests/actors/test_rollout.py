@@ -13,9 +13,9 @@ import pytest
 
 from actors.config import MissingEos, RolloutConfig
 from actors.prompts import Prompt, PromptStream
-from actors.rollout import rollout
+from actors.rollout import PromptFailed, rollout
+from actors.sampling import Generator, GeneratorFailed
 from actors.trajectory import Completion, Trajectory
-from actors.waves import Generator, GeneratorFailed, PromptFailed
 from learner.data.buffer import Buffer
 from learner.data.ledger import Ledger, audit
 from reward_server.address import free_port

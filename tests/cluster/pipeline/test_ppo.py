@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.waves import GeneratorFailed
+from actors.sampling import GeneratorFailed
 from cluster.config.schema import Config, TrackingConfig
 from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import Alignment
