@@ -112,10 +112,6 @@ class Generator:
             init_info=info,
         )
 
-    async def leave(self) -> None:
-        """Leave the transfer group."""
-        await self._engine.workers("leave the transfer group", "shutdown_weight_transfer_engine")
-
     async def begin_update(self, recompute: bool = False) -> None:
         """Let requests in flight stand still, and get ready to receive.
 

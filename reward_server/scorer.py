@@ -92,7 +92,6 @@ class RewardModelSource:
         max_batch_tokens: int = 8192,
         max_tokens: int | None = None,
         truncate_prompt: bool = False,
-        chat_template: str | None = None,
     ) -> None:
         """Remember what to load; `load`, or else the first score, does it.
 
@@ -103,7 +102,6 @@ class RewardModelSource:
         self.max_batch_tokens = max_batch_tokens
         self.max_tokens = max_tokens
         self.truncate_prompt = truncate_prompt
-        self.chat_template = chat_template
         self._loaded: tuple[PreTrainedModel, ChatEncoding, Normalisation] | None = None
         self._encoded: WeakKeyDictionary[ScoreRequest, list[int]] = WeakKeyDictionary()
 
@@ -114,7 +112,7 @@ class RewardModelSource:
         """
         if self._loaded is not None:
             return
-        encoding = ChatEncoding.load(self.path, self.chat_template)
+        encoding = ChatEncoding.load(self.path)
         model = load_reward_model(self.path, getattr(torch, self.dtype))
         normalise = normalisation(model)
         config = model.config.get_text_config()

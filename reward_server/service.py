@@ -13,7 +13,7 @@ from reward_server.sources import build_source
 
 
 class RewardService:
-    """Loads the configured sources and serves them until `close`."""
+    """Loads the configured sources and serves them for as long as its process lives."""
 
     def __init__(self, config: SourceConfig, model_path: Path | None, threads: int) -> None:
         self.config = config
@@ -39,9 +39,3 @@ class RewardService:
     def stats(self) -> dict[str, float]:
         """What a run's status shows, once it serves: see ScoreServer."""
         return self._server.stats() if self._server else {}
-
-    def close(self) -> None:
-        """Stop serving."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None

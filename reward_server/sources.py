@@ -16,6 +16,9 @@ from reward_server.scorer import RewardModelSource
 class Source(Protocol):
     """Anything that scores. Called by one thread at a time, with requests of distinct ids."""
 
+    def load(self) -> None:
+        """Get ready, so that a mistake shows before the first score. Raises ValueError when that cannot be done."""
+
     def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
         """One reply per request, in the same order; raises rather than make a score up."""
         ...
@@ -119,47 +122,35 @@ class MixSource(Source):
         return [sum(counts) for counts in zip(*(source.tokens(requests) for _, source in self.sources), strict=True)]
 
 
-def build_source(
-    config: SourceConfig,
-    model_path: str | Path | None = None,
-    token: str | None = None,
-    chat_template: str | None = None,
-) -> Source:
+def build_source(config: SourceConfig, model_path: str | Path | None = None, token: str | None = None) -> Source:
     """Make the configured source and load its models and functions, so that a mistake shows at once.
 
     `model_path` is the run's own reward model, for parts without a target; `token` goes to remote servers.
     Raises ValueError when a part cannot be loaded, or needs a model and the run has none.
     """
-    sources = [(part, _part_source(part, config, model_path, token, chat_template)) for part in config.parts]
+    sources = [(part, _part_source(part, config, model_path, token)) for part in config.parts]
+    for _, source in sources:
+        source.load()
     (first, source), *others = sources
     return source if first.weight == 1 and not others else MixSource(sources)
 
 
-def _part_source(
-    part: PartConfig,
-    config: SourceConfig,
-    model_path: str | Path | None,
-    token: str | None,
-    chat_template: str | None,
-) -> Source:
-    if part.kind == "url":
-        assert part.target is not None
-        return RemoteSource(part.target, token)
-    if part.kind == "function":
-        assert part.target is not None
-        function = FunctionSource(part.target)
-        function.load()
-        return function
-    if part.kind in ("length", "regex"):
-        return RuleSource(part.target)
-    path = part.target or model_path
-    if path is None:
-        raise ValueError(
-            f"the reward source {part.name!r} is the run's own reward model, but there is none; train one "
-            "first, or set target to the folder of one"
-        )
-    model = RewardModelSource(
-        path, config.dtype, config.max_batch_tokens, config.max_tokens, config.truncate_prompt, chat_template
-    )
-    model.load()
-    return model
+def _part_source(part: PartConfig, config: SourceConfig, model_path: str | Path | None, token: str | None) -> Source:
+    """A new kind of source is a class above, a case here, and a word in PartConfig.kind."""
+    match part.kind, part.target:
+        case "url", str(url):
+            return RemoteSource(url, token)
+        case "function", str(name):
+            return FunctionSource(name)
+        case (("length" | "regex"), pattern):
+            return RuleSource(pattern)
+        case _, folder:
+            if folder is None and model_path is None:
+                raise ValueError(
+                    f"the reward source {part.name!r} is the run's own reward model, but there is none; train one "
+                    "first, or set target to the folder of one"
+                )
+            path = folder or str(model_path)
+            return RewardModelSource(
+                path, config.dtype, config.max_batch_tokens, config.max_tokens, config.truncate_prompt
+            )

@@ -246,7 +246,7 @@ def test_a_broken_transfer_leaves_the_old_weights_in_use(
 def test_to_receive_without_a_group_is_an_error_that_can_be_undone(served: Served) -> None:
     generator, run = served.generator, served.runner.run
     version = run(generator.version())
-    run(generator.leave())
+    run(generator._engine.workers("leave the transfer group", "shutdown_weight_transfer_engine"))
     run(generator.begin_update())
     manifest = Manifest.of([("w", torch.zeros(1))], bucket_bytes=64, dtype=None)
     with pytest.raises(GeneratorError, match=r"failed to receive weights.*has not joined a transfer group"):

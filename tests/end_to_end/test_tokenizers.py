@@ -15,13 +15,14 @@ from actors.rollout import rollout
 from actors.trajectory import Trajectory
 from learner.data.buffer import Buffer
 from learner.data.ledger import Ledger
+from reward_server.app import serve
 from reward_server.bearer import TOKEN_VARIABLE
 from reward_server.client import RewardClient
 from reward_server.config import SourceConfig
 from reward_server.encoding import ChatEncoding
 from reward_server.model import Normalisation, new_reward_model, set_normalisation
 from reward_server.schema import Message
-from reward_server.service import RewardService
+from reward_server.sources import build_source
 from tests.hf_generator import HfGenerator
 from tests.tiny_models import save_reward_model, tiny_causal_lm
 
@@ -93,11 +94,11 @@ def test_the_score_of_a_trajectory_is_the_reward_models_own_of_its_text(
         max_new_tokens=12,
         missing_eos=MissingEos(rule="none"),
     )
-    service = RewardService(SourceConfig(dtype="float32"), tmp_path / "reward", threads=1)
+    server = serve(build_source(SourceConfig(dtype="float32"), tmp_path / "reward"))
     try:
-        found = asyncio.run(trajectories(tmp_path / "policy", service.start(loopback=True), config))
+        found = asyncio.run(trajectories(tmp_path / "policy", server.url, config))
     finally:
-        service.close()
+        server.close()
     assert len(found) == 12
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "reward")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 import torch
 
-from reward_server import service
+from reward_server import service as service_module
 from reward_server.bearer import TOKEN_VARIABLE
-from reward_server.client import RewardClient, RewardUnavailable
+from reward_server.client import RewardClient
 from reward_server.config import PartConfig, SourceConfig
 from reward_server.functions import UserFunctionError
 from reward_server.schema import Message, ScoreReply, ScoreRequest
@@ -24,6 +24,21 @@ def alone(monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def started():
+    """Starts services, which end with the test."""
+    services: list[RewardService] = []
+
+    def start(config, model_path=None, threads=1) -> tuple[RewardService, str]:
+        services.append(RewardService(config, model_path, threads))
+        return services[-1], services[-1].start(loopback=True)
+
+    yield start
+    for service in services:
+        assert service._server is not None
+        service._server.close()
 
 
 @pytest.fixture
@@ -47,18 +62,13 @@ def score(url: str, token: str | None = None, retry_s: float = 2.0) -> ScoreRepl
     return asyncio.run(ask())
 
 
-def test_it_serves_its_source_on_the_loopback_until_it_is_closed(lengths):
-    held = RewardService(lengths, None, threads=1)
-    assert held.stats() == {}
-    url = held.start(loopback=True)
+def test_it_serves_its_source_on_the_loopback(lengths, started):
+    assert RewardService(lengths, None, threads=1).stats() == {}
+    service, url = started(lengths)
     assert url.startswith("http://127.0.0.1:")
-    assert held.stats() == {"waiting": 0.0, "scored": 0.0}
+    assert service.stats() == {"waiting": 0.0, "scored": 0.0}
     assert score(url).score == 4.0
-    assert held.stats() == {"waiting": 0.0, "scored": 1.0}
-    held.close()
-    with pytest.raises(RewardUnavailable):
-        score(url, retry_s=0.2)
-    held.close()  # once more does nothing
+    assert service.stats() == {"waiting": 0.0, "scored": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -81,46 +91,29 @@ def test_a_bad_function_is_told_when_the_service_starts(tmp_path, monkeypatch, b
         RewardService(config, None, threads=1).start(loopback=True)
 
 
-def test_it_can_be_started_again(lengths):
-    held = RewardService(lengths, None, threads=1)
-    for _ in range(2):
-        assert score(held.start(loopback=True)).score == 4.0
-        held.close()
-
-
-def test_it_serves_the_reward_model_of_the_run(tmp_path):
+def test_it_serves_the_reward_model_of_the_run(tmp_path, started):
     tiny_reward_model(tmp_path)
-    held = RewardService(SourceConfig(dtype="float32"), tmp_path, threads=1)
-    try:
-        assert abs(score(held.start(loopback=True)).score) < 100
-    finally:
-        held.close()
+    _, url = started(SourceConfig(dtype="float32"), tmp_path)
+    assert abs(score(url).score) < 100
 
 
-def test_it_computes_with_the_threads_it_is_given(lengths):
-    held = RewardService(lengths, None, threads=3)
-    held.start(loopback=True)
-    held.close()
+def test_it_computes_with_the_threads_it_is_given(lengths, started):
+    started(lengths, threads=3)
     assert torch.get_num_threads() == 3
 
 
-def test_a_token_of_the_environment_is_needed_by_clients(lengths, monkeypatch):
+def test_a_token_of_the_environment_is_needed_by_clients(lengths, started, monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, "sesame-open")
-    held = RewardService(lengths, None, threads=1)
-    url = held.start(loopback=True)
-    try:
-        assert score(url, "sesame-open").score == 4.0
-        with pytest.raises(Exception, match="401"):
-            score(url)
-    finally:
-        held.close()
+    _, url = started(lengths)
+    assert score(url, "sesame-open").score == 4.0
+    with pytest.raises(Exception, match="401"):
+        score(url)
 
 
 def test_other_machines_are_not_served_without_a_token(lengths, monkeypatch):
-    monkeypatch.setattr(service, "own_address", lambda loopback: "127.0.0.1" if loopback else "0.0.0.0")
-    held = RewardService(lengths, None, threads=1)
+    monkeypatch.setattr(service_module, "own_address", lambda loopback: "127.0.0.1" if loopback else "0.0.0.0")
     with pytest.raises(ValueError, match="without a token"):
-        held.start(loopback=False)
+        RewardService(lengths, None, threads=1).start(loopback=False)
 
 
 def test_a_source_that_cannot_load_is_an_error_at_the_start(tmp_path):
