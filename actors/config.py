@@ -2,14 +2,12 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from reward_server.config import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class MissingEos(_Section):
+class MissingEos(Section):
     """What becomes of the score of a response that was cut off before its EOS."""
 
     rule: Literal["replace", "subtract", "none"] = "replace"
@@ -30,7 +28,7 @@ class MissingEos(_Section):
         return self.value if self.rule == "replace" else score - self.value
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """How responses are sampled."""
 
     prompts_per_wave: int = Field(default=32, ge=1)
@@ -55,10 +53,8 @@ class RolloutConfig(_Section):
     """
 
 
-class GeneratorConfig(BaseModel):
+class GeneratorConfig(Section):
     """One vLLM engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the weights; take the learner's, or their log-probabilities drift apart."""

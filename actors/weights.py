@@ -34,18 +34,13 @@ from actors.transfer import GlooGroup, Manifest, Rendezvous, checksum
 
 @dataclass(kw_only=True)
 class JoinInfo(WeightTransferInitInfo):
-    """How a worker joins the transfer group, as vLLM carries it."""
+    """A Rendezvous, as vLLM carries it."""
 
     host: str
-    """See Rendezvous."""
     port: int
-    """See Rendezvous."""
     world_size: int
-    """See Rendezvous."""
     epoch: int
-    """See Rendezvous."""
     deadline_s: float
-    """See Rendezvous."""
     rank_offset: int
     """Rank of this engine's first worker."""
 
@@ -55,13 +50,9 @@ class ManifestInfo(WeightTransferUpdateInfo):
     """A Manifest, as vLLM carries it."""
 
     names: list[str]
-    """See Manifest."""
     dtypes: list[str]
-    """See Manifest."""
     shapes: list[list[int]]
-    """See Manifest."""
     bucket_bytes: int
-    """See Manifest."""
 
     def manifest(self) -> Manifest:
         """The manifest as the learner made it."""

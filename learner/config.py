@@ -2,13 +2,13 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from reward_server.config import Section
 
 
-class NetworkConfig(BaseModel):
+class NetworkConfig(Section):
     """Which weights of a network are trained, and in which precision it computes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of weights and activations; the optimizer keeps float32 master weights either way."""
@@ -24,10 +24,8 @@ class NetworkConfig(BaseModel):
     """How many tokens' logits exist at once when log-probs are taken."""
 
 
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(Section):
     """Adam (Kingma & Ba 2015) as InstructGPT uses it, and how DeepSpeed shards it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     lr: float = Field(gt=0)
     """Peak learning rate."""
@@ -57,10 +55,8 @@ class OptimizerConfig(BaseModel):
         return self
 
 
-class SFTConfig(BaseModel):
+class SFTConfig(Section):
     """Supervised fine-tuning, and language-model pretraining of a small model from scratch."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     epochs: int = Field(default=2, ge=1)
     """Passes over the demonstrations (paper: 16 for the baseline, 2 for the policy that PPO starts from)."""
@@ -111,10 +107,8 @@ BASELINE = SFTConfig(
 """The SFT baseline of the paper (C.1). The defaults are those of the policy that PPO starts from (C.3)."""
 
 
-class RewardModelingConfig(BaseModel):
+class RewardModelingConfig(Section):
     """Training of the reward model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     epochs: int = Field(default=1, ge=1)
     """Passes over the comparisons (paper: 1; more overfits)."""
@@ -138,10 +132,8 @@ class RewardModelingConfig(BaseModel):
     """Adam (paper: 9e-6); the learning rate falls to a tenth along a cosine."""
 
 
-class KLConfig(BaseModel):
+class KLConfig(Section):
     """The penalty for leaving the SFT model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     coef: float = Field(default=0.02, ge=0)
     """beta: nats of KL to the SFT model cost this much score (paper: 0.02)."""
@@ -151,10 +143,8 @@ class KLConfig(BaseModel):
     """Episodes over which the adaptive beta moves; larger is slower."""
 
 
-class PretrainingConfig(BaseModel):
+class PretrainingConfig(Section):
     """The pretraining mix of PPO-ptx, which keeps what the model knew (the "alignment tax")."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     coef: float = Field(default=27.8, ge=0)
     """gamma: weight of the language-model loss beside the PPO loss (paper: 27.8); 0 is plain PPO."""
@@ -168,10 +158,8 @@ class PretrainingConfig(BaseModel):
     """The loss is a mean over tokens, or over sequences of the sum of their tokens (the paper gives neither)."""
 
 
-class ImportanceConfig(BaseModel):
+class ImportanceConfig(Section):
     """The correction for tokens that older weights sampled; it is applied when max_staleness > 0."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     method: Literal["truncate", "mask"] = "truncate"
     """truncate: a weight above the cap becomes the cap (TIS); mask: one outside floor and cap becomes 0 (IcePop)."""
@@ -186,10 +174,8 @@ class ImportanceConfig(BaseModel):
         return self.cap, self.floor if self.method == "mask" else None
 
 
-class PPOConfig(BaseModel):
+class PPOConfig(Section):
     """PPO; the defaults are the paper's where it gives them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     iterations: int = Field(default=500, ge=1)
     """Batches of episodes (paper: 256,000 episodes)."""
@@ -248,10 +234,8 @@ class PPOConfig(BaseModel):
         return self.critic_network or self.network
 
 
-class ParityConfig(BaseModel):
+class ParityConfig(Section):
     """How far a generator's log-probabilities may be from the learner's, on the same tokens and weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     mean_bound: float = Field(default=0.15, gt=0)
     """Largest mean absolute gap over the probe's tokens, in nats; 0.05 is healthy for a model of 135 M in bfloat16."""
@@ -259,10 +243,8 @@ class ParityConfig(BaseModel):
     """Largest absolute gap of a single token, in nats."""
 
 
-class PublishConfig(BaseModel):
+class PublishConfig(Section):
     """How weights travel from the learner to the generators."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     deadline_s: float = Field(default=60.0, gt=0)
     """Seconds that each phase may take."""

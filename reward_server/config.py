@@ -6,10 +6,14 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 
-class GateConfig(BaseModel):
-    """Turns a part into a condition: outside its bounds, `otherwise` is the whole score."""
+class Section(BaseModel):
+    """A section of the configuration: cannot be changed, refuses unknown keys, and its docstrings are its help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class GateConfig(Section):
+    """Turns a part into a condition: outside its bounds, `otherwise` is the whole score."""
 
     at_least: FiniteFloat | None = None
     """Lowest score of the part that passes."""
@@ -30,10 +34,8 @@ class GateConfig(BaseModel):
         return (low is None or score >= low) and (high is None or score <= high)
 
 
-class PartConfig(BaseModel):
+class PartConfig(Section):
     """One source of a mix."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = Field(default="reward_model", min_length=1)
     """How its scores are called in the parts of a reply and in the metrics."""
@@ -61,10 +63,8 @@ class PartConfig(BaseModel):
         return self
 
 
-class SourceConfig(BaseModel):
+class SourceConfig(Section):
     """What scores a response: the weighted sum of one or more parts, if it passes the gates among them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     parts: tuple[PartConfig, ...] = Field(default=(PartConfig(),), min_length=1)
     """The sources to sum. By default the run's own reward model alone."""
@@ -99,10 +99,8 @@ class SourceConfig(BaseModel):
         return self
 
 
-class LabelerConfig(BaseModel):
+class LabelerConfig(Section):
     """Who ranks completions when no person does."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = "simulated:vader"
     """simulated:vader (sentiment by the VADER lexicon), or module:function, (list[str]) -> list[float]."""
@@ -110,10 +108,8 @@ class LabelerConfig(BaseModel):
     """Verdicts at most this far apart are a tie."""
 
 
-class Limits(BaseModel):
+class Limits(Section):
     """What one server takes on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_body_bytes: int = Field(default=32 * 2**20, ge=1)
     """Largest body of a post."""
@@ -133,10 +129,8 @@ class Limits(BaseModel):
     """Scores kept by request id, so that a retry is answered without computing again."""
 
 
-class ServeConfig(BaseModel):
+class ServeConfig(Section):
     """The reward service as a service of its own: `rayward serve`, and the replicas of a run's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     host: str = "127.0.0.1"
     """Address to listen on; off the loopback a token is needed: RAYWARD_REWARD_TOKEN in the environment, or the name of

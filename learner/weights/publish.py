@@ -38,55 +38,26 @@ class ParityError(PublishError):
 
 
 class Receiver(Protocol):
-    """What publishing asks of a generator, or of a handle to one elsewhere."""
+    """What publishing asks of an `actors.generator.Generator`, which documents it, or of a handle to one elsewhere."""
 
     @property
-    def name(self) -> str:
-        """Name in messages; no two have the same."""
-        ...
-
-    async def join(self, rendezvous: Rendezvous, rank: int) -> None:
-        """See Generator."""
-
-    async def begin_update(self, recompute: bool = False) -> None:
-        """See Generator."""
-
-    async def receive(self, manifest: Manifest) -> dict[str, int]:
-        """See Generator."""
-        ...
-
-    async def finish_update(self, version: int) -> None:
-        """See Generator."""
-
-    async def abort_update(self) -> None:
-        """See Generator."""
-
-    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """See Generator."""
-        ...
+    def name(self) -> str: ...  # in messages; no two have the same
+    async def join(self, rendezvous: Rendezvous, rank: int) -> None: ...
+    async def begin_update(self, recompute: bool = False) -> None: ...
+    async def receive(self, manifest: Manifest) -> dict[str, int]: ...
+    async def finish_update(self, version: int) -> None: ...
+    async def abort_update(self) -> None: ...
+    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
 
 
 class Source(Protocol):
     """What publishing asks of the learner: a WeightSender over its weights, and its view of some tokens."""
 
-    async def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous:
-        """See WeightSender.listen."""
-        ...
-
-    async def connect_transfer(self) -> None:
-        """See WeightSender.connect."""
-
-    async def transfer_manifest(self) -> Manifest:
-        """See WeightSender.manifest."""
-        ...
-
-    async def send_weights(self) -> dict[str, int]:
-        """See WeightSender.send."""
-        ...
-
-    async def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """log p(x_j | x_<j) at temperature 1 for j = 1 .. len-1 of each sequence, computed as in training."""
-        ...
+    async def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous: ...
+    async def connect_transfer(self) -> None: ...
+    async def transfer_manifest(self) -> Manifest: ...
+    async def send_weights(self) -> dict[str, int]: ...
+    async def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
