@@ -21,14 +21,11 @@ from learner.worker.skipped_steps import SkippedSteps
 
 
 class Learner(Protocol):
-    """What the loop asks of the learner's ranks."""
+    """What the loop asks of a `learner.worker.group.LearnerGroup`."""
 
     async def evaluate(
         self, batch: Batch, minibatches: Sequence[list[int]], max_tokens: int, temperature: float
-    ) -> Evaluation:
-        """Log-probs of policy and reference, values and entropies."""
-        ...
-
+    ) -> Evaluation: ...
     async def update(
         self,
         batch: Batch,
@@ -36,9 +33,7 @@ class Learner(Protocol):
         minibatches: Sequence[list[int]],
         pretraining: Sequence[Sequence[ChatExample]],
         step: PPOStep,
-    ) -> list[dict[str, float]]:
-        """A policy and a critic step for each minibatch; its sums."""
-        ...
+    ) -> list[dict[str, float]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

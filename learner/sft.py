@@ -3,7 +3,6 @@
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from actors.chat import ChatExample
 from actors.prompts import Shuffle
@@ -42,12 +41,8 @@ class HeldOutLoss:
         return self.demonstrations + (self.pretraining or 0.0)
 
 
-class Log(Protocol):
-    """Where a loop's metrics go."""
-
-    def __call__(self, stage: str, step: int, metrics: dict[str, float], /) -> None:
-        """Record the metrics of one step."""
-        ...
+Log = Callable[[str, int, dict[str, float]], None]
+"""Where a loop's metrics go: (stage, step, metrics)."""
 
 
 async def sft(

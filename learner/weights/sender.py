@@ -1,6 +1,5 @@
 """The sending side of a weight transfer, in the learner's rank 0; actors/weights.py is the other one."""
 
-import socket
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from actors.transfer import Bucket, GlooGroup, Manifest, Rendezvous, TransferError, checksum
+from reward_server.address import free_port
 
 if TYPE_CHECKING:
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
@@ -106,10 +106,7 @@ class NcclWeightSender(WeightSender):
     def listen(self, world_size: int, epoch: int) -> Rendezvous:
         """Pick a free port; vLLM opens the meeting point itself, in `connect`."""
         self.close()
-        with socket.socket() as probe:
-            probe.bind((self.host, 0))
-            port = probe.getsockname()[1]
-        self._meeting = self._rendezvous(port, world_size, epoch)
+        self._meeting = self._rendezvous(free_port(self.host), world_size, epoch)
         return self._meeting
 
     def connect(self) -> None:

@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -18,6 +18,8 @@ from reward_server.preferences.records import RecordError, read_records, row_con
 from reward_server.preferences.trees import is_tree, sibling_groups
 from reward_server.schema import Message
 
+VADER = "simulated:vader"
+"""Name of the labeler that likes positive sentiment."""
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 log = logging.getLogger(__name__)
@@ -206,78 +208,46 @@ def _transcript(row: dict[str, Any], key: str) -> tuple[tuple[Message, ...], str
     return row_conversation({key: turns[:-1]}, key), last["content"]
 
 
-class Labeler(Protocol):
-    """Judges completions by their text."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labeler:
+    """A simulated labeler, which judges completions by their text; it is no person."""
 
-    @property
-    def name(self) -> str:
-        """What comparisons record as their labeler."""
-        ...
-
-    @property
-    def caption(self) -> str:
-        """Words that must stand wherever its verdicts are shown."""
-        ...
-
-    def verdicts(self, responses: Sequence[str]) -> list[float]:
-        """One number per response, higher is better."""
-        ...
+    name: str
+    """what comparisons record as their labeler"""
+    caption: str
+    """words that must stand wherever its verdicts are shown"""
+    verdicts: Callable[[Sequence[str]], list[float]]
+    """one number per response, higher is better"""
+    tie_margin: float
+    """verdicts at most this far apart are a tie"""
 
     def rank(self, responses: Sequence[str]) -> tuple[int, ...]:
         """Ranks of one prompt's responses: 0 is best, equal is a tie."""
-        ...
-
-
-class VaderLabeler:
-    """A simulated labeler that likes positive sentiment (VADER, Hutto and Gilbert 2014); it is no person."""
-
-    name = "simulated:vader"
-    caption = "simulated labeler (VADER)"
-
-    def __init__(self, tie_margin: float) -> None:
-        """Call verdicts at most `tie_margin` apart a tie."""
-        self.tie_margin = tie_margin
-
-    @cached_property
-    def _analyzer(self) -> SentimentIntensityAnalyzer:
-        return SentimentIntensityAnalyzer()
-
-    def verdicts(self, responses: Sequence[str]) -> list[float]:
-        """VADER's compound sentiment of each response, in [-1, 1]; 0 for one without words."""
-        return [self._analyzer.polarity_scores(response)["compound"] for response in responses]
-
-    def rank(self, responses: Sequence[str]) -> tuple[int, ...]:
-        """Rank by sentiment."""
-        return rank_verdicts(self.verdicts(responses), self.tie_margin)
-
-
-class FunctionLabeler:
-    """A simulated labeler made of a function `(responses: list[str]) -> list[float]`."""
-
-    def __init__(self, name: str, function: Callable[..., Iterable[Any]], tie_margin: float) -> None:
-        """Take the function that `name`, module:function, stands for."""
-        self.name = name
-        self.caption = f"simulated labeler ({name})"
-        self.tie_margin = tie_margin
-        self._function = function
-
-    def verdicts(self, responses: Sequence[str]) -> list[float]:
-        """What the function says; raises UserFunctionError when it fails or breaks its contract."""
-        return call_function(self.name, self._function, len(responses), list(responses))
-
-    def rank(self, responses: Sequence[str]) -> tuple[int, ...]:
-        """Rank by the function."""
         return rank_verdicts(self.verdicts(responses), self.tie_margin)
 
 
 def load_labeler(config: LabelerConfig) -> Labeler:
-    """Make the configured labeler. Raises ValueError when its function cannot be found, and UserFunctionError when it
-    fails on a text or breaks its contract: better now than after hours of training."""
-    if config.name == VaderLabeler.name:
-        return VaderLabeler(config.tie_margin)
-    labeler = FunctionLabeler(config.name, load_function(config.name), config.tie_margin)
+    """Make the configured labeler: VADER's compound sentiment (Hutto and Gilbert 2014), in [-1, 1], or a function.
+
+    Raises ValueError when its function cannot be found, and UserFunctionError when it fails on a text or breaks its
+    contract, `(responses: list[str]) -> list[float]`: better now than after hours of training.
+    """
+    if config.name == VADER:
+        verdicts, judge = partial(_sentiments, SentimentIntensityAnalyzer()), "VADER"
+    else:
+        verdicts, judge = partial(_calls, config.name, load_function(config.name)), config.name
+    caption = f"simulated labeler ({judge})"
+    labeler = Labeler(name=config.name, caption=caption, verdicts=verdicts, tie_margin=config.tie_margin)
     labeler.verdicts(["A short text."])
     return labeler
+
+
+def _sentiments(vader: SentimentIntensityAnalyzer, responses: Sequence[str]) -> list[float]:
+    return [vader.polarity_scores(response)["compound"] for response in responses]
+
+
+def _calls(name: str, function: Callable[..., Iterable[Any]], responses: Sequence[str]) -> list[float]:
+    return call_function(name, function, len(responses), list(responses))
 
 
 def rank_verdicts(verdicts: Sequence[float], tie_margin: float) -> tuple[int, ...]:
