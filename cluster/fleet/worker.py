@@ -8,8 +8,8 @@ from typing import Protocol
 
 from actors import sampling
 from actors.engine import GeneratorError
-from actors.trajectory import Completion
 from actors.sampling import GeneratorFailed
+from actors.trajectory import Completion
 from cluster.config.schema import FleetConfig
 from cluster.runtime.health import ActorDied
 from learner.weights.publish import Receiver
