@@ -193,11 +193,11 @@ class Console:
 
     def _record(self, record: logging.LogRecord) -> None:
         """Show what a library logs if it is an error, and our own warnings too."""
-        ours = record.name.split(".")[0] in _OURS
+        first, *_ = [*record.getMessage().strip().splitlines(), ""]
         if record.levelno >= logging.ERROR:
-            self.error(f"{record.name}: {_first_line(record)}")
-        elif ours and record.levelno >= logging.WARNING:
-            self.warning(_first_line(record))
+            self.error(f"{record.name}: {first}")
+        elif record.name.split(".")[0] in _OURS:
+            self.warning(first)
 
 
 class _Quiet(Rich):
@@ -218,10 +218,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
-
-
-def _first_line(record: logging.LogRecord) -> str:
-    return next(iter(record.getMessage().strip().splitlines()), "")
 
 
 @contextlib.contextmanager
@@ -246,22 +242,10 @@ def _captured(path: Path) -> Iterator[tuple[TextIO, TextIO]]:
         sys.stderr.flush()
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
-        if crashes:
-            faulthandler.enable()
-        else:
-            faulthandler.disable()
+        (faulthandler.enable if crashes else faulthandler.disable)()
         for file in (out, err):
             with contextlib.suppress(OSError):  # a pipe whose reader has gone
                 file.close()
-
-
-class _Screen(logging.Handler):
-    def __init__(self, show: Callable[[logging.LogRecord], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._show = show
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._show(record)
 
 
 @contextlib.contextmanager
@@ -270,7 +254,8 @@ def _logging_to(path: Path, show: Callable[[logging.LogRecord], None]) -> Iterat
     root = logging.getLogger()
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    screen = _Screen(show)
+    screen = logging.Handler(logging.WARNING)
+    screen.emit = lambda record: show(record)
     before = root.level, root.handlers
     root.handlers = [file, screen]
     root.setLevel(logging.INFO)
