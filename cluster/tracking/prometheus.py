@@ -4,10 +4,10 @@ Ray exports figures of the machines, and the reward service has /metrics of its 
 dashboard over all three.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,31 +17,16 @@ from cluster.runtime.health import Monitor
 
 
 class Exporter:
-    """Serves GET /metrics on `host:port` until it is closed."""
+    """What is scraped of one run, in a registry of its own."""
 
-    def __init__(self, run: str, monitor: Monitor, host: str, port: int) -> None:
-        """`run` labels everything; `monitor` knows the processes. Raises ValueError when the port is taken."""
+    def __init__(self, run: str, monitor: Monitor) -> None:
+        """`run` labels everything; `monitor` knows the processes."""
         self._run = run
-        self._registry = CollectorRegistry()
-        self._values = Gauge(
-            "rayward_metric", "Newest value of a metric", ["run", "stage", "name"], registry=self._registry
-        )
-        self._steps = Gauge("rayward_step", "Newest step", ["run", "stage"], registry=self._registry)
-        self._alerts = Counter("rayward_alerts", "Alerts by kind", ["run", "kind"], registry=self._registry)
-        self._registry.register(_Processes(run, monitor))
-        try:
-            self._server: WSGIServer
-            self._server, self._thread = start_http_server(port, host, self._registry)
-        except OSError as error:
-            raise ValueError(
-                f"tracking.prometheus_port = {port} cannot be opened on {host} ({error.strerror}). Remedy: another "
-                "port, or 0 for none"
-            ) from error
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        return self._server.server_port
+        self.registry = registry = CollectorRegistry()
+        self._values = Gauge("rayward_metric", "Newest value of a metric", ["run", "stage", "name"], registry=registry)
+        self._steps = Gauge("rayward_step", "Newest step", ["run", "stage"], registry=registry)
+        self._alerts = Counter("rayward_alerts", "Alerts by kind", ["run", "kind"], registry=registry)
+        self.registry.register(_Processes(run, monitor))
 
     def step(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Take the newest values."""
@@ -53,11 +38,23 @@ class Exporter:
         """Count an alert."""
         self._alerts.labels(self._run, kind).inc()
 
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5.0)
+
+@contextlib.contextmanager
+def serving(exporter: Exporter, host: str, port: int) -> Iterator[None]:
+    """Answer GET /metrics on `host:port` until the block ends. Raises ValueError when the port is taken."""
+    try:
+        server, thread = start_http_server(port, host, exporter.registry)
+    except OSError as error:
+        raise ValueError(
+            f"tracking.prometheus_port = {port} cannot be opened on {host} ({error.strerror}). Remedy: another port, "
+            "or 0 for none"
+        ) from error
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5.0)
 
 
 _GAUGES = {

@@ -24,7 +24,7 @@ from cluster.runtime.health import Monitor
 from cluster.runtime.repeating import repeating
 from cluster.tracking.alerts import Alert, Alerts
 from cluster.tracking.console import Console
-from cluster.tracking.prometheus import Exporter
+from cluster.tracking.prometheus import Exporter, serving
 from cluster.tracking.tensorboard import EventFiles, event_files
 from cluster.tracking.wandb import (
     Record,
@@ -109,10 +109,9 @@ class Tracker:
         self._goes_on = self._goes_on and has_all(self.run_dir, self._start["job_type"])
         self._sent = last_steps(self.run_dir) if self._goes_on else {}
         if self._config.prometheus_port:
-            exporter = Exporter(
-                self.run_dir.name, self._monitor, self._config.prometheus_host, self._config.prometheus_port
-            )
-            self._closing.callback(exporter.close)
+            exporter = Exporter(self.run_dir.name, self._monitor)
+            where = self._config.prometheus_host, self._config.prometheus_port
+            self._closing.enter_context(serving(exporter, *where))
             self._sinks.append(exporter.step)
             self._counted = exporter.alert
         if self._config.tensorboard:

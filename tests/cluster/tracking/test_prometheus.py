@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.runtime.health import ActorDied, Health, Monitor, measure
-from cluster.tracking.prometheus import Exporter
+from cluster.tracking.prometheus import Exporter, serving
 from reward_server.address import free_port
 from reward_server.app import serve
 from reward_server.config import PartConfig, SourceConfig
@@ -35,13 +35,15 @@ def monitor():
 
 @pytest.fixture
 def exporter(monitor):
-    exporter = Exporter("mine", monitor, "127.0.0.1", free_port("127.0.0.1"))
-    yield exporter
-    exporter.close()
+    return Exporter("mine", monitor)
 
 
 def scrape(exporter):
-    with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics", timeout=10) as answer:
+    port = free_port("127.0.0.1")
+    with (
+        serving(exporter, "127.0.0.1", port),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer,
+    ):
         return answer.read().decode()
 
 
@@ -79,8 +81,10 @@ def test_a_scrape_says_what_each_process_is_doing(exporter, monitor):
 
 
 def test_a_port_that_is_taken_is_told(exporter):
-    with pytest.raises(ValueError, match=rf"tracking.prometheus_port = {exporter.port} cannot be opened"):
-        Exporter("other", Monitor(), "127.0.0.1", exporter.port)
+    port = free_port("127.0.0.1")
+    told = rf"tracking.prometheus_port = {port} cannot be opened"
+    with serving(exporter, "127.0.0.1", port), pytest.raises(ValueError, match=told):
+        serving(exporter, "127.0.0.1", port).__enter__()
 
 
 def test_the_dashboard_asks_for_what_is_exported(exporter, monitor):
