@@ -1,11 +1,8 @@
-"""The command `rayward`: read the command line and the configuration, run a step, answer with an exit code.
-
-0: done. 1: the run failed. 2: the command line or configuration is wrong. 130: Ctrl-C. 143: SIGTERM.
-"""
+"""The command `rayward`: read the command line and the configuration, run a command, answer with an exit code."""
 
 import contextlib
 import errno
-import importlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -13,22 +10,41 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from cluster.cli.command_line import Call, load, own_parser, parse
-from cluster.cli.commands import COMMANDS, Command
-from cluster.cli.help import help_text, overview
+from cluster.cli.commands import COMMANDS, GROUPS
+from cluster.cli.parser import Call, Command, bind, help_text, load, parse
 from cluster.config.load import ConfigError, nearest, save_toml
 from cluster.config.redaction import redact
-from cluster.runtime.exit_codes import DONE, FAILED, INTERRUPTED, WRONG
+from cluster.config.schema import Config
+from cluster.runtime.exit_codes import DONE, EXIT_CODES, FAILED, INTERRUPTED, WRONG
 from cluster.tracking.console import Console
 from reward_server.preferences.records import write_whole
 
 # Their text alone says what happened; of any other error the type belongs to it.
 _TOLD = (ValueError, OSError, RuntimeError)
+_OVERVIEW = """rayward: reinforcement learning from human feedback as InstructGPT did it.
+
+  rayward COMMAND [--run DIR] [--preset NAME] [--config FILE] [--KEY VALUE ...]
+
+  rayward quickstart --tiny                      all of it, on a small model, in five minutes
+  rayward ppo --run runs/mine --ppo.kl.coef 0.1  one step, with a setting
+  rayward ppo --help                             what a step reads, writes and can be told
+  rayward ppo --help ppo.kl                      a setting, or all that begin so; --help all: every one
+{commands}
+Settings come from a preset, over it a TOML file, over it the command line. A run directory remembers them, so later
+commands need --run alone. Keys and tokens come from the environment or a file of mode 0600, never from a setting.
+
+With --json, where a command has it, standard output is one JSON document, and an error is one line of JSON on
+standard error: {{"error": ["..."], "exit_code": 2}}.
+
+Exit codes:
+{codes}
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,38 +59,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"rayward {importlib.metadata.version('rayward')}\n")
         return DONE
     try:
-        return _command(words)
+        command = _named(words[0])
+        asked = next((at for at, word in enumerate(words) if word in ("-h", "--help")), None)
+        if asked is not None:
+            sys.stdout.write(help_text(command, next(iter(words[asked + 1 :] if command.sections else ()), None)))
+            return DONE
+        if command.sections:
+            call = parse(command, words[1:])
+            config, flags, run_dir = load(Config, call), call.flags, call.run_dir
+            if command.prints:
+                return command.work(config, run_dir, "json" in flags) or DONE
+            if "dry-run" not in flags:
+                return _run_stage(command, call, config, words)
+            arguments: tuple[str, ...] = ()
+        else:
+            bound, config = bind(command, words[1:]), None
+            if command.prints:
+                return bound() or DONE
+            told = bound.keywords
+            run_dir, arguments = told["run"], (told["n"],) if "n" in told else ()
+            if not told["dry_run"]:
+                return _look(command, bound, words)
+            flags = frozenset(["json"] if told["json"] else [])
+        from cluster.plan.dry_run import dry_run
+
+        return DONE if dry_run(config, run_dir, command.name, flags, arguments) else FAILED
     except ConfigError as error:
         return _tell(words[0], str(error).splitlines(), WRONG, "--json" in words)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except _TOLD as error:
+        return _tell(words[0], dict.fromkeys(_reasons(error)), FAILED, "--json" in words)
 
 
-def _command(words: Sequence[str]) -> int:
-    name, rest = words[0], words[1:]
-    if name not in COMMANDS:
-        if name.startswith("-"):
-            raise ConfigError(
-                "the command stands first. Remedy: rayward COMMAND [--run DIR] ..; rayward --help lists them"
-            )
-        near = nearest(name, COMMANDS)
-        remedy = f"Did you mean {near}?" if near else "Remedy: rayward --help lists them"
-        raise ConfigError(f"there is no command {name!r}. {remedy}")
-    command = COMMANDS[name]
-    if command.own:
-        return _own(name, command, rest)
-    asked = next((place for place, word in enumerate(rest) if word in ("-h", "--help")), None)
-    if asked is not None:
-        about = next(iter(rest[asked + 1 :]), None) if command.sections else None
-        sys.stdout.write(help_text(name, _config_class() if command.sections else None, about))
-        return DONE
-    call = parse(command, rest)
-    config = load(_config_class(), call) if command.sections else None
-    if command.inspects or "dry-run" in call.flags:
-        return _inspect(name, command, call, config)
-    if "json" in call.flags and "json" not in command.flags:
-        raise ConfigError("--json goes with --dry-run: a run itself writes RUN/metrics.jsonl and RUN/summary.json")
-    return _run(name, command, call, config, words, _checked(config, name, call.run_dir) if config else ())
+def overview() -> str:
+    """The help of `rayward` itself."""
+    lines = []
+    for group, title in GROUPS.items():
+        lines += [
+            "",
+            f"{title}:",
+            *(f"  {one.name:<12}{one.purpose}" for one in COMMANDS.values() if one.group == group),
+        ]
+    codes = "\n".join(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())
+    return _OVERVIEW.format(commands="\n".join([*lines, ""]), codes=codes)
+
+
+def _named(name: str) -> Command:
+    if name in COMMANDS:
+        return COMMANDS[name]
+    if name.startswith("-"):
+        raise ConfigError("the command stands first. Remedy: rayward COMMAND [--run DIR] ..; rayward --help lists them")
+    near = nearest(name, COMMANDS)
+    raise ConfigError(
+        f"there is no command {name!r}. {f'Did you mean {near}?' if near else 'Remedy: rayward --help lists them'}"
+    )
 
 
 def _tell(name: str, reasons: Iterable[str], code: int, as_json: bool) -> int:
@@ -87,111 +126,20 @@ def _tell(name: str, reasons: Iterable[str], code: int, as_json: bool) -> int:
     return code
 
 
-def _own(name: str, command: Command, words: Sequence[str]) -> int:
-    try:
-        given = own_parser(name).parse_args(words)
-    except SystemExit:  # after --help
-        return DONE
-    try:
-        return _entry(command)(given)
-    except ConfigError:
-        raise
-    except _TOLD as error:
-        return _tell(name, dict.fromkeys(_reasons(error)), FAILED, getattr(given, "json", False))
+def _look(command: Command, bound: functools.partial[int | None], words: Sequence[str]) -> int:
+    """Run a command without settings, which looks at a run directory or asks something of the run in it."""
+    run_dir = bound.keywords["run"]
+    if not run_dir.is_dir():
+        raise ConfigError(f"there is no run directory {run_dir}. Remedy: name one that a command has written")
+    with _recorded(run_dir, words, as_json=bound.keywords["json"]) as (console, end):
+        end.code = bound(console=console) or DONE
+    return end.code
 
 
-def _entry(command: Command) -> Any:
-    module, _, function = command.entry.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _config_class() -> Any:
-    return importlib.import_module("cluster.config.schema").Config
-
-
-def _checked(config: Any, name: str, run_dir: Path) -> Sequence[str]:
-    """What is odd about the configuration. Raises ConfigError with a line for everything that is wrong."""
-    found = importlib.import_module("cluster.plan.check").check_config(config, name, run_dir)
-    if found.problems:
-        raise ConfigError("\n".join(found.problems))
-    return found.warnings
-
-
-def _inspect(name: str, command: Command, call: Call, config: Any) -> int:
-    """Print what would be done, or how things stand: nothing is started, and nothing written."""
-    try:
-        if command.inspects:
-            good = _entry(command)(config, call.run_dir, name, "json" in call.flags)
-        else:
-            dry_run = importlib.import_module("cluster.plan.dry_run").dry_run
-            good = dry_run(config, call.run_dir, name, call.flags, call.arguments)
-    except _TOLD as error:
-        return _tell(name, dict.fromkeys(_reasons(error)), FAILED, "json" in call.flags)
-    return DONE if good else FAILED
-
-
-def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[str], warnings: Sequence[str]) -> int:
-    """Run the command; what goes wrong is said in a line, and its traceback is kept in a file."""
-    logs = call.run_dir / "logs"
-    if config is None and not call.run_dir.is_dir():
-        raise ConfigError(f"there is no run directory {call.run_dir}. Remedy: name one that a command has written")
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-        if not all(os.access(folder, os.W_OK) for folder in (call.run_dir, logs)):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
-    told: list[str] = []
-    as_json = config is None and "json" in call.flags
-    with Console(logs) as console, _sigterm_exits():
-        for warning in warnings:
-            console.warning(warning)
-        code = _outcome(name, command, call, config, words, console, told.append if as_json else console.error)
-    return _tell(name, told, code, as_json) if told else code
-
-
-def _outcome(
-    name: str,
-    command: Command,
-    call: Call,
-    config: Any,
-    words: Sequence[str],
-    console: Console,
-    tell: Callable[[str], None],
-) -> int:
-    variant = f" --{call.variant}" if call.variant else ""
-    resume = f" Go on with: rayward {name}{variant} --run {call.run_dir} --resume"
-    on = resume if "resume" in command.flags else ""
-    try:
-        return _work(name, command, call, config, words, console)
-    except KeyboardInterrupt:
-        tell(f"stopped by Ctrl-C; what is done is in {call.run_dir}.{on}")
-        return INTERRUPTED
-    except SystemExit as error:
-        tell(f"stopped; what is done is in {call.run_dir}.{on}")
-        return error.code if isinstance(error.code, int) else FAILED
-    except ConfigError as error:
-        tell(str(error))
-        return WRONG
-    except BaseException as error:
-        for reason in dict.fromkeys(_reasons(error)):
-            tell(reason)
-        logs = call.run_dir / "logs"
-        file = logs / "error.log"
-        with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:
-            lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {shlex.join(words)}\n")
-            lines.write(redact("".join(traceback.format_exception(error))))
-        if tell == console.error:
-            console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
-        return FAILED
-
-
-def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console) -> int:
-    entry = _entry(command)
-    if config is None:
-        flags = {flag: flag in call.flags for flag in command.flags}
-        return entry(call.run_dir, console, *call.arguments, **flags) or DONE
+def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str]) -> int:
+    """Run a command with settings, which works in a run directory."""
     from cluster.pipeline.job import Job
+    from cluster.plan.check import check_config
     from cluster.rundir.environment import write_environment
     from cluster.rundir.history import earlier_run
     from cluster.rundir.stages import ResumeRefused, Start
@@ -199,44 +147,82 @@ def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[
     from cluster.status.snapshot import reporting
     from cluster.tracking.tracker import Tracker
 
-    saved = call.run_dir / "config.toml"
-    before = saved.read_text(encoding="utf-8") if saved.is_file() else None
-    save_toml(config, saved)
-    write_environment(call.run_dir, ["rayward", *words])
-    console.line(f"rayward {name}: everything goes to {call.run_dir}")
-    settings = config.model_dump(mode="json")
-    run_id = earlier_run(call.run_dir, name) if "resume" in call.flags else None
-    monitor = Monitor()
-    with (
-        Tracker(
-            call.run_dir,
-            config.tracking,
-            name,
-            settings=settings,
-            console=console,
-            run_id=run_id,
-            monitor=monitor,
-        ) as tracker,
-        reporting(call.run_dir, name, monitor),
-    ):
-        start = next(iter(call.flags & {"resume", "restart"}), "new")
-        flags = {flag: flag == call.variant for flag in command.variants}
-        told = shlex.join(["rayward", *words])
-        job = Job(
-            config=config,
-            run_dir=call.run_dir,
-            tracker=tracker,
-            monitor=monitor,
-            command=told,
-            start=cast(Start, start),
+    run_dir, saved, name = call.run_dir, call.run_dir / "config.toml", command.name
+    found = check_config(config, name, run_dir)
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+    if "json" in call.flags:
+        raise ConfigError("--json goes with --dry-run: a run itself writes RUN/metrics.jsonl and RUN/summary.json")
+    variant = f" --{call.variant}" if call.variant else ""
+    resume = f" Go on with: rayward {name}{variant} --run {run_dir} --resume" if "resume" in command.flags else ""
+    with _recorded(run_dir, words, resume) as (console, end):
+        for warning in found.warnings:
+            console.warning(warning)
+        before = saved.read_text(encoding="utf-8") if saved.is_file() else None
+        save_toml(config, saved)
+        write_environment(run_dir, ["rayward", *words])
+        console.line(f"rayward {name}: everything goes to {run_dir}")
+        settings, run_id = (
+            config.model_dump(mode="json"),
+            earlier_run(run_dir, name) if "resume" in call.flags else None,
         )
+        known = {"settings": settings, "console": console, "run_id": run_id, "monitor": (monitor := Monitor())}
+        with Tracker(run_dir, config.tracking, name, **known) as tracker, reporting(run_dir, name, monitor):
+            start = cast(Start, next(iter(call.flags & {"resume", "restart"}), "new"))
+            told = shlex.join(["rayward", *words])
+            job = Job(config=config, run_dir=run_dir, tracker=tracker, monitor=monitor, command=told, start=start)
+            try:
+                command.work(job, **{flag: flag == call.variant for flag in command.variants})
+            except ResumeRefused:  # the run directory keeps the settings of what it holds
+                if before is not None:
+                    write_whole(saved, before)
+                raise
+    return end.code
+
+
+@dataclass(slots=True)
+class _End:
+    code: int = DONE
+    """Exit code."""
+
+
+@contextlib.contextmanager
+def _recorded(run_dir: Path, words: Sequence[str], resume: str = "", as_json: bool = False) -> Iterator[Any]:
+    """A console and an end for what runs in a run directory: what goes wrong is said in a line, and the exit code set.
+
+    Its traceback is kept in a file. Raises ConfigError where the directory cannot be written.
+    """
+    logs, told, end = run_dir / "logs", [], _End()
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        if not all(os.access(folder, os.W_OK) for folder in (run_dir, logs)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
+    with Console(logs) as console, _sigterm_exits():
+        tell = told.append if as_json else console.error
         try:
-            entry(job, **flags)
-        except ResumeRefused:  # the run directory keeps the settings of what it holds
-            if before is not None:
-                write_whole(saved, before)
-            raise
-    return DONE
+            yield console, end
+        except KeyboardInterrupt:
+            tell(f"stopped by Ctrl-C; what is done is in {run_dir}.{resume}")
+            end.code = INTERRUPTED
+        except SystemExit as error:
+            tell(f"stopped; what is done is in {run_dir}.{resume}")
+            end.code = error.code if isinstance(error.code, int) else FAILED
+        except ConfigError as error:
+            tell(str(error))
+            end.code = WRONG
+        except BaseException as error:
+            for reason in dict.fromkeys(_reasons(error)):
+                tell(reason)
+            file, end.code = logs / "error.log", FAILED
+            with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:
+                lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {shlex.join(words)}\n")
+                lines.write(redact("".join(traceback.format_exception(error))))
+            if not as_json:
+                console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
+    if told:
+        _tell(words[0], told, end.code, as_json)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,12 @@ from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingCon
 from reward_server.config import LabelerConfig, ServeConfig, SourceConfig
 
 
-class FleetConfig(BaseModel):
-    """What is done about generators that are lost."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class FleetConfig(_Section):
+    """What is done about generators that are lost."""
 
     max_restarts: int = Field(default=3, ge=0)
     """Times that a generator is replaced without having sampled anything in between; then its place stays empty."""
@@ -27,10 +29,8 @@ class FleetConfig(BaseModel):
     """Seconds between two looks at a generator's progress."""
 
 
-class ClusterConfig(BaseModel):
+class ClusterConfig(_Section):
     """How many processes there are of each kind, and how long they may take."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     address: str = "local"
     """host:port of a running Ray cluster; "local" starts one on this machine and stops it afterwards."""
@@ -50,10 +50,8 @@ class ClusterConfig(BaseModel):
     """What is done about generators that are lost."""
 
 
-class AlertsConfig(BaseModel):
+class AlertsConfig(_Section):
     """When a run asks for attention: on the console, in RUN/alerts.jsonl and as a W&B alert."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kl_above: float | None = Field(default=50.0, gt=0)
     """KL to the SFT model, in nats a response."""
@@ -63,10 +61,8 @@ class AlertsConfig(BaseModel):
     """Seconds without a step; 0 never asks."""
 
 
-class TrackingConfig(BaseModel):
+class TrackingConfig(_Section):
     """Weights & Biases and others. The metrics also go to RUN/metrics.jsonl, whatever is set here."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     mode: Literal["offline", "online", "disabled"] = "offline"
     """offline: keep it in RUN/wandb; online: send it too, with the key of `wandb login` or WANDB_API_KEY."""
@@ -90,10 +86,8 @@ class TrackingConfig(BaseModel):
     """When the run asks for attention."""
 
 
-class ModelsConfig(BaseModel):
+class ModelsConfig(_Section):
     """Which models the steps start from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     base: str | None = None
     """Hugging Face folder or hub id of the language model that is fine-tuned."""
@@ -112,10 +106,8 @@ class ModelsConfig(BaseModel):
     """Folder of the model to evaluate; RUN/policy when not set."""
 
 
-class DataConfig(BaseModel):
+class DataConfig(_Section):
     """Files of JSON lines, read by the steps that need them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     demonstrations: Path | None = None
     """{"prompt": text or messages, "response": text}: what SFT learns, and what scores 0 on average. Rows with the same
@@ -142,10 +134,8 @@ class DataConfig(BaseModel):
     """Malformed rows of a file that may be skipped, each with a warning; one more stops the run before it starts."""
 
 
-class SampleConfig(BaseModel):
+class SampleConfig(_Section):
     """Completions to be ranked."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     completions_per_prompt: int = Field(default=4, ge=2)
     """K: completions of one prompt that are ranked against each other (paper: 4 to 9)."""
@@ -153,10 +143,8 @@ class SampleConfig(BaseModel):
     """Seed of the samples."""
 
 
-class SelectConfig(BaseModel):
+class SelectConfig(_Section):
     """The choice among the epochs of an SFT model by the reward model's scores (InstructGPT, appendix C.1)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: Literal["baseline", "sft"] = "baseline"
     """Which model's epochs are compared, those of RUN/baseline-epochs or RUN/sft-epochs."""
@@ -164,10 +152,8 @@ class SelectConfig(BaseModel):
     """Seed of the samples, the same for every epoch."""
 
 
-class RoundsConfig(BaseModel):
+class RoundsConfig(_Section):
     """Steps 2 and 3 repeated: comparisons of the current policy, a reward model and a policy (paper, section 3.1)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     count: int = Field(default=2, ge=1)
     """Rounds in all; those that are done are not repeated."""
@@ -187,10 +173,8 @@ class RoundsConfig(BaseModel):
     """Which prompts a round has, and the order of completions in sheets."""
 
 
-class EvaluationConfig(BaseModel):
+class EvaluationConfig(_Section):
     """Held-out measurements before PPO, while it works, and after it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     every: int = Field(default=25, ge=0)
     """PPO iterations between two measurements, which training waits for; 0 measures before and after alone."""
@@ -202,10 +186,8 @@ class EvaluationConfig(BaseModel):
     """Samples of the highest score, of the lowest and at random that W&B shows; RUN/evaluations has all."""
 
 
-class QuickstartConfig(BaseModel):
+class QuickstartConfig(_Section):
     """What the quickstart takes from the conversations that come with it, and the pretraining of its tiny model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     demonstrations: int = Field(default=1000, ge=1)
     """Prompts with the human reply, for SFT."""
@@ -221,10 +203,8 @@ class QuickstartConfig(BaseModel):
     """Language-model pretraining of the tiny model."""
 
 
-class NodeConfig(BaseModel):
+class NodeConfig(_Section):
     """Machines of one kind that a plan is made for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     count: int = Field(default=1, ge=1)
     """How many there are."""
@@ -244,10 +224,8 @@ class NodeConfig(BaseModel):
     """GB/s that one GPU reads from its memory, or all cores of a machine without from theirs."""
 
 
-class PlanConfig(BaseModel):
+class PlanConfig(_Section):
     """What `rayward plan` and --dry-run reckon with. No run reads this."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     nodes: tuple[NodeConfig, ...] = ()
     """Machines to plan for: [{count = 2, cpus = 128, memory_gib = 1024, gpus = 8, gpu = "H100"}]. Without any, the
@@ -270,31 +248,23 @@ class PlanConfig(BaseModel):
     """Share of a device's peak that a run is expected to reach; 0.3 to 0.5 is usual for training."""
 
 
-class Config(BaseModel):
+class Config(_Section):
     """Everything that a run can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
     models: ModelsConfig = ModelsConfig()
-    """Which models the steps start from."""
     data: DataConfig = DataConfig()
-    """Which files they read."""
     cluster: ClusterConfig = ClusterConfig()
-    """How many processes there are."""
     sft: SFTConfig = SFTConfig()
     """Step 1: the policy that PPO starts from and is held to."""
     baseline: SFTConfig = BASELINE
     """The SFT baseline, trained longer and without text, which PPO is compared with."""
     sample: SampleConfig = SampleConfig()
-    """Completions for step 2."""
     labeler: LabelerConfig = LabelerConfig()
     """Who ranks them."""
     rounds: RoundsConfig = RoundsConfig()
-    """Steps 2 and 3 repeated."""
     reward: RewardModelingConfig = RewardModelingConfig()
     """Step 2."""
     select: SelectConfig = SelectConfig()
-    """Which epoch of an SFT model is the best."""
     scoring: SourceConfig = SourceConfig()
     """What scores responses in step 3."""
     serve: ServeConfig = ServeConfig()
@@ -308,10 +278,6 @@ class Config(BaseModel):
     publish: PublishConfig = PublishConfig()
     """How weights travel."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Held-out measurements."""
     tracking: TrackingConfig = TrackingConfig()
-    """Weights & Biases."""
     quickstart: QuickstartConfig = QuickstartConfig()
-    """What only the quickstart reads."""
     plan: PlanConfig = PlanConfig()
-    """What a plan reckons with."""

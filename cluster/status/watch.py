@@ -1,6 +1,5 @@
 """The commands status and top: what a run is doing, once or live."""
 
-import argparse
 import json
 import sys
 import time
@@ -18,32 +17,32 @@ _GONE = ("failed", "killed", "silent")
 _GOES_ON = ("running", "paused", "silent")
 
 
-def status(given: argparse.Namespace) -> int:
+def status(run: Path, *, as_json: bool) -> int:
     """Show what every process of a run is doing; 1 when the run failed, was killed or has fallen silent."""
-    found = read(Path(given.run))
-    if given.json:
+    found = read(run)
+    if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
         console = Rich(highlight=False)
-        console.print(render(found, given.run, console.width))
+        console.print(render(found, str(run), console.width))
     return FAILED if found["state"] in _GONE else DONE
 
 
-def top(given: argparse.Namespace) -> int:
+def top(run: Path, *, as_json: bool) -> int:
     """Show the same live, with the curves of the stage at work, until the run ends or Ctrl-C."""
-    console, found = Rich(highlight=False), read(Path(given.run))
-    live = None if given.json else Live(console=console, screen=True, auto_refresh=False)
+    console, found = Rich(highlight=False), read(run)
+    live = None if as_json else Live(console=console, screen=True, auto_refresh=False)
     with live or nullcontext():
         while True:
             if live is None:
                 sys.stdout.write(json.dumps(found) + "\n")
                 sys.stdout.flush()
             else:
-                live.update(screen(found, given.run, console.width, console.height), refresh=True)
+                live.update(screen(found, str(run), console.width, console.height), refresh=True)
             if found["state"] not in _GOES_ON:
                 break
             time.sleep(INTERVAL_S / 2)
-            found = read(Path(given.run))
+            found = read(run)
     if live is not None:
-        console.print(screen(found, given.run, console.width, console.height))
+        console.print(screen(found, str(run), console.width, console.height))
     return FAILED if found["state"] in _GONE else DONE

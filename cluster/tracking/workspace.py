@@ -1,6 +1,5 @@
 """A W&B workspace for runs of Rayward, as code: `rayward dashboard` makes it in a project, and again after a change."""
 
-import argparse
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,14 +49,14 @@ def _plot(title: str, metrics: Sequence[str]) -> reports.LinePlot:
     return reports.LinePlot(title=title, x=axis, title_x=counted, y=list(metrics), plot_type=kind)
 
 
-def dashboard(given: argparse.Namespace) -> int:
+def dashboard(entity: str, project: str) -> int:
     """Make the workspace in a project of W&B and print its address. Raises RuntimeError when W&B does not take it."""
-    made = workspace(given.entity, given.project)
+    made = workspace(entity, project)
     try:
         made.save()
     except Exception as error:  # wandb and the network each raise their own
         raise RuntimeError(
             f"W&B did not take the workspace ({type(error).__name__}: {error}). Remedy: `wandb login`, and see that "
-            f"the project {given.entity}/{given.project} exists"
+            f"the project {entity}/{project} exists"
         ) from error
     return DONE

@@ -1,0 +1,288 @@
+"""The words of a command line, read, explained and completed by tyro.
+
+A command without settings is a function, and tyro does all of it. What a command with settings takes becomes a
+dataclass for tyro, of which the values stay text: `cluster.config.load` reads them, so that a list is TOML as in a
+file, and an error is a line with key, value, origin and remedy.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import tyro
+from pydantic import BaseModel
+from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from cluster.config.load import (
+    PRESETS,
+    ConfigError,
+    Setting,
+    compose,
+    nearest,
+    presets,
+    read_overrides,
+    read_toml,
+    settings,
+)
+from cluster.config.schema import Config
+from cluster.runtime.exit_codes import EXIT_CODES
+
+Section = TypeVar("Section", bound=BaseModel)
+OFTEN = (
+    *("models.base", "data.demonstrations", "data.comparisons", "data.prompts"),
+    *("cluster.address", "cluster.generators", "cluster.learner_ranks"),
+    *("sft.epochs", "sft.optimizer.lr", "baseline.epochs", "reward.epochs", "sample.completions_per_prompt"),
+    *("ppo.iterations", "ppo.prompts_per_batch", "ppo.kl.coef", "ppo.max_staleness", "rollout.max_new_tokens"),
+    *("labeler.name", "rounds.count", "rounds.labelers", "scoring.parts", "serve.host", "serve.port"),
+    *("evaluation.prompts", "tracking.mode", "plan.nodes"),
+)
+"""Settings that people give most, which the help of a command shows first."""
+_HINT = """--KEY VALUE gives a setting, e.g. --tracking.mode disabled; in TOML: [tracking] mode = "disabled". A list: \
+--tracking.tags '["a", "b"]'. Nothing at all: none. What is often given is shown below; --help SECTION shows all \
+of a section, --help all every setting. Sections:"""
+_MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command."""
+
+    name: str
+    """Its word."""
+    group: str
+    """Under which heading the overview lists it."""
+    purpose: str
+    """What it is for, on one line."""
+    files: str
+    """What it reads and writes."""
+    example: str
+    """A complete command line."""
+    work: Callable[..., int | None]
+    """What it does: a function of what it is told, of the configuration and run directory, or of a job."""
+    sections: tuple[str, ...] = ()
+    """Fields of Config whose settings it reads; none for a command that takes no configuration."""
+    run: str = "runs/rlhf"
+    """Run directory when none is named."""
+    preset: str | None = None
+    """Preset when neither a preset nor a file is named."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """Flags that are either given or not, beside settings: flag -> meaning."""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """Flags that each stand for another preset, and a run directory of that name: flag -> meaning."""
+    submits: bool = True
+    """Whether it can be a job of a cluster."""
+    prints: bool = False
+    """Whether it looks and prints only, and writes no run directory."""
+    wraps: bool = False
+    """Whether another command follows its options, with all that it is told."""
+
+    @property
+    def settings(self) -> list[Setting]:
+        """The settings that it reads."""
+        return [one for one in settings(Config) if not one.section and one.key.split(".")[0] in self.sections]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What a command with settings is told."""
+
+    run_dir: Path
+    """Where the run keeps its files."""
+    sources: tuple[Path, ...]
+    """TOML files with settings; of two, the later wins."""
+    fresh: bool
+    """Whether a preset or a file is among them."""
+    variant: str | None
+    """Flag that stands for another preset."""
+    flags: frozenset[str]
+    """Flags that are either given or not."""
+    overrides: list[tuple[str, str | None]]
+    """(key, text) of everything else; None where there is no text."""
+
+
+def parse(command: Command, words: Sequence[str]) -> Call:
+    """What the words tell a command with settings. Raises ConfigError."""
+    told, rest = _tyro(_type_of(command, command.settings), words, return_unknown_args=True, add_help=False)
+    given: dict[str, Any] = {}
+    for name, value in vars(told).items():
+        group = vars(value) if dataclasses.is_dataclass(value) else None
+        inner = {f"{name.replace('__', '.')}.{key}": text for key, text in (group or {}).items()}
+        given |= {name.replace("_", "-"): value} if group is None else inner
+    given = {key: texts for key, texts in given.items() if texts is True or isinstance(texts, list)}
+    lone = [word for texts in given.values() if texts is not True for word in texts[1:]]
+    options = {name: given.pop(name) for name in list(given) if "." not in name}
+    overrides: list[tuple[str, str | None]] = []
+    while rest:  # what tyro does not know: a section as a whole, or a mistake
+        name, equals, text = (word := rest.pop(0)).removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            lone.append(word)
+        elif near := nearest(name, ("run", "config", "preset", *command.flags, *command.variants), likeness=0.75):
+            raise ConfigError(f"there is no option --{name}. Did you mean --{near}?")
+        else:
+            after = rest.pop(0) if not equals and rest and not rest[0].startswith("--") else None
+            overrides.append((name, text if equals else after))
+    if lone:
+        raise ConfigError(f"{lone[0]!r} stands alone. Remedy: write --KEY VALUE, with quotes around spaces")
+    if bare := [name for name, texts in options.items() if texts == []]:
+        raise ConfigError(f"--{bare[0]} needs a value")
+    flags = {name for name, value in options.items() if value is True}
+    if {"resume", "restart"} <= flags:
+        raise ConfigError("--resume goes on and --restart starts over: give one of them")
+    run, file, preset = (next(iter(options.get(name, ())), None) for name in ("run", "config", "preset"))
+    variant = next(iter(flags & command.variants.keys()), None)
+    run_dir, preset = Path(run or (f"runs/{variant}" if variant else command.run)), preset or variant
+    saved = run_dir / "config.toml"
+    remembers = saved.is_file() and ("resume" in flags or bool(run and not (file or preset)))
+    preset = None if remembers else preset or (None if file else command.preset)
+    if preset and preset not in presets():
+        raise ConfigError(f"there is no preset {preset!r}. Remedy: one of {', '.join(presets())}")
+    first = saved if remembers else PRESETS / f"{preset}.toml" if preset else None
+    return Call(
+        run_dir=run_dir,
+        sources=tuple(filter(None, (first, Path(file) if file else None))),
+        fresh=bool(file or preset),
+        variant=variant,
+        flags=frozenset(flags - command.variants.keys()),
+        overrides=[*overrides, *((key, next(iter(texts), None)) for key, texts in given.items())],
+    )
+
+
+def load(section: type[Section], call: Call) -> Section:
+    """Compose preset or earlier settings, file, and the command line, in this order. Raises ConfigError."""
+    given = [one for source in call.sources for one in read_toml(section, source)]
+    return compose(section, [*given, *read_overrides(section, call.overrides)])
+
+
+def bind(command: Command, words: Sequence[str]) -> functools.partial[int | None]:
+    """A command without settings, with all that the words tell it. Raises ConfigError."""
+
+    @functools.wraps(command.work)
+    def told(*args: Any, **options: Any) -> functools.partial[int | None]:
+        return functools.partial(command.work, *args, **options)
+
+    words = [*words]
+    if "--run" in words[:-1]:  # is the first word, too
+        at = words.index("--run")
+        words[: at + 2] = [words[at + 1], *words[:at]]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return _tyro(told, words, prog=f"rayward {command.name}", add_help=False)
+    except SystemExit:
+        said = " ".join(re.sub(r"[\u2500-\u257f]", " ", errors.getvalue()).split())  # without the box around it
+        raise ConfigError(f"{said}. Remedy: rayward {command.name} --help") from None
+
+
+def help_text(command: Command, about: str | None = None) -> str:
+    """The help of a command, or of one of its settings, a section of them, or "all". Raises ConfigError."""
+    shown, name = command.settings, f"rayward {command.name}"
+    if about is not None:
+        key = about.removeprefix("--").replace("-", "_")
+        found = [one for one in shown if key in ("all", one.key) or one.key.startswith(f"{key}.")]
+        if not found:
+            near = nearest(key, [one.key for one in shown])
+            remedy = f"Did you mean {near}?" if near else f"Remedy: {name} --help lists the sections"
+            raise ConfigError(f"{command.name} has no setting or section {about!r}. {remedy}")
+        return _printed(_type_of(None, found), ["--help"], prog=name, description="")
+    lines = [command.purpose, command.files, f"Example: {command.example}"]
+    if shown:
+        counts = Counter(one.key.split(".")[0] for one in shown)
+        lines.append(f"{_HINT} {', '.join(f'{section} ({count})' for section, count in counts.items())}.")
+    lines.append("Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()))
+    often = [one for one in shown if one.key in OFTEN]
+    kind = _type_of(command, often) if shown else command.work
+    return _printed(kind, ["--help"], prog=name, description="\n\n".join(textwrap.fill(line, 100) for line in lines))
+
+
+def completion_script(commands: Mapping[str, Command], shell: str) -> str:
+    """A script with which a shell completes commands, options, settings and their values."""
+
+    def one_of(some: Iterable[Command]) -> Any:
+        named = [Annotated[Any, tyro.conf.subcommand(one.name, constructor=told(one))] for one in some]
+        return Union[tuple(named)]  # noqa: UP007
+
+    def told(command: Command) -> Any:
+        kind = _type_of(command, command.settings, closed=True) if command.sections else command.work
+        if not command.wraps:
+            return kind
+        inner = one_of(one for one in commands.values() if one.submits)
+        return dataclasses.make_dataclass(
+            "Words", [("own", Annotated[Any, arg(name="", constructor=kind)]), ("inner", inner)]
+        )
+
+    return _printed(one_of(commands.values()), ["--tyro-print-completion", shell], prog="rayward")
+
+
+def _tyro(kind: Any, words: Sequence[str], **more: Any) -> Any:
+    return tyro.cli(kind, args=words, use_underscores=True, config=_MARKERS, **more)
+
+
+def _printed(kind: Any, words: Sequence[str], **more: Any) -> str:
+    """What tyro prints."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        _tyro(kind, words, **more)
+    return text.getvalue().replace("dry_run", "dry-run")  # tyro parts words in one way only, and settings have _
+
+
+def _type_of(command: Command | None, shown: Iterable[Setting], closed: bool = False) -> Any:
+    """A dataclass of what a command with settings can be told, each section a group; `closed`: with their values."""
+    fields: list[Any] = []
+    if command is not None:
+        known = tuple(presets())
+        fields = [
+            ("run", _text("DIR", f"the run directory; {command.run} when not named", Path), Path()),
+            ("config", _text("FILE", "settings from a TOML file", Path), Path()),
+            (
+                "preset",
+                _text("NAME", f"settings under those of a file: {', '.join(known)}", Any, closed and known),
+                None,
+            ),
+        ]
+        for name, meaning in {**command.variants, **command.flags}.items():
+            kind = Annotated[bool, arg(name=name, help=meaning, help_behavior_hint="")]
+            fields.append((name.replace("-", "_"), kind, False))
+    groups: dict[str, list[Any]] = {}
+    for one in shown:
+        prefix, _, name = one.key.rpartition(".")
+        of = Path if "Path" in one.type else Any
+        kind = _text(one.type, f"{one.doc} ({one.default_text})", of, closed and tuple(_values(one.field.annotation)))
+        groups.setdefault(prefix, []).append((name, kind, Path()))
+    for prefix, members in groups.items():
+        group = dataclasses.make_dataclass("Section", members, frozen=True)
+        fields.append((prefix.replace(".", "__"), Annotated[group, arg(name=prefix)], group()))
+    return dataclasses.make_dataclass("Words", fields)
+
+
+def _text(metavar: str, meaning: str, of: Any, values: Sequence[str] | bool = ()) -> Any:
+    """An option whose value stays text; a wrong one, or one too many, is found by who reads it."""
+    spec: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=list,
+        is_instance=lambda _: True,
+        str_from_instance=lambda _: [],
+        choices=tuple(values or ()) or None,
+    )
+    return Annotated[of, spec, arg(help=meaning, help_behavior_hint="")]
+
+
+def _values(annotation: Any) -> Iterator[str]:
+    """The values that a type can have, where they can be counted."""
+    if annotation is bool:
+        yield from ("true", "false")
+    elif get_origin(annotation) is Literal:
+        yield from map(str, get_args(annotation))
+    elif get_origin(annotation) in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _values(part)
