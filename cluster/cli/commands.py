@@ -100,9 +100,11 @@ def scale(
     console: Console = None,
 ) -> None:
     """Change the number of generators of a run that is at work in step 3."""
-    from cluster.fleet.scale import scale
+    from cluster.fleet.scale import number_of, scale
 
-    scale(run, console, n, json=json)
+    number_of(n)
+    if not dry_run:
+        scale(run, console, n, json=json)
 
 
 @_command(
@@ -112,6 +114,8 @@ def scale(
 )
 def report(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: Console = None) -> None:
     """Write RUN/report.html from the files of a run directory."""
+    if dry_run:
+        return
     from cluster.report.report import summary, write_report
     from cluster.rundir.files import read_run
 
@@ -130,9 +134,9 @@ def report(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: 
 )
 def audit(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: Console = None) -> int:
     """Account for every sample of a run, over all its stops; exit code 1 when one is lost or trained twice."""
-    from cluster.cli.audit import run_audit
+    from cluster.cli.audit import ledgers, run_audit
 
-    return run_audit(run, console, json)
+    return run_audit(run, console, json) if ledgers(run) and not dry_run else DONE
 
 
 @_command("look", "Reads RUN/lineage.jsonl and the files and models that it names.", "rayward lineage runs/mine")
@@ -142,7 +146,9 @@ def lineage(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console:
 
     from cluster.rundir.lineage import lineage_json, lineage_tree
 
-    console.show(Text(lineage_json(run)) if json else lineage_tree(run))
+    tree = lineage_tree(run)
+    if not dry_run:
+        console.show(Text(lineage_json(run)) if json else tree)
 
 
 @_command(

@@ -47,9 +47,9 @@ Exit codes:
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the command line, by default this process's; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if words is None else words)
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help", *words[2:]]
     if not words or words[0] in ("-h", "--help"):
@@ -71,19 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return command.work(config, run_dir, "json" in flags) or DONE
             if "dry-run" not in flags:
                 return _run_stage(command, call, config, words)
-            arguments: tuple[str, ...] = ()
-        else:
-            bound, config = bind(command, words[1:]), None
-            if command.prints:
-                return bound() or DONE
-            told = bound.keywords
-            run_dir, arguments = told["run"], (told["n"],) if "n" in told else ()
-            if not told["dry_run"]:
-                return _look(command, bound, words)
-            flags = frozenset(["json"] if told["json"] else [])
-        from cluster.plan.dry_run import dry_run
+            from cluster.plan.dry_run import dry_run
 
-        return DONE if dry_run(config, run_dir, command.name, flags, arguments) else FAILED
+            return DONE if dry_run(config, run_dir, command.name, flags, ()) else FAILED
+        bound = bind(command, words[1:])
+        return (bound() or DONE) if command.prints else _look(command, bound, words)
     except ConfigError as error:
         return _tell(words[0], str(error).splitlines(), WRONG, "--json" in words)
     except KeyboardInterrupt:
@@ -128,12 +120,33 @@ def _tell(name: str, reasons: Iterable[str], code: int, as_json: bool) -> int:
 
 def _look(command: Command, bound: functools.partial[int | None], words: Sequence[str]) -> int:
     """Run a command without settings, which looks at a run directory or asks something of the run in it."""
-    run_dir = bound.keywords["run"]
+    told, run_dir = bound.keywords, bound.keywords["run"]
+    missing = f"there is no run directory {run_dir}. Remedy: name one that a command has written"
+    if told["dry_run"]:
+        return _foretell(command, bound, None if run_dir.is_dir() else missing)
     if not run_dir.is_dir():
-        raise ConfigError(f"there is no run directory {run_dir}. Remedy: name one that a command has written")
-    with _recorded(run_dir, words, as_json=bound.keywords["json"]) as (console, end):
+        raise ConfigError(missing)
+    with _recorded(run_dir, words, as_json=told["json"]) as (console, end):
         end.code = bound(console=console) or DONE
     return end.code
+
+
+def _foretell(command: Command, bound: functools.partial[int | None], problem: str | None) -> int:
+    """Say what such a command would read and write, and what would stop it; nothing is done."""
+    told = bound.keywords
+    files = command.files.replace("RUN/", f"{told['run']}/")
+    try:
+        if problem is None:
+            bound()
+    except ValueError as error:
+        problem = str(error)
+    if told["json"]:
+        works = {"command": command.name, "works": not problem, "problems": [problem] if problem else []}
+        sys.stdout.write(json.dumps({**works, "processes": [], "files": files}, indent=2) + "\n")
+    else:
+        end = f"cannot work: {problem}\nIt cannot work as it stands." if problem else "It can start."
+        sys.stdout.write(f"rayward {command.name} works in its own process and starts no other.\n{files}\n{end}\n")
+    return FAILED if problem else DONE
 
 
 def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -170,17 +171,23 @@ def bind(command: Command, words: Sequence[str]) -> functools.partial[int | None
     def told(*args: Any, **options: Any) -> functools.partial[int | None]:
         return functools.partial(command.work, *args, **options)
 
-    words = [*words]
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--run=") else [word])]
+    at = 0 if command.wraps else len(words)
+    flags = {f"--{name.replace('_', '-')}" for name, one in signature(told).parameters.items() if one.default is False}
+    while at < len(words) and words[at].startswith("-"):
+        at += 1 if "=" in words[at] or words[at] in flags else 2
+    words, inner = words[:at], words[at:]
     if "--run" in words[:-1]:  # is the first word, too
         at = words.index("--run")
         words[: at + 2] = [words[at + 1], *words[:at]]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return _tyro(told, words, prog=f"rayward {command.name}", add_help=False)
+            bound = _tyro(told, words, prog=f"rayward {command.name}", add_help=False)
     except SystemExit:
         said = " ".join(re.sub(r"[\u2500-\u257f]", " ", errors.getvalue()).split())  # without the box around it
         raise ConfigError(f"{said}. Remedy: rayward {command.name} --help") from None
+    return functools.partial(bound, words=tuple(inner)) if command.wraps else bound
 
 
 def help_text(command: Command, about: str | None = None) -> str:
@@ -264,7 +271,7 @@ def _type_of(command: Command | None, shown: Iterable[Setting], closed: bool = F
     return dataclasses.make_dataclass("Words", fields)
 
 
-def _text(metavar: str, meaning: str, of: Any, values: Sequence[str] | bool = ()) -> Any:
+def _text(metavar: str, meaning: str, of: Any, values: Any = ()) -> Any:
     """An option whose value stays text; a wrong one, or one too many, is found by who reads it."""
     spec: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
         nargs="*",

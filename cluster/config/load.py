@@ -74,7 +74,8 @@ class Setting:
     def fits(self, value: Any) -> bool:
         """Whether it may have this value."""
         with contextlib.suppress(ValidationError):
-            TypeAdapter(Annotated[self.field.annotation, self.field]).validate_python(value)
+            annotated: Any = Annotated[self.field.annotation, self.field]
+            TypeAdapter(annotated).validate_python(value)
             return True
         return False
 

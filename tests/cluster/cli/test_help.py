@@ -6,9 +6,11 @@ import pytest
 
 from cluster.cli import main as cli
 from cluster.cli.commands import COMMANDS, GROUPS
-from cluster.cli.help import EXIT_CODES, OFTEN, help_text, overview
+from cluster.cli.main import overview
+from cluster.cli.parser import OFTEN, help_text
 from cluster.config.load import ConfigError, settings
 from cluster.config.schema import Config
+from cluster.runtime.exit_codes import EXIT_CODES
 
 ROOT = Path(__file__).parents[3]
 KEYS = {setting.key for setting in settings(Config)}
@@ -21,12 +23,13 @@ def test_the_overview_has_every_command_once_under_what_it_is_for():
 
 
 def test_the_help_of_a_command_shows_what_is_often_given_and_counts_the_rest():
-    text = help_text("ppo", Config)
-    assert "--ppo.kl.coef  float >= 0, default 0.02" in text
+    text = help_text(COMMANDS["ppo"])
+    assert re.search(r"--ppo\.kl\.coef float >= 0\s+beta: .*?\(default 0\.02\)", text, re.DOTALL)
     assert "--ppo.kl.target" not in text
     assert "sft.epochs" not in text
     count = sum(not one.section and one.key.startswith("ppo.") for one in settings(Config))
-    assert re.search(rf"^  ppo +{count}  Step 3\.$", text, re.MULTILINE)
+    assert f"ppo ({count})" in " ".join(text.split())
+    assert "--dry-run" in text
     assert set(OFTEN) <= KEYS
 
 
@@ -39,28 +42,28 @@ def test_the_help_of_a_command_shows_what_is_often_given_and_counts_the_rest():
     ],
 )
 def test_a_section_a_setting_or_all_of_them_are_shown_when_asked_for(about: str, held: set[str], left_out: set[str]):
-    shown = set(re.findall(r"^  --([\w.]+)  ", help_text("ppo", Config, about), re.MULTILINE))
+    shown = set(re.findall(r"^  --([\w.]+) ", help_text(COMMANDS["ppo"], about), re.MULTILINE))
     assert held <= shown
     assert not left_out & shown
 
 
 def test_all_is_every_setting_of_the_command():
-    shown = re.findall(r"^  --([\w.]+)  ", help_text("ppo", Config, "all"), re.MULTILINE)
+    shown = re.findall(r"^  --([\w.]+) ", help_text(COMMANDS["ppo"], "all"), re.MULTILINE)
     wanted = [s.key for s in settings(Config) if not s.section and s.key.split(".")[0] in COMMANDS["ppo"].sections]
-    assert shown == wanted
+    assert sorted(shown) == sorted(wanted)
 
 
 def test_what_is_no_setting_of_the_command_is_told_with_the_nearest():
     with pytest.raises(ConfigError, match=r"ppo has no setting or section 'kl\.coeff'\. Did you mean ppo\.kl\.coef\?"):
-        help_text("ppo", Config, "kl.coeff")
+        help_text(COMMANDS["ppo"], "kl.coeff")
     with pytest.raises(ConfigError, match=r"rayward ppo --help lists the sections"):
-        help_text("ppo", Config, "zzzzzz")
+        help_text(COMMANDS["ppo"], "zzzzzz")
 
 
 def test_help_can_be_asked_for_in_front_too(capsys: pytest.CaptureFixture[str]):
     for words in (["help", "ppo", "ppo.kl"], ["ppo", "--help", "ppo.kl"]):
         assert cli.main(words) == 0
-    first, second = capsys.readouterr().out.split("[ppo.kl]")[1:]
+    first, second = capsys.readouterr().out.split("usage:")[1:]
     assert first.strip() == second.strip()
     assert cli.main(["help"]) == 0
     assert cli.main(["help", "pppo"]) == 2
@@ -71,8 +74,8 @@ def test_exit_codes_are_the_same_in_help_and_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", readme, re.MULTILINE)} == EXIT_CODES.keys()
     for name in ("ppo", "submit", "audit"):
-        text = help_text(name, Config if COMMANDS[name].sections else None)
-        assert {int(code) for code in re.findall(r"^  (\d+) +\w", text, re.MULTILINE)} == EXIT_CODES.keys()
+        text = " ".join(help_text(COMMANDS[name]).split())
+        assert all(f"{code} {meaning}" in text for code, meaning in EXIT_CODES.items())
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_exit_codes_are_the_same_in_help_and_readme():
         (["audit", "{run}", "--json"], 1, "has no ledger"),
         (["status", "no/such/run", "--json"], 1, "no command has run in no/such/run"),
         (["jobs", "--json", "--address", "http://127.0.0.1:1"], 1, "no Ray job server answers"),
-        (["jobs", "--json", "--adress", "x"], 2, "unrecognized arguments: --adress x. Remedy: rayward jobs --help"),
+        (["jobs", "--json", "--adress", "x"], 2, "Unrecognized options: --adress, x"),
         (["submit", "--json", "ppo", "--run", "runs/mine"], 2, "an absolute path"),
     ],
 )

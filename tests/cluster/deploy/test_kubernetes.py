@@ -12,7 +12,7 @@ import yaml
 
 from cluster.cli.commands import COMMANDS
 from cluster.cli.main import parse
-from cluster.config.load import presets, read_overrides
+from cluster.config.load import read_overrides
 from cluster.config.schema import Config
 
 ROOT = Path(__file__).parents[3]
@@ -107,12 +107,9 @@ def test_every_command_line_parses_with_a_preset_that_exists(file, line):
     name, *words = shlex.split(line, comments=True)
     if name == "submit":
         name, *words = words
-    if COMMANDS[name].own:
+    if not COMMANDS[name].sections:
         return
-    call = parse(COMMANDS[name], words)
-    if COMMANDS[name].sections:
-        read_overrides(Config, call.overrides)
-        assert call.preset is None or call.preset in presets()
+    read_overrides(Config, parse(COMMANDS[name], words).overrides)  # a preset that is not there is refused
 
 
 def test_the_jobs_entrypoint_names_shared_storage_and_goes_on_after_a_retry():

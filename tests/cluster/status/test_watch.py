@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.command_line import own_parser
 from cluster.runtime.exit_codes import DONE, FAILED
 from cluster.runtime.health import Monitor
 from cluster.status import watch
@@ -35,9 +34,9 @@ def test_a_status_is_printed_and_the_exit_code_says_whether_somebody_should_look
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], code: int, said: str
 ) -> None:
     write(tmp_path, **changes)
-    assert watch.status(own_parser("status").parse_args([str(tmp_path)])) == code
+    assert watch.status(tmp_path, as_json=False) == code
     assert said in " ".join(capsys.readouterr().out.split())
-    assert watch.status(own_parser("status").parse_args([str(tmp_path), "--json"])) == code
+    assert watch.status(tmp_path, as_json=True) == code
     found = json.loads(capsys.readouterr().out)
     assert {"state", "processes", "waits", "progress", "alerts", "curves"} <= found.keys()
 
@@ -55,10 +54,10 @@ def test_top_prints_a_line_of_json_again_and_again_until_the_run_ends(tmp_path: 
 
 def test_top_leaves_the_last_screen_when_the_run_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, ended="failed")
-    assert watch.top(own_parser("top").parse_args([str(tmp_path)])) == FAILED
+    assert watch.top(tmp_path, as_json=False) == FAILED
     assert "rayward ppo" in capsys.readouterr().out
 
 
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no command has run in"):
-        watch.status(own_parser("status").parse_args([str(tmp_path / "none")]))
+        watch.status(tmp_path / "none", as_json=False)

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.command_line import own_parser
 from cluster.tracking import workspace as dashboard
 from cluster.tracking.workspace import SECTIONS, workspace
 
@@ -45,4 +44,4 @@ def test_what_wandb_says_is_told_with_a_remedy(monkeypatch):
 
     monkeypatch.setattr(dashboard.workspaces.Workspace, "save", refuse)
     with pytest.raises(RuntimeError, match=r"no such entity.*wandb login"):
-        dashboard.dashboard(own_parser("dashboard").parse_args(["--entity", "us"]))
+        dashboard.dashboard("us", "rayward")
