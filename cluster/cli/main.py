@@ -161,11 +161,11 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
     from cluster.tracking.tracker import Tracker
 
     run_dir, saved, name = call.run_dir, call.run_dir / "config.toml", command.name
+    if "json" in call.flags:
+        raise ConfigError("--json goes with --dry-run: a run itself writes RUN/metrics.jsonl and RUN/summary.json")
     found = check_config(config, name, run_dir)
     if found.problems:
         raise ConfigError("\n".join(found.problems))
-    if "json" in call.flags:
-        raise ConfigError("--json goes with --dry-run: a run itself writes RUN/metrics.jsonl and RUN/summary.json")
     variant = f" --{call.variant}" if call.variant else ""
     resume = f" Go on with: rayward {name}{variant} --run {run_dir} --resume" if "resume" in command.flags else ""
     with _recorded(run_dir, words, resume) as (console, end):

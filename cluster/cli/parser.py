@@ -185,7 +185,7 @@ def bind(command: Command, words: Sequence[str]) -> functools.partial[int | None
         with contextlib.redirect_stderr(errors):
             bound = _tyro(told, words, prog=f"rayward {command.name}", add_help=False)
     except SystemExit:
-        said = " ".join(re.sub(r"[\u2500-\u257f]", " ", errors.getvalue()).split())  # without the box around it
+        said = " ".join(re.sub(r"\u256d.*|[\u2500-\u257f]", " ", errors.getvalue()).split())  # without its box
         raise ConfigError(f"{said}. Remedy: rayward {command.name} --help") from None
     return functools.partial(bound, words=tuple(inner)) if command.wraps else bound
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from cluster.config.schema import Config
 from cluster.pipeline.job import Job
 from cluster.plan import check as checks
 from cluster.rundir.stages import ResumeRefused
+from cluster.runtime.health import Monitor
+from cluster.status.snapshot import snapshot
 
 Entry = Callable[..., None]
 
@@ -345,3 +348,28 @@ def test_the_exit_code_of_a_check_is_what_it_found(tmp_path: Path, entry: Any):
     entry("audit", work)
     assert cli.main(["audit", str(tmp_path)]) == 0
     assert cli.main(["audit", str(tmp_path), "--json"]) == 1
+
+
+def test_a_jobs_id_stands_for_its_run_directory_where_that_can_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    jobs = {
+        "here": SimpleNamespace(status="RUNNING", run=str(tmp_path)),
+        "away": SimpleNamespace(status="RUNNING", run="/x"),
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cluster.jobs.submit.connect", lambda address: None)
+    monkeypatch.setattr("cluster.jobs.submit.job", lambda client, name: jobs[name])
+    (tmp_path / "status.json").write_text(json.dumps(snapshot("ppo", Monitor()) | {"started": 0.0, "ended": "done"}))
+    assert cli.main(["status", "here"]) == 0
+    assert "done" in capfd.readouterr().out
+    assert cli.main(["status", "away"]) == 2
+    assert "Remedy: rayward submit status --run /x" in capfd.readouterr().err
+
+
+def test_what_is_neither_a_run_nor_a_job_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    assert cli.main(["status", "no_such_run"]) == 1
+    assert "no_such_run is no run directory here, and as a job: no Ray job server answers" in capfd.readouterr().err
+    assert cli.main(["top", "no/such/run"]) == 1
+    assert "no command has run in no/such/run" in capfd.readouterr().err

@@ -92,8 +92,8 @@ def test_a_request_from_before_the_run_and_a_broken_file_change_nothing(tmp_path
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["scale", "RUN"], 2, "N is missing. Remedy: rayward scale runs/mine 4"),
-        (["scale", "RUN", "3", "4"], 2, "'4' stands alone"),
+        (["scale", "RUN"], 2, "Missing from rayward scale: N"),
+        (["scale", "RUN", "3", "4"], 2, "Unrecognized options: 4"),
         (["scale", "RUN", "0"], 1, "'0' generators cannot be asked for: give a number from 1 on"),
         (["scale", "RUN", "-1"], 1, "'-1' generators cannot be asked for"),
         (["scale", "RUN", "many"], 1, "'many' generators cannot be asked for"),

@@ -102,13 +102,14 @@ def test_a_dry_run_says_what_would_be_sent_and_asks_nobody(tmp_path, monkeypatch
         (["pppo"], "'pppo' cannot be submitted. Did you mean ppo?"),
         (["top", "/runs/mine"], "'top' cannot be submitted. "),
         (["WANDB_API_KEY=0123456789abcdef", "ppo"], "WANDB_API_KEY is a secret, and a job carries none. Remedy: "),
-        (["--cpus", "many", "ppo"], "argument --cpus: invalid number value: 'many'"),
+        (["--cpus", "many", "ppo"], "Error parsing --cpus: could not convert string to float: 'many'"),
         (["--include", "absent.py", "rank", "--run", "/runs/mine"], "'absent.py' does not exist"),
         (
             ["--address", "head:8265", "rank", "--run", "/runs/mine"],
             "'head:8265' is no address of a dashboard. Remedy:",
         ),
-        ([], "the following arguments are required: COMMAND"),
+        (["--cpus", "-1", "ppo"], "--cpus is -1.0. Remedy"),
+        ([], "COMMAND is one of plan, "),
     ],
 )
 def test_what_cannot_be_submitted_is_told_before_anybody_is_asked(words, said, capsys):
