@@ -104,7 +104,7 @@ class Generator:
     async def join(self, rendezvous: Rendezvous, rank: int) -> None:
         """Become member `rank` (and the next, one a worker) of a transfer group; leaves an earlier one."""
         self._transfer_deadline_s = rendezvous.deadline_s + _MARGIN_S
-        info = {**asdict(rendezvous), "rank_offset": rank}
+        info = {"rendezvous": asdict(rendezvous), "rank_offset": rank}
         await self._engine.workers(
             "join the transfer group",
             "init_weight_transfer_engine",

@@ -99,7 +99,12 @@ def check_prompts(prompts: Sequence[Prompt], encoding: PromptEncoding, max_promp
 
     Raises ValueError that names the first five bad prompts by id.
     """
-    bad = [reason for prompt in prompts if (reason := _bad_prompt(prompt, encoding, max_prompt_tokens))]
+    bad: list[str] = []
+    for prompt in prompts:
+        try:
+            encode_prompt(prompt, encoding, max_prompt_tokens)
+        except ValueError as error:
+            bad.append(str(error))
     if bad:
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ValueError(f"{len(bad)} of {len(prompts)} prompts cannot be used: {'; '.join(bad[:5])}{more}")
@@ -117,14 +122,6 @@ def encode_prompt(prompt: Prompt, encoding: PromptEncoding, max_prompt_tokens: i
             "remove or shorten it, or raise max_prompt_tokens"
         )
     return ids
-
-
-def _bad_prompt(prompt: Prompt, encoding: PromptEncoding, max_prompt_tokens: int) -> str | None:
-    try:
-        encode_prompt(prompt, encoding, max_prompt_tokens)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def stable_hash(*parts: object) -> int:

@@ -52,12 +52,12 @@ class Manifest:
     """Tensors share a bucket up to this size; a larger tensor travels alone."""
 
     @classmethod
-    def of(cls, named: Iterable[tuple[str, Tensor]], bucket_bytes: int, dtype: torch.dtype | None) -> Self:
-        """Describe named tensors sent as `dtype`, or as the type that each has."""
+    def of(cls, named: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Self:
+        """Describe named tensors."""
         pairs = list(named)
         return cls(
             names=tuple(name for name, _ in pairs),
-            dtypes=tuple(str(dtype or tensor.dtype).removeprefix("torch.") for _, tensor in pairs),
+            dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in pairs),
             shapes=tuple(tuple(tensor.shape) for _, tensor in pairs),
             bucket_bytes=bucket_bytes,
         )

@@ -34,13 +34,10 @@ from actors.transfer import GlooGroup, Manifest, Rendezvous, checksum
 
 @dataclass(kw_only=True)
 class JoinInfo(WeightTransferInitInfo):
-    """A Rendezvous, as vLLM carries it."""
+    """How a worker joins the transfer group, as vLLM carries it."""
 
-    host: str
-    port: int
-    world_size: int
-    epoch: int
-    deadline_s: float
+    rendezvous: dict[str, Any]
+    """The fields of a Rendezvous."""
     rank_offset: int
     """Rank of this engine's first worker."""
 
@@ -79,16 +76,7 @@ class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
         self.shutdown()
         config = self.parallel_config
         rank = init_info.rank_offset + config.data_parallel_index * config.world_size + config.rank
-        self.group = GlooGroup(
-            Rendezvous(
-                host=init_info.host,
-                port=init_info.port,
-                world_size=init_info.world_size,
-                epoch=init_info.epoch,
-                deadline_s=init_info.deadline_s,
-            ),
-            rank,
-        )
+        self.group = GlooGroup(Rendezvous(**init_info.rendezvous), rank)
 
     def start_weight_update(self) -> None:
         """Forget whatever an earlier transfer left."""
@@ -121,16 +109,8 @@ class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
         initialize_layerwise_reload(model)
         model.load_weights(self.staged)
         finalize_layerwise_reload(model, self.model_config)
-        self.repack_heads()
-        self.staged = []
-
-    def repack_heads(self) -> None:
-        """Pack every output head again.
-
-        A head tied to the embeddings has no weights of its own to load, so the reload passes it over, and on
-        a CPU its packed copy silently stays that of the old weights.
-        """
         repack_heads(self.model)
+        self.staged = []
 
     def discard(self) -> None:
         """Drop what was received; the weights in use were not touched."""
@@ -144,7 +124,11 @@ class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
 
 
 def repack_heads(model: nn.Module) -> None:
-    """Let each output head of a vLLM model make its packed copy again (nothing to do on a GPU)."""
+    """Let each output head of a vLLM model make its packed copy again (nothing to do on a GPU).
+
+    A head tied to the embeddings has no weights of its own to load, so the reload passes it over, and on
+    a CPU its packed copy silently stays that of the old weights.
+    """
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
@@ -162,11 +146,12 @@ class NcclReceiver(NCCLWeightTransferEngine):
     def parse_init_info(self, init_dict: dict[str, Any]) -> NCCLWeightTransferInitInfo:
         """Put the meeting point into vLLM's words."""
         info = JoinInfo(**init_dict)
+        meeting = Rendezvous(**info.rendezvous)
         return NCCLWeightTransferInitInfo(
-            master_address=info.host,
-            master_port=info.port,
+            master_address=meeting.host,
+            master_port=meeting.port,
             rank_offset=info.rank_offset,
-            world_size=info.world_size,
+            world_size=meeting.world_size,
             packed=True,
         )
 

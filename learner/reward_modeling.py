@@ -164,18 +164,12 @@ def _data_metrics(
 
 
 def _accuracy_metrics(found: RewardAccuracy) -> dict[str, float]:
-    (low, high), (prompt_low, prompt_high) = found.accuracy_ci, found.prompt_accuracy_ci
+    names = ("accuracy", "prompt_accuracy", "log_loss", "calibration_error", "longer_wins", "score_std")
+    intervals = {"accuracy": found.accuracy_ci, "prompt_accuracy": found.prompt_accuracy_ci}
     return {
-        "reward_model/accuracy": found.accuracy,
-        "reward_model/accuracy_low": low,
-        "reward_model/accuracy_high": high,
-        "reward_model/prompt_accuracy": found.prompt_accuracy,
-        "reward_model/prompt_accuracy_low": prompt_low,
-        "reward_model/prompt_accuracy_high": prompt_high,
-        "reward_model/log_loss": found.log_loss,
-        "reward_model/calibration_error": found.calibration_error,
-        "reward_model/longer_wins": found.longer_wins,
-        "reward_model/score_std": found.score_std,
+        **{f"reward_model/{name}": getattr(found, name) for name in names},
+        **{f"reward_model/{name}_low": low for name, (low, _) in intervals.items()},
+        **{f"reward_model/{name}_high": high for name, (_, high) in intervals.items()},
         **{f"reward_model/accuracy_gap_{one.gap}": one.accuracy for one in found.by_rank_gap},
     }
 

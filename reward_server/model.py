@@ -57,16 +57,13 @@ class ScalarHead(nn.Linear):
         return nn.functional.linear(input.float(), self.weight.float())
 
 
-def new_reward_model(
-    base_path: str | Path, dtype: torch.dtype, seed: int, pad_id: int | None = None
-) -> PreTrainedModel:
+def new_reward_model(base_path: str | Path, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """Put a fresh head on a causal language model: weight ~ N(0, 1/(d+1)), no bias (lm-human-preferences).
 
-    `pad_id` is the dedicated PAD, by default that of the base model's encoding. In eval mode, so without
-    dropout.
+    In eval mode, so without dropout; with the dedicated PAD of the base model's encoding.
     """
     model, _ = _load(base_path, dtype)
-    pad_id = ChatEncoding.load(base_path).pad_id if pad_id is None else pad_id
+    pad_id = ChatEncoding.load(base_path).pad_id
     model.config.pad_token_id = pad_id
     model.config.get_text_config().pad_token_id = pad_id
     setattr(model.config, _NORMALISATION_KEY, None)

@@ -18,17 +18,11 @@ if TYPE_CHECKING:
 class WeightSender:
     """Sends a network's weights to all generators at once, over gloo."""
 
-    def __init__(
-        self, bucket_mb: int, deadline_s: float, host: str = "127.0.0.1", dtype: torch.dtype | None = None
-    ) -> None:
-        """See PublishConfig for the first two.
-
-        `host`: this machine's address for the generators; `dtype`: what to send, if not each tensor's own.
-        """
+    def __init__(self, bucket_mb: int, deadline_s: float, host: str = "127.0.0.1") -> None:
+        """See PublishConfig for the first two; `host`: this machine's address for the generators."""
         self.bucket_mb = bucket_mb
         self.deadline_s = deadline_s
         self.host = host
-        self.dtype = dtype
         self._meeting: Rendezvous | None = None
         self._store: TCPStore | None = None
         self._group: GlooGroup | None = None
@@ -48,7 +42,7 @@ class WeightSender:
 
     def manifest(self, named: Iterable[tuple[str, Tensor]]) -> Manifest:
         """What `send` would send."""
-        return Manifest.of(named, self.bucket_mb << 20, self.dtype)
+        return Manifest.of(named, self.bucket_mb << 20)
 
     def send(self, manifest: Manifest, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         """Send the manifest's tensors, in its order, to all receivers, and return the checksum of each.
@@ -89,12 +83,11 @@ class WeightSender:
     ) -> Tensor:
         """Copy a bucket's tensors side by side, and add up the checksum of each source."""
         buffer = torch.empty(bucket.size, dtype=torch.uint8)
-        for slot, (name, target) in zip(bucket.slots, manifest.unpack(bucket, buffer), strict=True):
+        for name, target in manifest.unpack(bucket, buffer):
             given, tensor = next(tensors)
             assert given == name, f"{given} instead of {name}: not in the order of the manifest"
-            source = tensor.detach().to(manifest.dtype(slot.index))
-            checksums[name] = checksum(source)
-            target.copy_(source)
+            checksums[name] = checksum(tensor)
+            target.copy_(tensor.detach())
         return buffer
 
 
@@ -130,10 +123,8 @@ class NcclWeightSender(WeightSender):
         checksums: dict[str, int] = {}
 
         def on_the_wire(pair: tuple[str, Tensor]) -> Tensor:
-            name, tensor = pair
-            tensor = tensor.detach().to(self.dtype or tensor.dtype)
-            checksums[name] = checksum(tensor)
-            return tensor
+            checksums[pair[0]] = checksum(pair[1])
+            return pair[1].detach()
 
         packed_nccl_broadcast_producer(
             iterator=iter(named),

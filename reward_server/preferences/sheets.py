@@ -133,10 +133,6 @@ def _guarded(text: str) -> str:
     return f"'{text}" if number or text.startswith(_FORMULA) else text
 
 
-def _unguarded(cell: str) -> str:
-    return cell.removeprefix("'")
-
-
 def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
@@ -166,7 +162,7 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         for number, row in enumerate(rows, start=2):
             cells = {name: row[name] or "" for name in COLUMNS}
-            yield number, cells | {name: _unguarded(cells[name]) for name in COLUMNS[:-1]}
+            yield number, cells | {name: cells[name].removeprefix("'") for name in COLUMNS[:-1]}
     except csv.Error as error:
         raise RecordError(f"{path}: line {rows.line_num + 1}: {error}; save the sheet as CSV once more") from error
 

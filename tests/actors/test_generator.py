@@ -248,7 +248,7 @@ def test_to_receive_without_a_group_is_an_error_that_can_be_undone(served: Serve
     version = run(generator.version())
     run(generator._engine.workers("leave the transfer group", "shutdown_weight_transfer_engine"))
     run(generator.begin_update())
-    manifest = Manifest.of([("w", torch.zeros(1))], bucket_bytes=64, dtype=None)
+    manifest = Manifest.of([("w", torch.zeros(1))], bucket_bytes=64)
     with pytest.raises(GeneratorError, match=r"failed to receive weights.*has not joined a transfer group"):
         run(generator.receive(manifest))
     run(generator.abort_update())

@@ -76,22 +76,15 @@ def test_tensors_share_buckets_up_to_their_size_on_aligned_places() -> None:
         ("c", torch.zeros(30)),  # 120 bytes: larger than a bucket, travels alone
         ("d", torch.zeros((), dtype=torch.float32)),  # 4 bytes
     ]
-    manifest = Manifest.of(named, bucket_bytes=64, dtype=None)
+    manifest = Manifest.of(named, bucket_bytes=64)
     found = [[(slot.index, slot.start, slot.stop) for slot in bucket.slots] for bucket in manifest.buckets()]
     assert found == [[(0, 0, 6), (1, 16, 48)], [(2, 0, 120)], [(3, 0, 4)]]
     assert [bucket.size for bucket in manifest.buckets()] == [48, 120, 4]
     assert manifest.total_bytes == 6 + 32 + 120 + 4
 
 
-def test_one_type_for_all_on_the_wire() -> None:
-    named = [("a", torch.zeros(3)), ("b", torch.zeros(2, dtype=torch.float16))]
-    manifest = Manifest.of(named, bucket_bytes=64, dtype=torch.bfloat16)
-    assert manifest.dtypes == ("bfloat16", "bfloat16")
-    assert manifest.total_bytes == 10
-
-
 def test_unpack_gives_views_of_the_buffer() -> None:
-    manifest = Manifest.of([("a", torch.zeros(2, 2)), ("b", torch.zeros(1))], bucket_bytes=64, dtype=None)
+    manifest = Manifest.of([("a", torch.zeros(2, 2)), ("b", torch.zeros(1))], bucket_bytes=64)
     (bucket,) = manifest.buckets()
     buffer = torch.zeros(bucket.size, dtype=torch.uint8)
     tensors = dict(manifest.unpack(bucket, buffer))

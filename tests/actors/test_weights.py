@@ -187,11 +187,11 @@ def test_vllms_receiver_between_gpus_takes_our_words_and_adds_up_what_it_loads(
     model: Any = Model()
     receiver = NcclReceiver(WeightTransferConfig(backend="rayward_nccl"), sides, torch.device("cpu"), model)
     meeting = Rendezvous(host="h", port=7, world_size=3, epoch=1, deadline_s=1)
-    init = receiver.parse_init_info({**asdict(meeting), "rank_offset": 2})
+    init = receiver.parse_init_info({"rendezvous": asdict(meeting), "rank_offset": 2})
     assert (init.master_address, init.master_port, init.world_size, init.rank_offset) == ("h", 7, 3, 2)
     assert init.packed
     tensor = torch.arange(6.0).view(2, 3)
-    info = receiver.parse_update_info(asdict(Manifest.of([("w", tensor)], bucket_bytes=99, dtype=None)))
+    info = receiver.parse_update_info(asdict(Manifest.of([("w", tensor)], bucket_bytes=99)))
     assert (info.names, info.dtype_names, info.shapes) == (("w",), ("float32",), ((2, 3),))
     assert receiver.packed_buffer_size_bytes == 99
 
