@@ -21,9 +21,8 @@ class Generator:
     """Samples responses and hands back the log-probability and weight version of every token.
 
     A weight update is `join` once per membership of the transfer group, then `begin_update`, `receive` and
-    `finish_update` (or `abort_update`). Requests may be in flight all the while: they stand still from
-    `begin_update` to the end, keep their tokens (and cached keys, unless told otherwise), and go on with the new
-    weights.
+    `finish_update` (or `abort_update`). Requests may be in flight all the while: they stand still from `begin_update`
+    to the end, keep their tokens (and cached keys, unless told otherwise), and go on with the new weights.
     """
 
     worker_extension: ClassVar[str] = "actors.weights.WeightReceiver"

@@ -62,10 +62,9 @@ async def rollout(
 
     Cancelled, or when the buffer is closed, it gives their tickets back at once. `waits`: of the run.
 
-    Sampling seeds are a hash of (seed, ticket number, k, attempt), so that a response depends on the prompt
-    and the weights, not on who sampled it. Raises GeneratorFailed for a broken generator. PromptFailed, a
-    prompt that cannot be encoded and whatever the scorer raises end the run: the buffer is told before they
-    are raised.
+    Sampling seeds are a hash of (seed, ticket number, k, attempt), so that a response depends on the prompt and the
+    weights, not on who sampled it. Raises GeneratorFailed for a broken generator. PromptFailed, a prompt that cannot be
+    encoded and whatever the scorer raises end the run: the buffer is told before they are raised.
     """
     waves = Waves(generator, scorer, stream, buffer, encoding, config, seed, leave, waits=waits or Waits())
     lanes = [asyncio.create_task(waves.run()) for _ in range(config.waves_in_flight)]

@@ -56,9 +56,8 @@ _PAGE_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 def create_app(source: Source, token: str | None = None, limits: Limits | None = None) -> FastAPI:
     """Make the app; with a `token` every request but for /docs must carry it as "Authorization: Bearer TOKEN".
 
-    Answers 401 for a wrong token, 409 for an id that was used for another content, 413 and 422 for what is
-    too large or malformed, 500 with the reason when the source fails, 503 when too much is waiting. It never
-    makes a score up.
+    Answers 401 for a wrong token, 409 for an id that was used for another content, 413 and 422 for what is too large or
+    malformed, 500 with the reason when the source fails, 503 when too much is waiting. It never makes a score up.
     """
     limits = limits or Limits()
     meters = Meters()

@@ -48,8 +48,7 @@ class Normalisation:
 class ScalarHead(nn.Linear):
     """A linear layer that computes in fp32 whatever its weights are stored in.
 
-    In bf16 a score of 3 has a resolution of 0.016, as large as the margins that a reward model has to tell
-    apart.
+    In bf16 a score of 3 has a resolution of 0.016, as large as the margins that a reward model has to tell apart.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -122,8 +121,7 @@ def attention(path: str | Path) -> str | None:
 def token_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Raw head output at every token, i64 [B, S] -> f32 [B, S].
 
-    Inputs are padded on the right: under a causal mask nothing before the padding sees it, and positions
-    count from 0.
+    Inputs are padded on the right: under a causal mask nothing before the padding sees it, and positions count from 0.
     """
     return model.get_submodule("score")(_hidden(model, ids)).squeeze(-1)
 

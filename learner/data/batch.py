@@ -15,8 +15,7 @@ NO_VERSION = -1
 class Batch:
     """B trajectories, right padded to S tokens in all and T response tokens.
 
-    Nothing is padded on the left: causal attention then needs no mask, and positions are 0, 1, .. as in the
-    sampler.
+    Nothing is padded on the left: causal attention then needs no mask, and positions are 0, 1, .. as in the sampler.
     """
 
     ids: Tensor
@@ -106,9 +105,8 @@ def _padded(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) ->
 def staleness(batch: Batch, version: int) -> dict[str, float]:
     """Return how far behind the learner's version the tokens are.
 
-    Mean and maximum over trajectories, each as old as its oldest token; `staleness/age_n` is the share of all
-    tokens that are n versions old, for each n up to the oldest; and the share of responses with tokens of several
-    versions.
+    Mean and maximum over trajectories, each as old as its oldest token; `staleness/age_n` is the share of all tokens
+    that are n versions old, for each n up to the oldest; and the share of responses with tokens of several versions.
     """
     oldest = batch.versions.masked_fill(~batch.mask, torch.iinfo(torch.long).max).min(dim=1).values
     newest = batch.versions.masked_fill(~batch.mask, torch.iinfo(torch.long).min).max(dim=1).values
@@ -125,8 +123,7 @@ def staleness(batch: Batch, version: int) -> dict[str, float]:
 def minibatches(size: int, minibatch_size: int, seed: int) -> list[list[int]]:
     """Split 0..size-1 at random into disjoint minibatches, the same on every rank for one seed.
 
-    Raises ValueError when the size is not a multiple of the minibatch size: every optimizer step is to weigh
-    the same.
+    Raises ValueError when the size is not a multiple of the minibatch size: every optimizer step is to weigh the same.
     """
     if minibatch_size < 1 or size % minibatch_size:
         raise ValueError(

@@ -118,8 +118,7 @@ class Buffer:
     def forfeit(self, ticket: Ticket, reason: str) -> None:
         """Give a ticket back: its samples are dropped for a reason, and the same prompt is issued again.
 
-        `reason` is one of a few fixed words, counted in the metrics. A ticket that is not in flight is left
-        alone.
+        `reason` is one of a few fixed words, counted in the metrics. A ticket that is not in flight is left alone.
         """
         if self._in_flight.pop(ticket, None) is None:
             return
@@ -129,8 +128,7 @@ class Buffer:
         self._bell.ring()
 
     async def take(self, deadline_s: float) -> list[Trajectory]:
-        """Wait for the batch of the present version and return its trajectories, in the order of their
-        tickets.
+        """Wait for the batch of the present version and return its trajectories, in the order of their tickets.
 
         To be called once a version. Raises TimeoutError that names what is missing, what `fail` was given, or
         BufferClosed.

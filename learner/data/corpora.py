@@ -17,9 +17,7 @@ Item = TypeVar("Item")
 
 
 def read_texts(path: str | Path, max_bad_rows: int = 0) -> list[str]:
-    """Read the documents of a JSONL file of {"text": str} rows. Raises RecordError (file:line, reason,
-    remedy).
-    """
+    """Read the documents of a JSONL file of {"text": str} rows. Raises RecordError (file:line, reason, remedy)."""
     return read_records(path, lambda row, _line: row_text(row, "text"), max_bad_rows)
 
 
@@ -28,9 +26,8 @@ def split_held_out(
 ) -> tuple[list[Item], list[Item]]:
     """Split items into (train, held out), both in their order; about `fraction` of the keys are held out.
 
-    Items with one key stay together, so that a duplicated document, or two demonstrations of one instruction,
-    never leak. At least one key is held out unless `fraction` is 0. Raises ValueError when nothing would be
-    left to train on.
+    Items with one key stay together, so that a duplicated document, or two demonstrations of one instruction, never
+    leak. At least one key is held out unless `fraction` is 0. Raises ValueError when nothing would be left to train on.
     """
     keys = sorted({key(item) for item in items}, key=lambda name: (stable_hash("held out", seed, name), name))
     count = max(round(fraction * len(keys)), 1) if fraction > 0 else 0

@@ -1,8 +1,7 @@
 """From scores and log-probs to advantages: masked statistics, whitening, penalised rewards and GAE.
 
-Everything here is `[B, T]` over response tokens, right padded, with a mask that is True on the first `L_b`
-tokens of row b (the EOS included). What lies in the padding is never read, so it may be anything, NaN
-included.
+Everything here is `[B, T]` over response tokens, right padded, with a mask that is True on the first `L_b` tokens of
+row b (the EOS included). What lies in the padding is never read, so it may be anything, NaN included.
 """
 
 import torch
@@ -47,8 +46,7 @@ def penalised_rewards(
 ) -> Float[Tensor, "b t"]:
     """`r_t = -coef * (logprobs - ref_logprobs)`, plus the score at the last token (whose KL term stays).
 
-    InstructGPT eq. 2 read per token, as in Ziegler et al. 2019. A row without tokens has no last one: it
-    stays zero.
+    InstructGPT eq. 2 read per token, as in Ziegler et al. 2019. A row without tokens has no last one: it stays zero.
     """
     has_next = torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
     is_last = mask & ~has_next

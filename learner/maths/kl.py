@@ -37,9 +37,8 @@ def kl_per_response(
 def adapted_coefficient(coef: float, kl: float, target: float, horizon: float, episodes: int) -> float:
     """KL coefficient of the next iteration (Ziegler et al. 2019, section 2.2).
 
-    `coef * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon)`, with `kl` and `target` in nats per
-    response. The iteration that measured `kl` must have been rewarded with `coef`, the value from before
-    the call.
+    `coef * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon)`, with `kl` and `target` in nats per response.
+    The iteration that measured `kl` must have been rewarded with `coef`, the value from before the call.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coef * (1.0 + error * episodes / horizon)

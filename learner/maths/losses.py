@@ -1,9 +1,8 @@
 """The four losses, each as a SUM beside the sums of its statistics.
 
-Callers add the sums of all micro-batches and ranks and divide by global counts, known before the first
-backward pass. So a step never depends on how its batch was cut, and a micro-batch of padding alone adds
-exactly 0. Statistics are detached sums under the name of the metric that they become once divided; one called max is
-a maximum.
+Callers add the sums of all micro-batches and ranks and divide by global counts, known before the first backward pass.
+So a step never depends on how its batch was cut, and a micro-batch of padding alone adds exactly 0. Statistics are
+detached sums under the name of the metric that they become once divided; one called max is a maximum.
 
 Inputs are zeroed outside the mask before any arithmetic: selecting among the results alone would let garbage
 in the padding reach the gradient, as 0 * NaN.
@@ -45,10 +44,9 @@ def policy_loss_sum(
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7), summed over tokens, to be minimised.
 
-    `max(-A u, -A clip(u, 1 - clip, 1 + clip))` with `u = exp(new_logprobs - logprobs)`; `logprobs` are
-    those of the trainer's policy before the update. `weights` multiply each token's loss (decoupled PPO,
-    Hilton et al. 2021) and leave the statistics alone. Divide everything by the number of tokens, those of
-    weight 0 included.
+    `max(-A u, -A clip(u, 1 - clip, 1 + clip))` with `u = exp(new_logprobs - logprobs)`; `logprobs` are those of the
+    trainer's policy before the update. `weights` multiply each token's loss (decoupled PPO, Hilton et al. 2021) and
+    leave the statistics alone. Divide everything by the number of tokens, those of weight 0 included.
     """
     log_ratio = torch.where(mask, k1(new_logprobs, logprobs), 0.0)
     advantages = torch.where(mask, advantages, 0.0)

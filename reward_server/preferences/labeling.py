@@ -253,8 +253,7 @@ def _calls(name: str, function: Callable[..., Iterable[Any]], responses: Sequenc
 def rank_verdicts(verdicts: Sequence[float], tie_margin: float) -> tuple[int, ...]:
     """Turn verdicts into ranks 0, 1, .. without gaps, the highest verdict first.
 
-    A tie reaches `tie_margin` down from the best of the tie, so a chain of small steps does not tie its two
-    ends.
+    A tie reaches `tie_margin` down from the best of the tie, so a chain of small steps does not tie its two ends.
     """
     ranks = [0] * len(verdicts)
     rank, best = -1, math.inf

@@ -41,8 +41,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_records(path: str | Path, parse: Callable[[dict[str, Any], int], Row], max_bad_rows: int = 0) -> list[Row]:
-    """Read a JSONL file through `parse(row, line number)`, which raises ValueError with the reason to refuse
-    a row.
+    """Read a JSONL file through `parse(row, line number)`, which raises ValueError with the reason to refuse a row.
 
     Up to `max_bad_rows` bad rows are left out, each with a warning; one more raises RecordError. A file
     without one good row is refused whatever the budget.
@@ -86,8 +85,7 @@ def write_whole(path: Path, text: str) -> None:
 def row_id(row: dict[str, Any], line_number: int) -> str:
     """Read the optional "id" of a row; without one, the row is named after its line ("row-7").
 
-    Raises ValueError for an id that is not a string or an integer, is blank, or is longer than 100
-    characters.
+    Raises ValueError for an id that is not a string or an integer, is blank, or is longer than 100 characters.
     """
     value = row.get("id", f"row-{line_number}")
     if isinstance(value, bool) or not isinstance(value, str | int):
