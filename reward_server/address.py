@@ -1,5 +1,6 @@
 """Under which address a process can be reached by the others of its run."""
 
+import ipaddress
 import os
 import socket
 
@@ -16,6 +17,14 @@ def own_address(loopback: bool) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("10.255.255.255", 1))  # sends nothing, only picks a route
         return probe.getsockname()[0]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def free_port(host: str) -> int:

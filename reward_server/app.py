@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import hmac
-import ipaddress
 import logging
 import os
 import socket
@@ -20,6 +19,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import ValidationError
 from swagger_ui_bundle import swagger_ui_path
 
+from reward_server.address import is_loopback
 from reward_server.batching import Batching, Busy, Contradiction
 from reward_server.config import Limits
 from reward_server.meters import CONTENT_TYPE, Meters
@@ -272,11 +272,3 @@ def serve(
         time.sleep(0.01)
     shown = f"[{host}]" if ":" in host else host
     return ScoreServer(server, thread, f"http://{shown}:{listener.getsockname()[1]}")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -1,40 +1,115 @@
-"""What a model does on prompts and text that it was not trained on."""
+"""What a model does on prompts and text that it was not trained on: `rayward evaluate`, and the curves of PPO."""
 
 import json
 import logging
+import math
 import random
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from actors.prompts import Prompt
-from actors.sampling import GeneratorFailed, sample
+from actors.prompts import Prompt, check_prompts, read_prompts
 from actors.trajectory import Completion, SampleKey, Trajectory
-from cluster.fleet.fleet import Fleet
-from cluster.pipeline.job import Job, heldout_prompts, packed_text
+from cluster.config.schema import Config
+from cluster.pipeline.job import Job
+from cluster.pipeline.sft import packed_text
+from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
+from cluster.rundir.files import Run, number, read_run
+from cluster.runtime.resources import KINDS, Kind
 from learner.config import PPOConfig
-from learner.data.batch import collate
-from learner.maths.intervals import bootstrap_interval
-from learner.maths.kl import kl_per_response
-from learner.weights.publish import Probe
-from learner.worker.group import LearnerGroup
-from reward_server.client import RewardClient
-from reward_server.encoding import ChatEncoding
 from reward_server.preferences.labeling import Labeler, load_labeler
 from reward_server.preferences.records import write_whole
 from reward_server.schema import ScoreRequest
+
+if TYPE_CHECKING:
+    from actors.chat import ChatExample
+    from cluster.fleet.fleet import Fleet
+    from cluster.fleet.pool import ProcessPool
+    from learner.weights.publish import Probe
+    from learner.worker.group import LearnerGroup
+    from reward_server.client import RewardClient
+    from reward_server.encoding import ChatEncoding
 
 _PROBES = 8  # replies that the parity probe compares
 log = logging.getLogger(__name__)
 
 
+class Evaluate(Stage):
+    """Answers held-out prompts with a model and scores the answers; writes RUN/evaluations/<model>.jsonl."""
+
+    name: ClassVar[str] = "evaluate"
+    purpose: ClassVar[str] = "Answer held-out prompts with a model, and score the answers."
+    files: ClassVar[str] = "Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/."
+    example: ClassVar[str] = "rayward evaluate --run runs/mine --data.prompts_heldout heldout.jsonl"
+    sections: ClassVar[tuple[str, ...]] = (*(*SECTIONS, "evaluation", *SAMPLING, "scoring", "labeler", "tracking"),)
+    processes: ClassVar[tuple[Kind, ...]] = KINDS
+    resumes: ClassVar[bool] = False
+
+    @classmethod
+    def models(cls, config: Config) -> tuple[str, ...]:
+        return ("policy", "sft", *["reward"] * config.scoring.uses_own_model)
+
+    @classmethod
+    def data(cls, config: Config) -> tuple[str, ...]:
+        return ("prompts_heldout", "pretraining_valid")
+
+    def check(self) -> "EvaluationSet":
+        self.job.model("policy")
+        return read_evaluation_set(self.job)
+
+    async def run(self, processes: "ProcessPool", inputs: "EvaluationSet") -> None:
+        """Responses, their scores and KL to the SFT model; the loss of held-out text."""
+        job, config = self.job, self.job.config.ppo
+        policy = job.model("policy")
+        learner, fleet = await processes.learner(), await processes.fresh_generators(policy)
+        rewards = await processes.rewards(job.reward_to_serve)
+        for name, path in (("policy", policy), ("reference", job.model("sft"))):
+            await learner.load(name, "policy", path, config.network, config.policy_optimizer, frozen=True)
+        evaluator = Evaluator(job=job, held_out=inputs, learner=learner, fleet=fleet, rewards=rewards)
+        await evaluator.measure(policy.name, config)
+        written = job.run_dir / "evaluations" / f"{policy.name}.jsonl"
+        job.made("evaluation", written, policy, job.file("prompts_heldout"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class EvaluationSet:
+    """The held-out prompts and text of a run, and who judges the responses."""
+
+    prompts: Sequence[Prompt]
+    """as many of the file as are answered"""
+    text: "Sequence[ChatExample]"
+    """packed held-out pretraining text"""
+    encoding: "ChatEncoding"
+    """of the SFT model"""
+    labeler: Labeler
+    """whose verdicts are called gold"""
+
+    def probes(self) -> "list[Probe]":
+        """Human replies to held-out prompts, on whose log-probs actors and learner must agree."""
+        from learner.weights.publish import Probe
+
+        prompts = self.prompts[:_PROBES]
+        queries = [self.encoding.prompt(prompt.messages) for prompt in prompts]
+        replies = [self.encoding.response(prompt.reference or "Yes, I do.", ended=True) for prompt in prompts]
+        return [Probe(ids=query + reply, first=len(query)) for query, reply in zip(queries, replies, strict=True)]
+
+
+def read_evaluation_set(job: Job) -> EvaluationSet:
+    """Read and check the files, before anything heavy starts. Raises ValueError."""
+    from reward_server.encoding import ChatEncoding
+
+    encoding, labeler = ChatEncoding.load(job.model("sft")), load_labeler(job.config.labeler)
+    prompts = read_prompts(job.file("prompts_heldout"), job.max_bad_rows)[: job.config.evaluation.prompts]
+    check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
+    text = packed_text(job, "pretraining_valid", encoding, job.config.ppo.pretraining.sequence_tokens)
+    return EvaluationSet(prompts=prompts, text=text, encoding=encoding, labeler=labeler)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
     """What a model did on the held-out prompts and text."""
 
     gold: float
@@ -56,57 +131,35 @@ class Held:
 
     def metrics(self) -> dict[str, float]:
         """A point of the held-out curves."""
-        low, high = self.gold_ci
-        return {
-            "heldout/gold": self.gold,
-            "heldout/gold_low": low,
-            "heldout/gold_high": high,
-            "heldout/score": self.score,
-            "heldout/kl": self.kl,
-            "heldout/pretraining_loss": self.pretraining_loss,
-            "heldout/length": self.length,
-            "heldout/eos_rate": self.eos_rate,
-            "heldout/seconds": self.seconds,
-        }
+        figures = asdict(self)
+        low, high = figures.pop("gold_ci")
+        return {f"heldout/{name}": value for name, value in (figures | {"gold_low": low, "gold_high": high}).items()}
 
 
-class HeldOut:
-    """The held-out prompts and text of a run, and the measurements on them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluator:
+    """Measures whatever weights learner and generators have."""
 
-    learner: LearnerGroup
-    fleet: Fleet
-    rewards: RewardClient
+    job: Job
+    held_out: EvaluationSet
+    learner: "LearnerGroup"
+    """has "policy" and "reference" """
+    fleet: "Fleet"
+    rewards: "RewardClient"
 
-    def __init__(self, job: Job) -> None:
-        """Read and check the files, before anything heavy starts."""
-        self.job = job
-        self.encoding = ChatEncoding.load(job.model("sft"))
-        self.labeler: Labeler = load_labeler(job.config.labeler)
-        self.prompts = heldout_prompts(job, self.encoding)
-        tokens = job.config.ppo.pretraining.sequence_tokens
-        self.text = packed_text(job, "pretraining_valid", self.encoding, tokens)
-
-    def connect(self, learner: LearnerGroup, fleet: Fleet, rewards: RewardClient) -> Self:
-        """Take the processes to work with."""
-        self.learner, self.fleet, self.rewards = learner, fleet, rewards
-        return self
-
-    def probes(self) -> list[Probe]:
-        """Human replies to held-out prompts, on whose log-probs actors and learner must agree."""
-        prompts = self.prompts[:_PROBES]
-        queries = [self.encoding.prompt(prompt.messages) for prompt in prompts]
-        replies = [self.encoding.response(prompt.reference or "Yes, I do.", ended=True) for prompt in prompts]
-        return [Probe(ids=query + reply, first=len(query)) for query, reply in zip(queries, replies, strict=True)]
-
-    async def measure(self, name: str, config: PPOConfig, stage: str | None = None, step: int = 0) -> Held:
+    async def measure(self, name: str, config: PPOConfig, stage: str | None = None, step: int = 0) -> Evaluation:
         """Answer the held-out prompts with the present weights; writes RUN/evaluations/<name>.jsonl.
 
         `stage` and `step` are where on the curves of a stage it belongs; None for a model by itself.
         """
-        job, evaluation, started = self.job, self.job.config.evaluation, time.monotonic()
+        import torch
+
+        from learner.maths.intervals import bootstrap_interval
+
+        job, evaluation, held_out, started = self.job, self.job.config.evaluation, self.held_out, time.monotonic()
         completions = await self._answers()
-        golds = self.labeler.verdicts([c.text for c in completions])
-        scores = await self._scores(name, self.prompts, completions)
+        golds = held_out.labeler.verdicts([c.text for c in completions])
+        scores = await self._scores(name, completions)
         kls = await self._kl(completions, config)
         rows = [
             {
@@ -119,17 +172,18 @@ class HeldOut:
                 "kl": kl,
                 "label": name,
             }
-            for prompt, completion, gold, score, kl in zip(self.prompts, completions, golds, scores, kls, strict=True)
+            for prompt, completion, gold, score, kl in zip(
+                held_out.prompts, completions, golds, scores, kls, strict=True
+            )
         ]
         path = job.run_dir / "evaluations" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        shown = telling(rows, evaluation.shown, evaluation.seed)
+        shown = samples_to_show(rows, evaluation.shown, evaluation.seed)
         table = [{**row, "prompt": row["prompt"][-1]["content"]} for row in shown]
-        figures = {"gold": golds, "score": scores, "kl": kls}
-        job.tracker.samples(stage or name, step, table, figures)
-        loss = await self.learner.language_model_loss("policy", self.text, config.max_tokens_per_microbatch)
-        return Held(
+        job.tracker.samples(stage or name, step, table, {"gold": golds, "score": scores, "kl": kls})
+        loss = await self.learner.language_model_loss("policy", held_out.text, config.max_tokens_per_microbatch)
+        return Evaluation(
             gold=fmean(golds),
             gold_ci=bootstrap_interval(torch.tensor(golds), torch.ones(len(golds), dtype=torch.long), 1000, seed=0),
             score=fmean(scores),
@@ -142,27 +196,35 @@ class HeldOut:
 
     async def _answers(self) -> list[Completion]:
         """A response to each prompt. Generators that are lost meanwhile are waited for, as the fleet does."""
-        rollout, seed = self.job.config.rollout, self.job.config.evaluation.seed
+        from actors.sampling import sample
+        from actors.waves import GeneratorFailed
+
+        config, held_out = self.job.config, self.held_out
         while True:
             generators = await self.fleet.wait_serving()
             try:
-                groups = await sample(generators, self.prompts, self.encoding, rollout, samples=1, seed=seed)
+                groups = await sample(
+                    crew, held_out.prompts, held_out.encoding, config.rollout, samples=1, seed=config.evaluation.seed
+                )
             except GeneratorFailed as error:
                 log.warning("the held-out prompts are answered anew: %s", error)
             else:
                 return [group[0] for group in groups]
 
-    async def _scores(self, name: str, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+    async def _scores(self, name: str, completions: Sequence[Completion]) -> list[float]:
         nonce = secrets.token_hex(6)  # a server that lives longer than this process must not know the ids
         requests = [
             ScoreRequest(id=f"{nonce}/{name}/{p.id}", prompt=p.messages, response=c.text, ended=c.ended)
-            for p, c in zip(prompts, completions, strict=True)
+            for p, c in zip(self.held_out.prompts, completions, strict=True)
         ]
         missing_eos = self.job.config.rollout.missing_eos
         replies = await self.rewards.score(requests)
         return [missing_eos.apply(r.score, c.ended) for r, c in zip(replies, completions, strict=True)]
 
     async def _kl(self, completions: Sequence[Completion], config: PPOConfig) -> list[float]:
+        from learner.data.batch import collate
+        from learner.maths.kl import kl_per_response
+
         key = SampleKey(prompt_id="held out", epoch=0, k=0, attempt=0)
         batch = collate(
             [Trajectory(key=key, prompt=(), completion=c, score=0.0, parts={}) for c in completions], pad_id=0
@@ -174,7 +236,7 @@ class HeldOut:
         return kl_per_response(policy, reference, batch.mask).tolist()
 
 
-def telling(rows: Sequence[dict[str, Any]], each: int, seed: int) -> list[dict[str, Any]]:
+def samples_to_show(rows: Sequence[dict[str, Any]], each: int, seed: int) -> list[dict[str, Any]]:
     """The samples worth reading: `each` of the highest and of the lowest score, and as many at random of the rest."""
     order = sorted(rows, key=lambda row: row["score"], reverse=True)
     lowest = order[max(each, len(order) - each) :]
@@ -182,3 +244,74 @@ def telling(rows: Sequence[dict[str, Any]], each: int, seed: int) -> list[dict[s
     chosen = random.Random(seed).sample(rest, min(each, len(rest)))
     picks = {"highest": order[:each], "lowest": lowest[::-1], "random": chosen}
     return [{"shown for": why, **row} for why, rows in picks.items() for row in rows]
+
+
+Verdicts = Mapping[str, float]
+"""the labeler's verdict on a model's response, by prompt id"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WinRate:
+    """How often the labeler prefers one model's response to the other's; a tie is half a win."""
+
+    rate: float
+    """(wins + ties / 2) / prompts"""
+    ci: tuple[float, float]
+    """95 % interval of the rate (Wilson)"""
+    wins: int
+    """prompts"""
+    losses: int
+    """prompts"""
+    ties: int
+    """prompts on which the verdicts are at most the labeler's tie margin apart"""
+
+
+def win_rate(ours: Verdicts, theirs: Verdicts, tie_margin: float) -> WinRate | None:
+    """Compare verdicts on the prompts that both answered; None without any."""
+    gaps = [ours[key] - theirs[key] for key in ours.keys() & theirs.keys()]
+    wins, losses = sum(gap > tie_margin for gap in gaps), sum(gap < -tie_margin for gap in gaps)
+    ties = len(gaps) - wins - losses
+    if not gaps:
+        return None
+    from learner.maths.intervals import wilson_interval
+
+    won = wins + ties / 2
+    return WinRate(rate=won / len(gaps), ci=wilson_interval(won, len(gaps)), wins=wins, losses=losses, ties=ties)
+
+
+def round_figures(job: Job, round_number: int) -> dict[str, Any]:
+    """What RUN/summary.json says of a round, read back from the files of its directory and of those before it."""
+    runs = [read_run(job.run_dir / f"round-{k}") for k in range(1, round_number + 1)]
+    run, margin = runs[-1], job.config.labeler.tie_margin
+    ours = _verdicts(run, "ppo")
+    sft = next((found for one in runs if (found := _verdicts(one, "sft"))), {})
+    before = _verdicts(runs[-2], "ppo") if len(runs) > 1 else {}
+    reward = run.figures("reward")
+    rates = {"win_rate_sft": win_rate(ours, sft, margin), "win_rate_previous": win_rate(ours, before, margin)}
+    figures = {
+        "rankings": run.rankings,
+        "gold": fmean(ours.values()) if ours else None,
+        "gold_ci": _mean_interval(list(ours.values())),
+        "gold_sft": fmean(sft.values()) if sft else None,
+        "kl": number(run.figures("ppo", "ppo").get("kl")),
+        "accuracy": number(reward.get("accuracy")),
+        "accuracy_ci": reward.get("accuracy_ci"),
+        "labelers_agree": run.summary.get("labelers_agree"),
+        "labelers_agree_ci": run.summary.get("labelers_agree_ci"),
+        **{name: asdict(rate) for name, rate in rates.items() if rate},
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _verdicts(run: Run, label: str) -> dict[str, float]:
+    return {one.id: one.gold for one in run.evaluations.get(label, ()) if one.gold is not None}
+
+
+def _mean_interval(values: list[float]) -> list[float] | None:
+    """95 % interval of a mean by the normal approximation."""
+    if len(values) < 2:
+        return None
+    from learner.maths.intervals import Z95
+
+    mean, half = fmean(values), Z95 * stdev(values) / math.sqrt(len(values))
+    return [mean - half, mean + half]

@@ -1,230 +1,340 @@
-"""Step 3 of a run: PPO between the processes."""
+"""Step 3: PPO between the processes. The algorithm itself is `learner/ppo.py`; here is what it works with."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import logging
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
+from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from actors.chat import ChatExample
-from actors.prompts import PromptStream, check_prompts, read_prompts
-from actors.rollout import rollout
-from actors.sampling import Generator
-from actors.trajectory import Trajectory
-from cluster.fleet.fleet import Fleet
-from cluster.fleet.scale import obeying
-from cluster.pipeline.evaluate import Held, HeldOut
+from actors.prompts import Prompt, PromptStream, check_prompts, read_prompts
+from cluster.config.schema import Config
+from cluster.pipeline.evaluate import Evaluation, EvaluationSet, Evaluator, read_evaluation_set
 from cluster.pipeline.job import Job
-from cluster.pipeline.progress import Progress
-from cluster.pipeline.recipes import sampling_settings
+from cluster.pipeline.preferences import sampling_settings
+from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage, Trained
 from cluster.rundir.inputs import Model
-from cluster.rundir.stages import Stage
+from cluster.rundir.record import ResumeRefused
+from cluster.runtime.resources import KINDS, Kind
 from learner.config import PPOConfig
-from learner.data.buffer import Buffer
-from learner.data.corpora import TextStream, pack, read_texts
-from learner.data.ledger import Ledger
-from learner.metrics import part_means
-from learner.ppo import Parts, ppo
-from learner.weights.publish import Publisher
-from learner.worker.group import LearnerGroup
-from reward_server.client import RewardClient
+
+if TYPE_CHECKING:
+    from actors.trajectory import Trajectory
+    from actors.waves import Generator
+    from cluster.fleet.pool import ProcessPool
+    from learner.data.buffer import Buffer
+    from learner.data.corpora import TextStream
+    from learner.data.ledger import Ledger
+    from learner.weights.checkpoint import Checkpoint, Checkpoints
+    from learner.worker.group import LearnerGroup
+    from reward_server.client import RewardClient
+
+log = logging.getLogger(__name__)
+# What may change while a run goes on: its length, how often it is saved, deadlines, the budget of a pass.
+_FREE = {"iterations", "checkpoint_every", "checkpoints_kept", "rollout_deadline_s", "max_tokens_per_microbatch"}
 
 
-class Alignment:
-    """PPO of one run directory. `run` may be called once for each arm, such as with and without pretraining."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What PPO reads."""
 
-    learner: LearnerGroup
-    fleet: Fleet
-    rewards: RewardClient
+    held_out: EvaluationSet
+    prompts: Sequence[Prompt]
+    """what it samples from"""
+    text: "TextStream | None"
+    """the pretraining mix; None without one"""
 
-    def __init__(self, job: Job) -> None:
-        """Read and check every file, before anything heavy starts."""
-        self.job = job
-        self.heldout = HeldOut(job)
-        self.encoding = self.heldout.encoding
-        bad = job.config.data.max_bad_rows
-        self.prompts = read_prompts(job.file("prompts"), bad)
-        check_prompts(self.prompts, self.encoding, job.config.rollout.max_prompt_tokens)
-        self.text: TextStream | None = None
-        if (mix := job.config.ppo.pretraining).coef:
-            packed = pack(read_texts(job.file("pretraining"), bad), self.encoding, mix.sequence_tokens)
-            self.text = TextStream(packed, job.config.ppo.seed)
 
-    def connect(self, learner: LearnerGroup, fleet: Fleet, rewards: RewardClient) -> Self:
-        """Take the processes to work with."""
-        self.learner, self.fleet, self.rewards = learner, fleet, rewards
-        self.heldout.connect(learner, fleet, rewards)
-        return self
+class PPO(Stage):
+    """Trains the SFT model against the reward model; writes RUN/policy and RUN/policy_ema.
 
-    def stage(self, config: PPOConfig, name: str) -> Stage:
-        """What a PPO stage is made of, apart from what may change on the way: its length, the processes, deadlines."""
-        job, settings = self.job, self.job.config
-        free = {"iterations", "checkpoint_every", "checkpoints_kept", "rollout_deadline_s", "max_tokens_per_microbatch"}
-        made_with = {
-            "ppo": config.model_dump(mode="json", exclude=free),
-            "rollout": sampling_settings(settings),
-            "scoring": settings.scoring.model_dump(mode="json", include={"parts"}),
-            "labeler": settings.labeler.model_dump(mode="json"),
-            "evaluation": settings.evaluation.model_dump(mode="json", exclude={"every"}),
-            "order of prompts": PromptStream(self.prompts, config.seed).fingerprint,
-            "order of pretraining": self.text.fingerprint if self.text else None,
+    It measures held-out prompts before, on the way and after. One that was stopped goes on from its newest checkpoint.
+    """
+
+    name: ClassVar[str] = "ppo"
+    purpose: ClassVar[str] = "Step 3: train the SFT model against the reward model by PPO-ptx."
+    files: ClassVar[str] = (
+        "Reads RUN/sft, RUN/reward, data.prompts, data.pretraining. Writes RUN/policy, RUN/policy_ema."
+    )
+    example: ClassVar[str] = "rayward ppo --run runs/mine --data.prompts prompts.jsonl --ppo.kl.coef 0.05"
+    sections: ClassVar[tuple[str, ...]] = (
+        *(*SECTIONS, "ppo", *SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),
+    )
+    processes: ClassVar[tuple[Kind, ...]] = KINDS
+    writes: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")
+    results: ClassVar[tuple[str, ...]] = ("policy", "policy_ema", "evaluations/ppo.jsonl")
+    traces: ClassVar[tuple[str, ...]] = ("ledger-ppo.jsonl", "checkpoints/ppo")
+
+    @classmethod
+    def models(cls, config: Config) -> tuple[str, ...]:
+        return ("sft", "critic", *["reward"] * config.scoring.uses_own_model)
+
+    @classmethod
+    def data(cls, config: Config) -> tuple[str, ...]:
+        return ("prompts", "prompts_heldout", "pretraining_valid", *["pretraining"] * bool(config.ppo.pretraining.coef))
+
+    @classmethod
+    def trained(cls, config: Config) -> Trained:
+        ppo = config.ppo
+        return {
+            "ppo.policy_optimizer": (ppo.network, ppo.policy_optimizer),
+            "ppo.critic_optimizer": (ppo.critic, ppo.critic_optimizer),
         }
-        contents = {f"models.{model}": job.model(model) for model in ("init", "sft", "reward", "critic")}
-        files = ("prompts", "prompts_heldout", "pretraining", "pretraining_valid")
-        traces = (job.run_dir / f"ledger-{name}.jsonl", job.run_dir / "checkpoints" / name)
-        return job.stage(name, made_with, contents | job.data(*files), name.replace("ppo", "policy"), traces)
 
-    def finished(self, config: PPOConfig, name: str = "ppo") -> bool:
-        """Whether a stage is complete, which is said then. Raises ResumeRefused when it must not be worked on."""
-        stage = self.stage(config, name)
-        return stage.complete and stage.figures["iterations"] >= config.iterations and self.job.skips(stage)
+    @property
+    def config(self) -> PPOConfig:
+        """Its section."""
+        return self.job.config.ppo
 
-    async def run(self, config: PPOConfig, name: str = "ppo") -> None:
-        """Load the networks, train, measure before and after, and write RUN/policy and RUN/policy_ema.
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Its files, read and checked. Raises ValueError."""
+        from learner.data.corpora import TextStream, pack, read_texts
 
-        A stage that was stopped goes on from its newest checkpoint.
-        """
-        if self.finished(config, name):
-            return
-        job, tracker, stage = self.job, self.job.tracker, self.stage(config, name)
-        progress = Progress(job, stage, config)
+        job, mix = self.job, self.job.config.ppo.pretraining
+        held_out = read_evaluation_set(job)
+        prompts = read_prompts(job.file("prompts"), job.max_bad_rows)
+        check_prompts(prompts, held_out.encoding, job.config.rollout.max_prompt_tokens)
+        text = None
+        if mix.coef:
+            packed = pack(read_texts(job.file("pretraining"), job.max_bad_rows), held_out.encoding, mix.sequence_tokens)
+            text = TextStream(packed, job.config.ppo.seed)
+        return Inputs(held_out=held_out, prompts=prompts, text=text)
+
+    def check(self) -> Inputs:
+        return self.inputs
+
+    @property
+    def reach(self) -> Mapping[str, float]:
+        return {"iterations": self.config.iterations}
+
+    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+        job, config, inputs = self.job, self.job.config, self.inputs
+        made_with = {
+            "ppo": self.config.model_dump(mode="json", exclude=_FREE),
+            "rollout": sampling_settings(config),
+            "scoring": config.scoring.model_dump(mode="json", include={"parts"}),
+            "labeler": config.labeler.model_dump(mode="json"),
+            "evaluation": config.evaluation.model_dump(mode="json", exclude={"every"}),
+            "order of prompts": PromptStream(inputs.prompts, self.config.seed).fingerprint,
+            "order of pretraining": inputs.text.fingerprint if inputs.text else None,
+        }
+        models = {f"models.{model}": job.model(model) for model in ("init", "sft", "reward", "critic")}
+        files = job.files("prompts", "prompts_heldout", "pretraining", "pretraining_valid")
+        return made_with, models | files
+
+    async def run(self, processes: "ProcessPool", inputs: Inputs) -> Mapping[str, Any]:
+        from learner.weights.publish import Publisher
+
+        job, config, name, tracker = self.job, self.config, self.name, self.job.tracker
+        learner, fleet = await processes.learner(), await processes.generators(job.model("init"))
+        rewards = await processes.rewards(job.reward_to_serve)
+        evaluator = Evaluator(job=job, held_out=inputs.held_out, learner=learner, fleet=fleet, rewards=rewards)
+        progress = self._progress()
         with tracker.phase(f"{name}: load networks and hand the weights to the actors", name):
-            await self._load(config)
-            if progress.version:
-                await self.learner.load_state(progress.networks, progress.version)
-            self.fleet.publisher = Publisher(
-                self.learner,
-                job.config.publish,
-                probes=self.heldout.probes(),
-                workers=job.config.generator.tensor_parallel_size,
-                waits=job.monitor.waits,
-            )
-            await self.learner.open_sender(job.config.publish)
-            await self.fleet.publish(progress.version)
+            await self._load(learner)
+            if progress.newest:
+                await learner.load_state(progress.newest.networks, progress.version)
+            workers, probes = job.config.generator.tensor_parallel_size, inputs.held_out.probes()
+            fleet.publisher = Publisher(learner, job.config.publish, probes, workers, job.monitor.waits)
+            await learner.open_sender(job.config.publish)
+            await fleet.publish(progress.version)
         start = "sft" if name == "ppo" and job.config.models.init is None else f"{name}-start"
         if not progress.version:
             with tracker.phase(f"{name}: held-out responses before", name):
-                before = await self._measure(config, name, start, 0)
+                before = await self._measure(evaluator, start, 0)
                 job.summarise("ppo", name, **_figures(before, "before"))
         iterations = f"{name}: {config.iterations - progress.version} iterations"
-        with tracker.phase(iterations, name), tracker.alerting("paused", self._pause):
-            await self._train(config, name, progress)
+        with tracker.phase(iterations, name), tracker.alerting("paused", lambda: _pause(rewards)):
+            await self._train(evaluator, inputs, progress)
         with tracker.phase(f"{name}: held-out responses after", name):
-            after = await self._measure(config, name, name, config.iterations)
-        await self.learner.save("policy", stage.result)
-        await self.learner.save("policy", stage.result.with_name(f"{stage.result.name}_ema"), ema=True)
-        await self.learner.unload()
+            after = await self._measure(evaluator, name, config.iterations)
+        policy, ema, _ = (job.run_dir / result for result in self.results)
+        await learner.save("policy", policy)
+        await learner.save("policy", ema, ema=True)
+        await learner.unload()
+        processes.weights = policy
         job.summarise("ppo", name, iterations=config.iterations, kl=after.kl, **_figures(after, "after"))
-        self._record(stage.result.name, name, start)
-        stage.finish(iterations=config.iterations)
+        self._record_lineage(start)
+        return {"iterations": config.iterations}
 
-    def _pause(self) -> str | None:
-        """What is wrong while nothing is sampled for want of scores."""
-        pause = self.rewards.paused
-        if pause is None:
-            return None
-        since = datetime.fromtimestamp(pause.since).strftime("%H:%M:%S")
-        return f"the run has been paused since {since}, as the reward service gives no scores: {pause.reason}"
+    def _progress(self) -> "Progress":
+        """Where the run directory says to go on. Raises ResumeRefused for more iterations than are asked for."""
+        from learner.weights.checkpoint import Checkpoints
 
-    async def _measure(self, config: PPOConfig, stage: str, label: str, version: int) -> Held:
-        """A point of the stage's held-out curves."""
-        held = await self.heldout.measure(label, config, stage, version)
-        self.job.tracker.log(stage, version, held.metrics())
-        return held
+        config, console = self.config, self.job.tracker.console
+        ledger_file, folder = (self.job.run_dir / trace for trace in self.traces)
+        checkpoints = Checkpoints(folder, config.checkpoints_kept)
+        newest = checkpoints.newest()
+        if newest and newest.version > config.iterations:
+            raise ResumeRefused(
+                f"ppo.iterations is {config.iterations}, but {newest.folder} has done {newest.version} already. "
+                f"Remedy: at least {newest.version}, or remove the newer checkpoints"
+            )
+        if newest:
+            console.line(f"{self.name}: goes on after iteration {newest.version}, from {newest.folder}")
+        elif ledger_file.exists():
+            console.line(f"{self.name}: there is no checkpoint, so it starts over")
+        return Progress(
+            job=self.job,
+            stage=self.name,
+            checkpoints=checkpoints,
+            ledger_file=ledger_file,
+            newest=newest,
+            beta=newest.state["beta"] if newest else config.kl.coef,
+        )
 
-    def _record(self, name: str, stage: str, start: str) -> None:
-        """What the policy was made of, and what was measured on, in the lineage."""
+    async def _load(self, learner: "LearnerGroup") -> None:
+        job, config = self.job, self.config
+        init, sft, critic = job.model("init"), job.model("sft"), Model(name="critic", path=job.model("critic"))
+        await learner.load("policy", "policy", init, config.network, config.policy_optimizer, config.ema_decay)
+        await learner.load("reference", "policy", sft, config.network, config.policy_optimizer, frozen=True)
+        head = "value" if critic.is_reward_model else "new_value"
+        await learner.load("critic", head, critic.path, config.critic, config.critic_optimizer)
+
+    async def _measure(self, evaluator: Evaluator, label: str, version: int) -> Evaluation:
+        """A point of the held-out curves."""
+        found = await evaluator.measure(label, self.config, self.name, version)
+        self.job.tracker.log(self.name, version, found.metrics())
+        return found
+
+    def _record_lineage(self, start: str) -> None:
+        """What the policy was made of, and what was measured on."""
         job, run_dir = self.job, self.job.run_dir
         scores = [part.target or job.model("reward") for part in job.config.scoring.parts if part.kind == "model"]
         models = [job.model("init"), job.model("sft"), job.model("critic"), *scores]
-        texts = [job.file("prompts"), *([job.file("pretraining")] if self.text else [])]
-        for folder, kind in ((run_dir / name, "policy"), (run_dir / f"{name}_ema", "policy_ema")):
-            job.made(kind, folder, *dict.fromkeys(models), *texts)
+        texts = [job.file("prompts"), *([job.file("pretraining")] if self.inputs.text else [])]
+        for kind, folder in zip(("policy", "policy_ema"), self.results, strict=False):
+            job.made(kind, run_dir / folder, *dict.fromkeys(models), *texts)
         heldout = job.file("prompts_heldout")
-        for label, model in ((start, job.model("init")), (stage, run_dir / name)):
+        for label, model in ((start, job.model("init")), (self.name, run_dir / self.results[0])):
             job.made("evaluation", run_dir / "evaluations" / f"{label}.jsonl", model, heldout)
 
-    async def _load(self, config: PPOConfig) -> None:
-        init, sft = self.job.model("init"), self.job.model("sft")
-        await self.learner.load("policy", "policy", init, config.network, config.policy_optimizer, config.ema_decay)
-        await self.learner.load("reference", "policy", sft, config.network, config.policy_optimizer, frozen=True)
-        critic = Model(name="critic", path=self.job.model("critic"))
-        head = "value" if critic.is_reward_model else "new_value"
-        await self.learner.load("critic", head, critic.path, config.critic, config.critic_optimizer)
+    async def _train(self, evaluator: Evaluator, inputs: Inputs, progress: "Progress") -> None:
+        """The loop of `learner/ppo.py`, with actors that sample for it."""
+        from actors.rollout import rollout
+        from cluster.fleet.scale import obeying
+        from learner.data.buffer import Buffer
+        from learner.data.ledger import Ledger
+        from learner.ppo import Parts, ppo
 
-    async def _train(self, config: PPOConfig, name: str, progress: Progress) -> None:
-        job = self.job
-        stream = PromptStream(self.prompts, seed=config.seed)
-        ledger = Ledger(progress.ledger_file, stream)
-        samples, waiting = job.config.rollout.samples_per_prompt, self.fleet.joining
+        job, config, name, fleet, rewards = self.job, self.config, self.name, evaluator.fleet, evaluator.rewards
+        stream, encoding = PromptStream(inputs.prompts, seed=config.seed), inputs.held_out.encoding
+        ledger, waits = Ledger(progress.ledger_file, stream), job.monitor.waits
         buffer = Buffer(
             config.prompts_per_batch,
-            samples,
+            job.config.rollout.samples_per_prompt,
             config.max_staleness,
             progress.version,
             ledger=ledger,
             batches=config.iterations,
-            waiting=waiting,
-            paused_s=lambda: self.rewards.paused_s,
-            waits=job.monitor.waits,
+            waiting=fleet.joining,
+            paused_s=lambda: rewards.paused_s,
+            waits=waits,
         )
         progress.restore(buffer, ledger)
-        sequences = max(1, round(config.pretraining.sequences_per_episode * config.minibatch_size))
 
-        def text(iteration: int, parts: int) -> list[list[ChatExample]]:
-            assert self.text is not None, "asked for with a coefficient only"
-            return self.text.iteration(iteration, parts, sequences)
-
-        def work(generator: Generator, leave: asyncio.Event) -> Coroutine[Any, Any, None]:
-            return rollout(
-                generator,
-                self.rewards,
-                stream,
-                buffer,
-                self.encoding,
-                job.config.rollout,
-                config.seed,
-                leave,
-                job.monitor.waits,
-            )
-
-        async def save(version: int, beta: float) -> None:
-            await progress.save(version, beta, buffer, ledger, self.learner)
+        def work(generator: "Generator", leave: asyncio.Event) -> Coroutine[Any, Any, None]:
+            return rollout(generator, rewards, stream, buffer, encoding, job.config.rollout, config.seed, leave, waits)
 
         async def measure(version: int) -> dict[str, float]:
             every = job.config.evaluation.every
             if not every or version % every or version == config.iterations:  # the last one is measured after PPO
                 return {}
-            return (await self.heldout.measure(f"{name}-{version:06d}", config, name, version)).metrics()
+            return (await evaluator.measure(f"{name}-{version:06d}", config, name, version)).metrics()
 
+        parts = Parts(
+            buffer=buffer,
+            learner=evaluator.learner,
+            publish=fleet.publish,
+            pretraining=self._text,
+            observe=self._observe,
+            measure=measure,
+            save=lambda version, beta: progress.save(version, beta, buffer, ledger, evaluator.learner),
+            beta=progress.beta,
+            temperature=job.config.rollout.temperature,
+        )
+        total = {"progress/total": float(config.iterations)}
         job.monitor.sources.add(buffer)
         try:
-            async with obeying(self.fleet, job.run_dir), self.fleet.rollouts(work, buffer.fail):
-                await ppo(
-                    Parts(
-                        buffer=buffer,
-                        learner=self.learner,
-                        publish=self.fleet.publish,
-                        pretraining=text,
-                        observe=self._observe,
-                        measure=measure,
-                        save=save,
-                        beta=progress.beta,
-                        temperature=job.config.rollout.temperature,
-                    ),
-                    config,
-                    lambda _stage, step, metrics: job.tracker.log(
-                        name, step, {**metrics, "progress/total": float(config.iterations)}
-                    ),
-                )
+            async with obeying(fleet, job.run_dir), fleet.rollouts(work, buffer.fail):
+                await ppo(parts, config, lambda _, step, metrics: job.tracker.log(name, step, {**metrics, **total}))
         finally:
             job.monitor.sources.discard(buffer)
             buffer.close()
 
-    def _observe(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        verdicts = self.heldout.labeler.verdicts([t.completion.text for t in trajectories])
+    def _text(self, iteration: int, minibatches: int) -> Any:
+        assert self.inputs.text is not None, "asked for with a coefficient only"
+        sequences = max(1, round(self.config.pretraining.sequences_per_episode * self.config.minibatch_size))
+        return self.inputs.text.iteration(iteration, minibatches, sequences)
+
+    def _observe(self, trajectories: "Sequence[Trajectory]") -> dict[str, float]:
+        from learner.metrics import part_means
+
+        verdicts = self.inputs.held_out.labeler.verdicts([t.completion.text for t in trajectories])
         return {"gold/mean": fmean(verdicts), "gold/std": pstdev(verdicts), **part_means(trajectories)}
 
 
-def _figures(held: Held, when: str) -> dict[str, float]:
-    return {f"{field}_{when}": getattr(held, field) for field in ("gold", "score", "pretraining_loss")}
+@dataclass(kw_only=True)
+class Progress:
+    """Where a PPO stage goes on after a stop, and what it writes to be able to."""
+
+    job: Job
+    stage: str
+    """its name"""
+    checkpoints: "Checkpoints"
+    ledger_file: Path
+    newest: "Checkpoint | None"
+    """what it goes on from"""
+    beta: float
+    """KL coefficient to start with"""
+    failures: int = 0
+    """checkpoints that could not be written"""
+
+    @property
+    def version(self) -> int:
+        """Iterations that are done."""
+        return self.newest.version if self.newest else 0
+
+    def restore(self, buffer: "Buffer", ledger: "Ledger") -> None:
+        """Have the buffer, and the ledger, go on where the checkpoint was written."""
+        if self.newest:
+            buffer.restore(self.newest.state["buffer"])
+        elif self.ledger_file.exists():
+            ledger.resumed(0, kept=())
+
+    async def save(
+        self, version: int, beta: float, buffer: "Buffer", ledger: "Ledger", learner: "LearnerGroup"
+    ) -> None:
+        """Write a checkpoint. One that cannot be written is an alarm, not the end: the earlier ones are still there."""
+        started = time.monotonic()
+        # taken before anything else can run: what is under way now is not in it, and is sampled again
+        state = {"beta": beta, "buffer": buffer.snapshot()}
+        try:
+            ledger.sync()
+            size = await self.checkpoints.write(version, state, learner.save_state)
+        except (OSError, RuntimeError) as error:
+            self.failures += 1
+            log.error("checkpoint %d was not written, and the run goes on without it: %s", version, error)
+            self.job.tracker.log(self.stage, version, {"checkpoint/failures": float(self.failures)})
+            return
+        ledger.committed(version)
+        spent = {"checkpoint/seconds": time.monotonic() - started, "checkpoint/bytes": float(size)}
+        self.job.tracker.log(self.stage, version, spent | {"checkpoint/failures": float(self.failures)})
+
+
+def _pause(rewards: "RewardClient") -> str | None:
+    """What is wrong while nothing is sampled for want of scores."""
+    pause = rewards.paused
+    if pause is None:
+        return None
+    since = datetime.fromtimestamp(pause.since).strftime("%H:%M:%S")
+    return f"the run has been paused since {since}, as the reward service gives no scores: {pause.reason}"
+
+
+def _figures(found: Evaluation, when: str) -> dict[str, float]:
+    return {f"{field}_{when}": getattr(found, field) for field in ("gold", "score", "pretraining_loss")}

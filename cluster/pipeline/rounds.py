@@ -1,105 +1,155 @@
 """Iterated rounds: completions of the current policy are ranked, a reward model and a policy trained, and again.
 
 The paper (section 3.1): "Steps 2 and 3 can be iterated continuously; more comparison data is collected on the current
-best policy, which is used to train a new RM and then a new policy." A round is a run of its own in RUN/round-<k>; a
-step of it whose result is recorded in the lineage, and there as it was made, is not repeated.
+best policy, which is used to train a new RM and then a new policy." A round is a run of its own in RUN/round-<k>, made
+of the same stages; one whose result is recorded in the lineage, and there as it was made, is not repeated.
 """
 
 import json
 import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from actors.prompts import Prompt, Shuffle, check_prompts, read_prompts
+from actors.prompts import Prompt, Shuffle
 from cluster.config.load import save_toml
 from cluster.config.schema import Config, DataConfig
-from cluster.pipeline.job import Job, run_rank, run_reward, sampled, write_completions
-from cluster.pipeline.ppo import Alignment
-from cluster.pipeline.win_rates import round_figures
-from cluster.pipeline.workplace import Workplace
-from cluster.rundir.lineage import done
-from learner.maths.intervals import bootstrap_interval
-from reward_server.encoding import ChatEncoding
+from cluster.pipeline.evaluate import round_figures
+from cluster.pipeline.job import Job
+from cluster.pipeline.ppo import PPO
+from cluster.pipeline.preferences import Rank, Sample, preference_prompts, sampled, write_completions
+from cluster.pipeline.reward_model import RewardModel
+from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage, Trained, advance
+from cluster.runtime.resources import KINDS, Kind
 from reward_server.preferences.labeling import Comparison, read_comparisons, write_comparisons
 from reward_server.preferences.records import RecordError
 from reward_server.preferences.sheets import Rankings, agreement_credit, merge_rankings, read_rankings, write_sheet
 
+if TYPE_CHECKING:
+    from cluster.fleet.fleet import Fleet
+    from cluster.fleet.pool import ProcessPool
+
 _SHOWN = 20  # comparisons without ranks that are listed
-_TRAINED = ("reward", "policy", "policy_ema", "evaluations/ppo.jsonl")
 log = logging.getLogger(__name__)
 
 
-class Rounds:
+class Rounds(Stage):
     """The rounds of one run directory."""
 
-    def __init__(self, job: Job) -> None:
-        """Read and check every file, before anything heavy starts. Raises ValueError."""
-        self.job, self.sft, config = job, job.model("sft"), job.config
+    name: ClassVar[str] = "rounds"
+    purpose: ClassVar[str] = (
+        "Steps 2 and 3 in rounds: the policy's completions are ranked, a reward model and a policy trained."
+    )
+    files: ClassVar[str] = (
+        "Reads RUN/sft, data.preference_prompts and what reward and ppo read. Writes RUN/round-1 and on; stops "
+        "for people to rank RUN/round-<k>/sheet.csv, and goes on from RUN/round-<k>/rankings when given again."
+    )
+    example: ClassVar[str] = "rayward rounds --run runs/mine --rounds.count 3 --rounds.labelers people"
+    sections: ClassVar[tuple[str, ...]] = (
+        *(*SECTIONS, "rounds", "sample", "labeler", "reward", "ppo", *SAMPLING),
+        *("scoring", "publish", "evaluation", "tracking"),
+    )
+    processes: ClassVar[tuple[Kind, ...]] = KINDS
+    resumes: ClassVar[bool] = False
+    parts: ClassVar[tuple[str, ...]] = ("sample", "reward", "ppo")
+
+    @classmethod
+    def models(cls, config: Config) -> tuple[str, ...]:
+        return ("sft",)
+
+    @classmethod
+    def data(cls, config: Config) -> tuple[str, ...]:
+        return ("preference_prompts", "demonstrations", *PPO.data(config))
+
+    @classmethod
+    def trained(cls, config: Config) -> Trained:
+        return {**RewardModel.trained(config), **PPO.trained(config)}
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The preference prompts of all rounds; every other file is read and checked too. Raises ValueError."""
+        job, config = self.job, self.job.config
         count, own = config.sample.completions_per_prompt, config.rounds.sft_completions
         if own >= count:
             raise ValueError(
                 f"rounds.sft_completions = {own} leaves none of the {count} completions of a prompt to the policy: "
                 "lower it, or raise sample.completions_per_prompt"
             )
-        self.prompts = read_prompts(job.file("preference_prompts"), config.data.max_bad_rows)
-        check_prompts(self.prompts, ChatEncoding.load(self.sft), config.rollout.max_prompt_tokens)
-        if config.rounds.count * config.rounds.prompts > len(self.prompts):
+        prompts = preference_prompts(job, job.model("sft"))
+        if config.rounds.count * config.rounds.prompts > len(prompts):
             log.warning(
                 "data.preference_prompts has %d prompts for %d rounds of %d: some are compared in more than one round",
-                *(len(self.prompts), config.rounds.count, config.rounds.prompts),
+                *(len(prompts), config.rounds.count, config.rounds.prompts),
             )
-        Alignment(job)
+        _ = self.ppo.inputs
+        return prompts
 
-    def state(self) -> Literal["work", "wait", "done"]:
-        """Take the rankings of people that are in; then whether there is work, or people have to rank a sheet first."""
-        for number in range(1, self.job.config.rounds.count + 1):
-            part = self.part(number)
-            if not self._is_done(part, "data/completions.jsonl"):
-                return "work"
-            if not self._ranked(part, number):
-                return "wait"
-            if not self._is_done(part, *_TRAINED):
-                return "work"
+    @cached_property
+    def ppo(self) -> PPO:
+        """Step 3 as far as no round differs from another: what is held out."""
+        return PPO(self.job)
+
+    def check(self) -> list[Prompt]:
+        return self.prompts
+
+    def pending(self) -> bool:
+        """Whether there is work before people have to rank a sheet. What they have ranked is checked."""
+        _ = self.prompts
+        for number, job in self._rounds():
+            sample, rank, *training = self.stages(number, job)
+            if not sample.complete:
+                return True
+            if self._waits(number, rank):
+                return False
+            if not all(stage.complete for stage in (rank, *training)):
+                return True
             self._summarise(number)
-        return "done"
+        return False
 
-    async def run(self, place: Workplace) -> bool:
-        """Do every step that is not done yet; False when people have to rank a sheet first."""
-        for number in range(1, self.job.config.rounds.count + 1):
-            part = self.part(number)
-            save_toml(part.config, part.run_dir / "config.toml")
+    async def run(self, processes: "ProcessPool", inputs: list[Prompt]) -> None:
+        """Do every stage that is not done yet, until people have to rank a sheet first."""
+        processes.announce = self.job.tracker.console.phase  # a round's time is recorded as a whole
+        for number, job in self._rounds():
+            save_toml(job.config, job.run_dir / "config.toml")
             with self.job.tracker.phase(f"round {number}", "rounds"):
-                if not self._is_done(part, "data/completions.jsonl"):
-                    await self._sample(part, number, place)
-                if not self._ranked(part, number):
-                    return False
-                if not self._is_done(part, "reward"):
-                    self._gather(part, number)
-                    await run_reward(part, await place.learner(), self.sft)
-                if not self._is_done(part, *_TRAINED):
-                    await self._align(part, place)
+                for stage in self.stages(number, job):
+                    if stage.name == "rank" and self._waits(number, stage):
+                        return
+                    if not stage.complete:
+                        await advance(stage, processes)
             self._summarise(number)
-        return True
 
-    def _summarise(self, number: int) -> None:
-        """The round's figures in RUN/summary.json, from its files, so that a kill costs none of them."""
-        self.job.summarise("rounds", str(number), **round_figures(self.job, number))
+    def conclude(self) -> None:
+        from cluster.report.report import show_report
 
-    def part(self, number: int) -> Job:
-        """A round as a run of its own: RUN/round-<number>."""
-        job, name = self.job, f"round-{number}"
-        (job.run_dir / name / "data").mkdir(parents=True, exist_ok=True)
-        config = self._config(number)
-        return Job(
-            config=config,
-            run_dir=job.run_dir / name,
-            tracker=job.tracker.part(name),
-            monitor=job.monitor,
-            command=job.command,
-            root=job.run_dir,
-        )
+        stages = [stage for number, job in self._rounds() for stage in self.stages(number, job)]
+        if all(stage.complete for stage in stages):
+            show_report(self.job.run_dir, self.job.tracker.console)
+
+    def stages(self, number: int, job: Job) -> list[Stage]:
+        """Those of a round."""
+        rank = Rank(job) if job.config.rounds.labelers == "simulated" else RankByPeople(job)
+        return [SampleOfRound(job, self, number), rank, RewardModelOfRound(job), PPO(job)]
+
+    def _rounds(self) -> Iterator[tuple[int, Job]]:
+        """Each round as a run of its own: RUN/round-<number>."""
+        job = self.job
+        for number in range(1, job.config.rounds.count + 1):
+            name = f"round-{number}"
+            (job.run_dir / name / "data").mkdir(parents=True, exist_ok=True)
+            yield (
+                number,
+                replace(
+                    job,
+                    config=self._config(number),
+                    run_dir=job.run_dir / name,
+                    tracker=job.tracker.part(name),
+                    root=job.run_dir,
+                    start="resume",
+                ),
+            )
 
     def _config(self, number: int) -> Config:
         """That of the run; the run's own files and models are named, as they are not in the round's directory."""
@@ -109,9 +159,9 @@ class Rounds:
         collected: dict[str, Path | None] = {"preference_prompts": None, "completions": None, "comparisons": None}
         if config.rounds.comparisons == "all" and number > 1:
             collected["comparisons"] = run_dir / f"round-{number}" / "data" / "all_comparisons.jsonl"
-        models: dict[str, Path | None] = {"sft": self.sft, "reward": None, "policy": None}
+        models: dict[str, Path | None] = {"sft": self.job.model("sft"), "reward": None, "policy": None}
         if config.rounds.start == "policy" and number > 1:
-            models["init"] = self._policy(number - 1)
+            models["init"] = self.policy(number - 1)
         return config.model_copy(
             update={
                 "data": config.data.model_copy(update=given | collected),
@@ -119,67 +169,124 @@ class Rounds:
             }
         )
 
-    def _policy(self, number: int) -> Path:
+    def policy(self, number: int) -> Path:
         """The current policy after a round: the SFT model before the first."""
-        return self.job.run_dir / f"round-{number}" / "policy" if number else self.sft
+        return self.job.run_dir / f"round-{number}" / "policy" if number else self.job.model("sft")
 
-    def _is_done(self, part: Job, *names: str) -> bool:
-        return all(done(self.job.run_dir, part.run_dir / name) for name in names)
-
-    async def _sample(self, part: Job, number: int, place: Workplace) -> None:
-        """Completions of the round's prompts by the current policy, and some by the SFT model where asked for."""
-        config, policy = part.config, self._policy(number - 1)
-        chosen = round_prompts(self.prompts, number, config.rounds.prompts, config.rounds.seed)
-        rows = (
-            {"id": f"r{number}-{row:04d}", "prompt": _turns(prompt), "source": prompt.id}
-            for row, prompt in enumerate(chosen, start=1)
-        )
-        file = part.run_dir / "data" / "preference_prompts.jsonl"
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        part.made("data", file, self.job.file("preference_prompts"))
-        by_sft = config.rounds.sft_completions if number > 1 else 0
-        count, seed = config.sample.completions_per_prompt - by_sft, config.sample.seed
-        prompts, groups = await sampled(part, await (await place.fleet(policy)).wait_serving(), policy, count, seed)
-        if by_sft:
-            _, others = await sampled(
-                part, await (await place.fleet(self.sft)).wait_serving(), self.sft, by_sft, seed + 1
-            )
-            groups = [[*group, *other] for group, other in zip(groups, others, strict=True)]
-        write_completions(part, prompts, groups, policy, *[self.sft] * bool(by_sft))
-
-    def _ranked(self, part: Job, number: int) -> bool:
-        """Have the round's completions ranked, unless they are; False when people have not done so yet."""
-        if self._is_done(part, "data/comparisons.jsonl"):
-            return True
-        comparisons = read_comparisons(part.file("completions"))
-        if not (part.run_dir / "sheet.csv").is_file():  # never over one that somebody may be filling in
-            for sheet in write_sheet(part.run_dir, comparisons, part.config.rounds.seed):
-                part.made("sheet", sheet, part.file("completions"))
-        if part.config.rounds.labelers == "simulated":
-            run_rank(part)
-            return True
-        folder = part.run_dir / "rankings"
-        folder.mkdir(exist_ok=True)
-        files = sorted(file for file in folder.iterdir() if file.suffix in (".csv", ".jsonl"))
-        if not files:
-            completions = sum(len(one.responses) for one in comparisons)
-            self.job.tracker.console.line(
-                f"Round {number} waits for people: rank the {completions} completions of {len(comparisons)} prompts in "
-                f"{part.run_dir / 'sheet.csv'} (or sheet.jsonl): 1 is best, equal numbers are a tie. Save each "
-                f"labeler's sheet as {folder / 'NAME.csv'} (or .jsonl), then give the same command again."
-            )
+    def _waits(self, number: int, rank: Stage) -> bool:
+        """Whether people have to rank the round's sheet first, which is then there, and said."""
+        job = rank.job
+        if rank.complete:
             return False
-        self._take(part, comparisons, files)
+        if not (job.run_dir / "sheet.csv").is_file():  # never over one that somebody may be filling in
+            comparisons = read_comparisons(job.file("completions"))
+            for sheet in write_sheet(job.run_dir, comparisons, job.config.rounds.seed):
+                job.made("sheet", sheet, job.file("completions"))
+        if not isinstance(rank, RankByPeople):
+            return False
+        if rank.sheets:
+            rank.check()
+            return False
+        comparisons = read_comparisons(job.file("completions"))
+        completions = sum(len(one.responses) for one in comparisons)
+        self.job.tracker.console.line(
+            f"Round {number} waits for people: rank the {completions} completions of {len(comparisons)} prompts in "
+            f"{job.run_dir / 'sheet.csv'} (or sheet.jsonl): 1 is best, equal numbers are a tie. Save each "
+            f"labeler's sheet as {rank.folder / 'NAME.csv'} (or .jsonl), then give the same command again."
+        )
         return True
 
-    def _take(self, part: Job, comparisons: list[Comparison], files: list[Path]) -> None:
-        """Write RUN/round-<k>/data/comparisons.jsonl of the sheets that people filled in. Raises ValueError."""
-        rankings = _read_all(files, comparisons, part.config.rounds.seed)
+    def _summarise(self, number: int) -> None:
+        """The round's figures in RUN/summary.json, from its files, so that a kill costs none of them."""
+        self.job.summarise("rounds", str(number), **round_figures(self.job, number))
+
+    async def generators(self, processes: "ProcessPool", model: Path) -> "Fleet":
+        """The generators with the weights of `model`: started with them, or given them by the learner."""
+        from learner.weights.publish import Publisher
+
+        fleet = await processes.generators(model)
+        if processes.weights == model:
+            return fleet
+        config, learner = self.job.config, await processes.learner()
+        with processes.announce(f"hand the weights of {model.parent.name}/{model.name} to the actors"):
+            await learner.load("policy", "policy", model, config.ppo.network, config.ppo.policy_optimizer, frozen=True)
+            await learner.open_sender(config.publish)
+            workers, probes = config.generator.tensor_parallel_size, self.ppo.inputs.held_out.probes()
+            fleet.publisher = Publisher(learner, config.publish, probes, workers, self.job.monitor.waits)
+            await fleet.publish(0)
+            await learner.unload()
+        processes.weights = model
+        return fleet
+
+
+class SampleOfRound(Sample):
+    """Completions of the round's prompts by the current policy, and some by the SFT model where asked for."""
+
+    def __init__(self, job: Job, rounds: Rounds, number: int) -> None:
+        super().__init__(job)
+        self.rounds, self.number = rounds, number
+
+    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+        settings, contents = super().made_of()
+        rounds = self.job.config.rounds.model_dump(mode="json", include={"prompts", "sft_completions", "seed"})
+        return {**settings, "rounds": rounds}, {**contents, "models.policy": self.rounds.policy(self.number - 1)}
+
+    def check(self) -> list[Prompt]:
+        """Write the round's prompts, which are among those that were checked."""
+        config, job = self.job.config, self.job
+        chosen = round_prompts(self.rounds.prompts, self.number, config.rounds.prompts, config.rounds.seed)
+        rows = (
+            {"id": f"r{self.number}-{row:04d}", "prompt": _turns(prompt), "source": prompt.id}
+            for row, prompt in enumerate(chosen, start=1)
+        )
+        file = job.run_dir / "data" / "preference_prompts.jsonl"
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        job.made("data", file, self.rounds.job.file("preference_prompts"))
+        return super().check()
+
+    async def run(self, processes: "ProcessPool", inputs: Sequence[Prompt]) -> None:
+        job, config, rounds = self.job, self.job.config, self.rounds
+        policy, sft = rounds.policy(self.number - 1), job.model("sft")
+        by_sft = config.rounds.sft_completions if self.number > 1 else 0
+        count, seed = config.sample.completions_per_prompt - by_sft, config.sample.seed
+        groups = await sampled(job, await rounds.generators(processes, policy), inputs, policy, count, seed)
+        if by_sft:
+            others = await sampled(job, await rounds.generators(processes, sft), inputs, sft, by_sft, seed + 1)
+            groups = [[*group, *other] for group, other in zip(groups, others, strict=True)]
+        write_completions(job, inputs, groups, policy, *[sft] * bool(by_sft))
+
+
+class RankByPeople(Stage):
+    """The sheets that people filled in become the round's comparisons."""
+
+    name: ClassVar[str] = Rank.name
+    results: ClassVar[tuple[str, ...]] = Rank.results
+
+    @property
+    def folder(self) -> Path:
+        """Where their sheets are put."""
+        folder = self.job.run_dir / "rankings"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    @property
+    def sheets(self) -> list[Path]:
+        """Those that are there."""
+        return sorted(file for file in self.folder.iterdir() if file.suffix in (".csv", ".jsonl"))
+
+    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+        return {}, self.job.files("completions")
+
+    def check(self) -> tuple[list[Comparison], list[Rankings]]:
+        """Every file's rankings, and the comparisons that they rank whole. Raises ValueError with every mistake."""
+        job, files = self.job, self.sheets
+        comparisons = read_comparisons(job.file("completions"))
+        rankings = _read_all(files, comparisons, job.config.rounds.seed)
         merged = merge_rankings(comparisons, rankings)
         ranked = {one.id for one in merged}
         missing = [one.id for one in comparisons if one.id not in ranked]
         told = [note for one in rankings for note in one.partial]
-        allowed = part.config.rounds.max_unranked
+        allowed = job.config.rounds.max_unranked
         if len(missing) > allowed or not merged:
             names = ", ".join(missing[:_SHOWN]) + (", .." if len(missing) > _SHOWN else "")
             told.append(
@@ -190,27 +297,28 @@ class Rounds:
         for note in told:
             log.warning("%s", note)
         if missing:
-            log.warning("%d comparisons of %s are not ranked whole and are left out", len(missing), part.run_dir)
-        path = part.run_dir / "data" / "comparisons.jsonl"
+            log.warning("%d comparisons of %s are not ranked whole and are left out", len(missing), job.run_dir)
+        return merged, rankings
+
+    async def run(self, processes: Any, inputs: tuple[list[Comparison], list[Rankings]]) -> None:
+        (merged, rankings), job = inputs, self.job
+        path = job.run_dir / "data" / "comparisons.jsonl"
         write_comparisons(path, merged)
-        part.summarise(rankings=f"people ({', '.join(one.labeler for one in rankings)})", **agreement_figures(rankings))
-        part.made("comparisons", path, part.file("completions"), *files)
+        job.summarise(rankings=f"people ({', '.join(one.labeler for one in rankings)})", **agreement_figures(rankings))
+        job.made("comparisons", path, job.file("completions"), *self.sheets)
 
-    def _gather(self, part: Job, number: int) -> None:
-        """All comparisons so far, where the reward model is trained on them all."""
-        path = part.config.data.comparisons
-        if path is None:
-            return
-        earlier = [self.job.run_dir / f"round-{k}" / "data" / "comparisons.jsonl" for k in range(1, number + 1)]
-        write_comparisons(path, (one for file in earlier for one in read_comparisons(file)))
-        part.made("comparisons", path, *earlier)
 
-    async def _align(self, part: Job, place: Workplace) -> None:
-        alignment = Alignment(part)
-        learner, fleet = await place.learner(), await place.fleet(part.model("init"), exactly=False)
-        async with place.processes.reward(part.config.scoring, part.reward_to_serve()) as rewards:
-            await alignment.connect(learner, fleet, rewards).run(part.config.ppo)
-        place.weights = part.run_dir / "policy"
+class RewardModelOfRound(RewardModel):
+    """Trained on the comparisons of all rounds so far, or on those of the round alone."""
+
+    def check(self) -> Any:
+        path, run_dir = self.job.config.data.comparisons, self.job.run_dir.parent
+        if path is not None:
+            number = int(self.job.run_dir.name.removeprefix("round-"))
+            earlier = [run_dir / f"round-{k}" / "data" / "comparisons.jsonl" for k in range(1, number + 1)]
+            write_comparisons(path, (one for file in earlier for one in read_comparisons(file)))
+            self.job.made("comparisons", path, *earlier)
+        return super().check()
 
 
 def round_prompts(prompts: list[Prompt], number: int, count: int, seed: int) -> list[Prompt]:
@@ -232,6 +340,10 @@ def agreement_figures(rankings: list[Rankings]) -> dict[str, Any]:
     credit = agreement_credit(rankings)
     if not credit:
         return {}
+    import torch
+
+    from learner.maths.intervals import bootstrap_interval
+
     agreed, pairs = torch.tensor([one for one, _ in credit]), torch.tensor([count for _, count in credit])
     interval = bootstrap_interval(agreed, pairs, resamples=1000, seed=0)
     rate = float(agreed.sum() / pairs.sum())

@@ -5,25 +5,24 @@ and people's liking go on rising. The reward model is younger than the epochs, s
 """
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from rich.table import Table
 
 from actors.prompts import Prompt, check_prompts, read_prompts
-from actors.rollout import Scorer
-from actors.sampling import Generator, sample
-from cluster.pipeline.job import Job
-from learner.maths.intervals import bootstrap_interval
-from reward_server.encoding import ChatEncoding
+from cluster.config.schema import Config
+from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
+from cluster.runtime.resources import Kind
 from reward_server.schema import ScoreRequest
 
-Open = Callable[[Path], AbstractAsyncContextManager[Sequence[Generator]]]
-"""Starts generators with the weights of a folder"""
+if TYPE_CHECKING:
+    from actors.waves import Generator, Scorer
+    from cluster.fleet.pool import ProcessPool
+    from reward_server.encoding import ChatEncoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,86 +42,106 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contest:
+class Epochs:
     """What is compared, and on what."""
 
-    epochs: tuple[Path, ...]
-    """folders of the kept epochs, in their order"""
+    folders: tuple[Path, ...]
+    """of the kept epochs, in their order"""
     prompts: tuple[Prompt, ...]
     """validation prompts"""
-    encoding: ChatEncoding
+    encoding: "ChatEncoding"
     """of the model"""
 
 
-def read_contest(job: Job) -> Contest:
-    """Find the epochs and read the prompts, before anything heavy starts. Raises ValueError when there are none."""
-    name = job.config.select.model
-    folder = job.run_dir / f"{name}-epochs"
-    found = [path for path in folder.glob("*") if path.name.isdigit() and (path / "config.json").is_file()]
-    if not found:
-        raise ValueError(
-            f"{folder} holds no epochs to choose among: run `rayward {name} --{name}.select reward` in this run "
-            "directory first"
-        )
-    epochs = sorted(found, key=lambda path: int(path.name))
-    prompts = read_prompts(job.file("prompts_valid"), job.config.data.max_bad_rows)
-    encoding = ChatEncoding.load(epochs[0])
-    check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
-    return Contest(epochs=tuple(epochs), prompts=tuple(prompts), encoding=encoding)
+class Select(Stage):
+    """Compares the epochs, writes RUN/selection-NAME.json, and makes the best of them RUN/NAME."""
 
-
-async def run_select(job: Job, generators: Open, rewards: Scorer, contest: Contest) -> int:
-    """Compare the epochs, write RUN/selection-NAME.json, and make the best of them RUN/NAME; returns its number."""
-    name, prompts = job.config.select.model, contest.prompts
-    found = []
-    with job.tracker.phase(f"select: {len(contest.epochs)} epochs on {len(prompts)} prompts", f"select-{name}"):
-        for folder in contest.epochs:
-            async with generators(folder) as opened:
-                one = await _measure(job, opened, rewards, contest, int(folder.name))
-            found.append(one)
-            low, high = one.score_ci
-            metrics = {"score": one.score, "score_low": low, "score_high": high, "eos_rate": one.eos_rate}
-            job.tracker.log(f"select-{name}", one.epoch, {f"select/{key}": value for key, value in metrics.items()})
-    chosen = max(found, key=lambda one: one.score)
-    best = contest.epochs[found.index(chosen)]
-    job.install(best, name)
-    job.made(name, job.run_dir / name, best, job.file("prompts_valid"))
-    rows = [asdict(one) for one in found]
-    text = json.dumps({"model": name, "chosen": chosen.epoch, "prompts": len(prompts), "epochs": rows}, indent=2)
-    (job.run_dir / f"selection-{name}.json").write_text(text + "\n")
-    job.summarise("select", name, epoch=chosen.epoch, score=chosen.score, score_ci=chosen.score_ci)
-    job.tracker.console.show(_table(found, chosen))
-    return chosen.epoch
-
-
-async def _measure(
-    job: Job, generators: Sequence[Generator], rewards: Scorer, contest: Contest, epoch: int
-) -> Candidate:
-    """One response a prompt at temperature 1, from the same seeds for every epoch."""
-    rollout = job.config.rollout.model_copy(update={"temperature": 1.0})
-    groups = await sample(
-        generators, contest.prompts, contest.encoding, rollout, samples=1, seed=job.config.select.seed
+    name: ClassVar[str] = "select"
+    purpose: ClassVar[str] = "Choose the epoch of an SFT model whose responses the reward model scores highest."
+    files: ClassVar[str] = (
+        "Reads RUN/baseline-epochs (or RUN/sft-epochs), RUN/reward and data.prompts_valid. Writes RUN/baseline "
+        "(or RUN/sft) and RUN/selection-baseline.json."
     )
-    completions = [group[0] for group in groups]
-    replies = await rewards.score(
-        [
-            ScoreRequest(
-                id=f"{job.tracker.run_id}/select-{job.config.select.model}-{epoch}/{prompt.id}",
-                prompt=prompt.messages,
-                response=completion.text,
-                ended=completion.ended,
+    example: ClassVar[str] = "rayward select --run runs/mine --data.prompts_valid prompts.jsonl"
+    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, "select", *SAMPLING, "scoring", "tracking")
+    processes: ClassVar[tuple[Kind, ...]] = ("generator", "reward")
+    resumes: ClassVar[bool] = False
+
+    @classmethod
+    def data(cls, config: Config) -> tuple[str, ...]:
+        return ("prompts_valid",)
+
+    def check(self) -> Epochs:
+        """Find the epochs and read the prompts. Raises ValueError when there are none."""
+        from reward_server.encoding import ChatEncoding
+
+        job, name = self.job, self.job.config.select.model
+        folder = job.run_dir / f"{name}-epochs"
+        found = [path for path in folder.glob("*") if path.name.isdigit() and (path / "config.json").is_file()]
+        if not found:
+            raise ValueError(
+                f"{folder} holds no epochs to choose among: run `rayward {name} --{name}.select reward` in this run "
+                "directory first"
             )
-            for prompt, completion in zip(contest.prompts, completions, strict=True)
-        ]
-    )
-    scores = torch.tensor([reply.score for reply in replies], dtype=torch.float64)
-    return Candidate(
-        epoch=epoch,
-        score=fmean(scores.tolist()),
-        score_ci=bootstrap_interval(scores, torch.ones(len(scores), dtype=torch.long), resamples=1000, seed=0),
-        eos_rate=fmean(completion.ended for completion in completions),
-        tokens=fmean(len(completion.response_ids) for completion in completions),
-    )
+        _ = job.reward_to_serve
+        folders = sorted(found, key=lambda path: int(path.name))
+        prompts, encoding = read_prompts(job.file("prompts_valid"), job.max_bad_rows), ChatEncoding.load(folders[0])
+        check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
+        return Epochs(folders=tuple(folders), prompts=tuple(prompts), encoding=encoding)
+
+    async def run(self, processes: "ProcessPool", inputs: Epochs) -> None:
+        job, name, prompts = self.job, self.job.config.select.model, inputs.prompts
+        rewards, found = await processes.rewards(job.reward_to_serve), []
+        with job.tracker.phase(f"select: {len(inputs.folders)} epochs on {len(prompts)} prompts", f"select-{name}"):
+            for folder in inputs.folders:
+                fleet = await processes.fresh_generators(folder)
+                one = await self._measure(await fleet.crew(), rewards, inputs, int(folder.name))
+                found.append(one)
+                low, high = one.score_ci
+                metrics = {"score": one.score, "score_low": low, "score_high": high, "eos_rate": one.eos_rate}
+                job.tracker.log(f"select-{name}", one.epoch, {f"select/{key}": value for key, value in metrics.items()})
+        chosen = max(found, key=lambda one: one.score)
+        best = inputs.folders[found.index(chosen)]
+        job.install(best, name)
+        job.made(name, job.run_dir / name, best, job.file("prompts_valid"))
+        rows = [asdict(one) for one in found]
+        text = json.dumps({"model": name, "chosen": chosen.epoch, "prompts": len(prompts), "epochs": rows}, indent=2)
+        (job.run_dir / f"selection-{name}.json").write_text(text + "\n")
+        job.summarise("select", name, epoch=chosen.epoch, score=chosen.score, score_ci=chosen.score_ci)
+        job.tracker.console.show(_table(found, chosen))
+
+    async def _measure(
+        self, generators: "Sequence[Generator]", rewards: "Scorer", inputs: Epochs, epoch: int
+    ) -> Candidate:
+        """One response a prompt at temperature 1, from the same seeds for every epoch."""
+        import torch
+
+        from actors.sampling import sample
+        from learner.maths.intervals import bootstrap_interval
+
+        job, select = self.job, self.job.config.select
+        rollout = job.config.rollout.model_copy(update={"temperature": 1.0})
+        groups = await sample(generators, inputs.prompts, inputs.encoding, rollout, samples=1, seed=select.seed)
+        completions = [group[0] for group in groups]
+        replies = await rewards.score(
+            [
+                ScoreRequest(
+                    id=f"{job.tracker.run_id}/select-{select.model}-{epoch}/{prompt.id}",
+                    prompt=prompt.messages,
+                    response=completion.text,
+                    ended=completion.ended,
+                )
+                for prompt, completion in zip(inputs.prompts, completions, strict=True)
+            ]
+        )
+        scores = torch.tensor([reply.score for reply in replies], dtype=torch.float64)
+        return Candidate(
+            epoch=epoch,
+            score=fmean(scores.tolist()),
+            score_ci=bootstrap_interval(scores, torch.ones(len(scores), dtype=torch.long), resamples=1000, seed=0),
+            eos_rate=fmean(completion.ended for completion in completions),
+            tokens=fmean(len(completion.response_ids) for completion in completions),
+        )
 
 
 def _table(found: Sequence[Candidate], chosen: Candidate) -> Table:

@@ -1,43 +1,54 @@
 """The reward service on its own: one copy under uvicorn, or replicas on Ray Serve."""
 
+import asyncio
 import contextlib
 import logging
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from ray import serve
-
-from cluster.pipeline.job import Job
-from cluster.runtime.actor import python_path
-from cluster.runtime.session import start_ray
-from reward_server.address import free_port
-from reward_server.app import create_app, is_loopback
-from reward_server.app import serve as serve_alone
+from cluster.pipeline.stage import Stage
+from reward_server.address import free_port, is_loopback
 from reward_server.bearer import FILE_VARIABLE, TOKEN_VARIABLE, bearer_token
 from reward_server.config import ServeConfig, SourceConfig
-from reward_server.sources import build_source
 
 _APP = "rewards"
 
 
-def run_serve(job: Job, reward_model: Path | None) -> None:
-    """Serve scores until Ctrl-C or SIGTERM."""
-    config, console = job.config.serve, job.tracker.console
-    check_token(config)
-    with contextlib.ExitStack() as stack:
-        if config.on_ray:
-            cpus = max(config.replicas, config.max_replicas or 1) * config.threads
-            stack.enter_context(start_ray(job.config.cluster.address, cpus=cpus, log_dir=job.run_dir / "logs"))
-            url = stack.enter_context(replicas(config, job.config.scoring, reward_model))
-        else:
-            url = stack.enter_context(_alone(config, job.config.scoring, reward_model))
-        console.line(f"scores are served at {url}/score; {url}/docs describes it; /health and /metrics say how it is")
-        console.line("Ctrl-C ends it")
-        _until_told()
+class Serve(Stage):
+    """Serves scores over HTTP until Ctrl-C or SIGTERM."""
+
+    name: ClassVar[str] = "serve"
+    group: ClassVar[str] = "operate"
+    purpose: ClassVar[str] = (
+        "Serve scores over HTTP to others, from a reward model, a function, rules, or a mix of them."
+    )
+    files: ClassVar[str] = "Reads RUN/reward, or what scoring.parts names. Answers /score, /health, /metrics and /docs."
+    example: ClassVar[str] = "rayward serve --run runs/mine --serve.port 8700 --serve.replicas 2"
+    sections: ClassVar[tuple[str, ...]] = ("models", "cluster", "scoring", "serve", "tracking")
+    resumes: ClassVar[bool] = False
+
+    def check(self) -> Path | None:
+        """Raises ValueError for a token that cannot be used, off the loopback without one, and without the model."""
+        check_token(self.job.config.serve)
+        return self.job.reward_to_serve
+
+    async def run(self, processes: Any, inputs: Path | None) -> None:
+        from cluster.runtime.session import start_ray
+
+        config, job = self.job.config.serve, self.job
+        with contextlib.ExitStack() as stack:
+            if config.on_ray:
+                cpus = max(config.replicas, config.max_replicas or 1) * config.threads
+                stack.enter_context(start_ray(job.config.cluster.address, cpus=cpus, log_dir=job.run_dir / "logs"))
+                url = stack.enter_context(replicas(config, job.config.scoring, inputs))
+            else:
+                url = stack.enter_context(_alone(config, job.config.scoring, inputs))
+            job.tracker.console.line(
+                f"scores are served at {url}/score; {url}/docs describes it; /health and /metrics say how it is"
+            )
+            job.tracker.console.line("Ctrl-C ends it")
+            await asyncio.Event().wait()
 
 
 def check_token(config: ServeConfig) -> None:
@@ -56,6 +67,13 @@ def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | Non
 
     Raises RuntimeError when the copies do not start.
     """
+    import torch
+    from ray import serve
+
+    from cluster.runtime.actor import python_path
+    from reward_server.app import create_app
+    from reward_server.sources import build_source
+
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     port = config.port or free_port(config.host)
 
@@ -96,20 +114,17 @@ def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | Non
 
 @contextlib.contextmanager
 def _alone(config: ServeConfig, source: SourceConfig, reward_model: Path | None) -> Iterator[str]:
+    import torch
+
+    from reward_server.app import serve
+    from reward_server.sources import build_source
+
     torch.set_num_threads(config.threads)
     token = bearer_token()
-    server = serve_alone(
+    server = serve(
         build_source(source, reward_model, token), config.host, config.port, token=token, limits=config.limits
     )
     try:
         yield server.url
     finally:
         server.close()
-
-
-def _until_told() -> None:
-    """Wait for Ctrl-C; SIGTERM raises SystemExit, as the command line has arranged."""
-    if threading.current_thread() is threading.main_thread():
-        while True:
-            signal.pause()
-    threading.Event().wait()

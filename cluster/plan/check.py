@@ -10,38 +10,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.cli.commands import COMMANDS
 from cluster.config.load import settings
 from cluster.config.schema import Config
+from cluster.pipeline.stage import Stage, Trained
 from cluster.plan.counts import indivisible_batch
 from cluster.rundir.inputs import KINDS, Model, check_base, check_data, data_file, model_folder
 from cluster.runtime.resources import ResourceError, machine_gpus, machine_memory, plan_run
-from learner.config import NetworkConfig, OptimizerConfig
 from reward_server.bearer import bearer_token
 from reward_server.functions import load_function
 
 GIB = 2**30
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# What each command reads; a model or file of another command is looked at only where it is configured.
-_MODELS = {
-    "sample": ("sft",),
-    "reward": ("sft",),
-    "ppo": ("sft", "critic"),
-    "rounds": ("sft",),
-    "evaluate": ("policy", "sft"),
-}
-_FILES = {
-    "sft": ("demonstrations",),
-    "baseline": ("demonstrations",),
-    "sample": ("preference_prompts",),
-    "rank": ("completions",),
-    "reward": ("comparisons", "demonstrations"),
-    "select": ("prompts_valid",),
-    "ppo": ("prompts", "prompts_heldout", "pretraining_valid"),
-    "rounds": ("preference_prompts", "demonstrations", "prompts", "prompts_heldout", "pretraining_valid"),
-    "evaluate": ("prompts_heldout", "pretraining_valid"),
-}
-_WRITES = {"sft": ("sft",), "baseline": ("baseline",), "reward": ("reward",), "ppo": ("policy", "policy_ema")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,37 +33,36 @@ class Findings:
     """a line each; it may"""
 
 
-def check_config(config: Config, command: str, run_dir: Path) -> Findings:
+def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Findings:
     """Everything that can be told of a command's configuration without loading a model or starting a process."""
-    sections = COMMANDS[command].sections
-    problems, models = [], {}
-    if command != "quickstart":  # makes its own models and files
-        problems += _bad_inputs(config, command, run_dir, models)
+    sections = stage.sections
+    models: dict[str, Model] = {}
+    problems = [*_bad_inputs(config, stage, run_dir, models)]
     problems += _not_finite(config, sections)
     problems += _bad_functions(config, sections)
     if "scoring" in sections:
         problems += _bad_token()
-    if "ppo" in sections and command != "evaluate":
+    if "ppo" in sections:
         problems += _indivisible(config)
-    problems += _bad_optimizers(config, command)
+    problems += _bad_optimizers(stage.trained(config))
     problems += _too_long(config, sections, models)
     if "cluster" in sections:
-        problems += _too_large(config, command, run_dir, models)
-    return Findings(problems=tuple(dict.fromkeys(problems)), warnings=tuple(_odd(config, command)))
+        problems += _too_large(config, stage, run_dir, models)
+    return Findings(problems=tuple(dict.fromkeys(problems)), warnings=tuple(_odd(config, stage)))
 
 
-def _bad_inputs(config: Config, command: str, run_dir: Path, models: dict[str, Model]) -> Iterator[str]:
-    """Models and files that are not there or are something else; the models that are right go into `models`."""
-    sections = COMMANDS[command].sections
-    if "models" in sections:
-        if command in ("sft", "baseline"):
-            if config.models.base is None:
-                yield "models.base is not set: name a Hugging Face folder or hub id, --models.base NAME"
-            else:
-                yield from _model(config, "base", Path(config.models.base), models)
-        wanted = [*_MODELS.get(command, ())]
-        if command in ("ppo", "evaluate") and config.scoring.uses_own_model:
-            wanted.append("reward")
+def _bad_inputs(config: Config, stage: type[Stage], run_dir: Path, models: dict[str, Model]) -> Iterator[str]:
+    """Models and files that are not there or are something else; the models that are right go into `models`.
+
+    Those of other stages are looked at where they are configured, but for a stage that makes its own.
+    """
+    wanted = stage.models(config)
+    if "base" in wanted:
+        if config.models.base is None:
+            yield "models.base is not set: name a Hugging Face folder or hub id, --models.base NAME"
+        else:
+            yield from _model(config, "base", Path(config.models.base), models)
+    if "models" in stage.sections and not stage.variants:
         for name in ("sft", "init", "reward", "critic", "policy"):
             if name in wanted or getattr(config.models, name) is not None:
                 try:
@@ -93,12 +71,9 @@ def _bad_inputs(config: Config, command: str, run_dir: Path, models: dict[str, M
                     yield str(error)
                 else:
                     yield from _model(config, name, path, models)
-    wanted = [*_FILES.get(command, ())]
-    mixed = {"ppo": config.ppo.pretraining.coef, "sft": config.sft.pretraining_share}
-    if mixed.get({"rounds": "ppo"}.get(command, command)):
-        wanted.append("pretraining")
+    wanted = stage.data(config)
     for name in KINDS:
-        if name in wanted or (command not in _FILES and getattr(config.data, name) is not None):
+        if name in wanted:
             try:
                 check_data(name, data_file(config, run_dir, name))
             except ValueError as error:
@@ -156,21 +131,8 @@ def _indivisible(config: Config) -> Iterator[str]:
         yield problem
 
 
-def _networks(config: Config, command: str) -> dict[str, tuple[NetworkConfig, OptimizerConfig]]:
-    """What a command trains, by the key of its optimizer."""
-    ppo = config.ppo
-    trained = {
-        "sft.optimizer": (config.sft.network, config.sft.optimizer),
-        "baseline.optimizer": (config.baseline.network, config.baseline.optimizer),
-        "reward.optimizer": (config.reward.network, config.reward.optimizer),
-        "ppo.policy_optimizer": (ppo.network, ppo.policy_optimizer),
-        "ppo.critic_optimizer": (ppo.critic, ppo.critic_optimizer),
-    }
-    return {key: value for key, value in trained.items() if command in ("quickstart", key.split(".")[0])}
-
-
-def _bad_optimizers(config: Config, command: str) -> Iterator[str]:
-    for key, (network, optimizer) in _networks(config, command).items():
+def _bad_optimizers(trained: Trained) -> Iterator[str]:
+    for key, (network, optimizer) in trained.items():
         if optimizer.zero_stage == 0 and network.dtype != "float32":
             section = key.split(".")[0]
             yield (
@@ -237,7 +199,7 @@ def _too_long_to_score(config: Config, longest: int, sum_: str, models: dict[str
             )
 
 
-def _too_large(config: Config, command: str, run_dir: Path, models: dict[str, Model]) -> Iterator[str]:
+def _too_large(config: Config, stage: type[Stage], run_dir: Path, models: dict[str, Model]) -> Iterator[str]:
     """What the machine has certainly no room for."""
     if config.cluster.address == "local":
         try:
@@ -247,8 +209,8 @@ def _too_large(config: Config, command: str, run_dir: Path, models: dict[str, Mo
     start = models.get("base", models.get("sft"))
     if start is None:
         return
-    if names := _WRITES.get(command):
-        network = next(iter(_networks(config, command).values()))[0]
+    if names := stage.writes:
+        network = next(iter(stage.trained(config).values()))[0]
         need = len(names) * start.parameters * _NUMBER_BYTES[network.dtype]
         there = next(folder for folder in (run_dir.resolve(), *run_dir.resolve().parents) if folder.exists())
         if need > (free := shutil.disk_usage(there).free):
@@ -257,7 +219,7 @@ def _too_large(config: Config, command: str, run_dir: Path, models: dict[str, Mo
                 "free. Make room, or name a --run DIR on another disk"
             )
     if config.cluster.address == "local" and not machine_gpus():
-        needs = _memory(config, command, start.parameters)
+        needs = _memory(config, stage, start.parameters)
         if (total := sum(needs.values())) > (has := machine_memory()):
             each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
             yield (
@@ -267,28 +229,30 @@ def _too_large(config: Config, command: str, run_dir: Path, models: dict[str, Mo
             )
 
 
-def _memory(config: Config, command: str, parameters: int) -> dict[str, int]:
+def _memory(config: Config, stage: type[Stage], parameters: int) -> dict[str, int]:
     """Bytes that are held at the same time, without activations: less than what is needed."""
-    needs: dict[str, int] = {}
-    for key, (network, _) in _networks(config, command).items():
+    by_section: dict[str, dict[str, int]] = {}
+    for key, (network, _) in stage.trained(config).items():
         size = _NUMBER_BYTES[network.dtype]
         # Adam's two averages and the gradient, and float32 weights beside those of bfloat16
         trained = 0 if network.lora_rank or network.last_layers else 8 + size + (4 if size < 4 else 0)
-        needs[key.removesuffix("optimizer").rstrip("._")] = parameters * (size + trained)
-    if command == "ppo":
-        needs["reference"] = parameters * _NUMBER_BYTES[config.ppo.network.dtype]
-    if "generator" in COMMANDS[command].sections:
+        name = key.removesuffix("optimizer").rstrip("._")
+        by_section.setdefault(key.split(".")[0], {})[name] = parameters * (size + trained)
+    if "ppo" in by_section:
+        by_section["ppo"]["reference"] = parameters * _NUMBER_BYTES[config.ppo.network.dtype]
+    needs = max(by_section.values(), key=lambda one: sum(one.values()), default={})  # one after the other
+    if "generator" in stage.sections:
         cache = int(config.generator.kv_cache_gib * GIB)
         count = max(config.cluster.generators, config.cluster.max_generators or 0)
         needs["generators"] = count * (parameters * _NUMBER_BYTES[config.generator.dtype] + cache)
-    if "scoring" in COMMANDS[command].sections and config.scoring.uses_own_model:
+    if "scoring" in stage.sections and config.scoring.uses_own_model:
         needs["reward service"] = parameters * _NUMBER_BYTES[config.scoring.dtype]
     return needs
 
 
-def _odd(config: Config, command: str) -> Iterator[str]:
+def _odd(config: Config, stage: type[Stage]) -> Iterator[str]:
     """What is allowed and hardly meant."""
-    if command not in ("ppo", "quickstart"):
+    if "ppo.policy_optimizer" not in stage.trained(config):
         return
     ppo, sampler, eos = config.ppo, config.generator.dtype, config.rollout.missing_eos
     if sampler != ppo.network.dtype:

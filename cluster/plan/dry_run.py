@@ -12,16 +12,21 @@ from rich.console import Console
 
 from cluster.cli.audit import ledgers
 from cluster.cli.commands import COMMANDS
-from cluster.config.schema import Config
+from cluster.config.schema import Config, TrackingConfig
 from cluster.fleet.scale import number_of
+from cluster.pipeline.job import Job
+from cluster.pipeline.stage import preflight
+from cluster.pipeline.stages import STAGES
+from cluster.plan.check import check_config
 from cluster.plan.forecast import STEPS, Forecast, Site, forecast
 from cluster.plan.hardware import Machine, described, gpu_named, measured_cores, this_machine
 from cluster.plan.pace import pace_of
 from cluster.plan.table import as_json, tables
 from cluster.rundir.lineage import lineage_tree
-from cluster.rundir.stages import Start
+from cluster.rundir.record import Start
 from cluster.runtime.placement import cluster_nodes
 from cluster.runtime.session import start_ray
+from cluster.tracking.tracker import Tracker
 
 
 def plan(config: Config, run_dir: Path, command: str, as_data: bool) -> bool:
@@ -46,9 +51,7 @@ def dry_run(
     start: Start = "resume" if "resume" in flags else "restart" if "restart" in flags else "new"
     problems: tuple[str, ...] = ()
     if not config.plan.nodes:  # the models and files of described machines are not here
-        from cluster.plan.rehearsal import rehearse  # imports what the commands themselves do
-
-        problems = rehearse(config, command, run_dir, start)
+        problems = _problems(config, command, run_dir, start)
     if command not in STEPS:
         return _show_alone(command, problems, files, as_data)
     try:
@@ -58,6 +61,18 @@ def dry_run(
             raise
         return _show_alone(command, (*problems, str(error)), files, as_data)
     return _show(replace(found, problems=tuple(dict.fromkeys((*found.problems, *problems)))), files, as_data)
+
+
+def _problems(config: Config, command: str, run_dir: Path, start: Start) -> tuple[str, ...]:
+    """What would stop a stage, in words: its settings, files and models, or what the run directory holds already."""
+    if problems := check_config(config, STAGES[command], run_dir).problems:
+        return problems
+    tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), command)  # is never entered, so it writes nothing
+    try:
+        preflight(STAGES[command](Job(config=config, run_dir=run_dir, tracker=tracker, start=start)))
+    except (ValueError, OSError) as error:
+        return tuple(str(error).splitlines())
+    return ()
 
 
 def foresee(config: Config, run_dir: Path, command: str = "plan") -> Forecast:

@@ -22,10 +22,10 @@ the final figures; every part of it is optional:
 Means of gold and score are taken from the held-out samples in evaluations/ where these have them.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from rich.text import Text
 from cluster.report.plot import png, svg
 from cluster.report.plots import arms, interval, labels, overview, plots, round_table
 from cluster.rundir.files import Change, Run, Sample, number, read_run, visible
+from cluster.tracking.console import Console
 
 _FIRST, _EXTREMES, _TERMINAL = 8, 2, 3  # samples: first by id, of each extreme, in the terminal
 _LONGEST = 700  # characters of a sample that are shown
@@ -99,6 +100,16 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def show_report(run_dir: Path, console: Console, json: bool = False) -> None:
+    """Write the report of a run directory, and its summary into the terminal."""
+    path = write_report(run_dir)
+    if json:
+        console.line(dumps({"report": str(path), "summary": read_run(run_dir).summary}, indent=2))
+        return
+    console.show(summary(run_dir))
+    console.line(f"The report is in {path}")
 
 
 def summary(run_dir: Path) -> RenderableType:
@@ -251,7 +262,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_plain, value)) or "none"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else dumps(value, ensure_ascii=False)
 
 
 def _folders(run: Run) -> Iterator[tuple[str, str]]:

@@ -14,13 +14,15 @@ from cluster.config.schema import Config, TrackingConfig
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.processes import Processes
 from cluster.pipeline.job import Job
-from cluster.pipeline.ppo import Alignment
+from cluster.pipeline.ppo import PPO
+from cluster.pipeline.stage import advance
 from cluster.runtime.actor import Handle
 from cluster.runtime.resources import default_plan, machine_cores
 from cluster.runtime.session import start_ray
 from cluster.tracking.tracker import Tracker
 from learner.data.ledger import audit
 from learner.weights.publish import Publisher
+from tests.fake_pool import FakePool
 from tests.fakes import FakeScorer
 from tests.tiny_models import CORPUS, tiny_causal_lm, tiny_reward_model
 
@@ -157,7 +159,8 @@ def test_the_run_goes_on_when_generators_die_come_and_go(job: Job, monkeypatch: 
             processes.generators(job.config.generator, job.model("sft")) as fleet,
         ):
             chaos = Chaos(fleet, monkeypatch)
-            await Alignment(job).connect(learner, fleet, FakeScorer()).run(job.config.ppo)  # pyright: ignore
+            pool: Any = FakePool(learner, fleet, FakeScorer())
+            await advance(PPO(job), pool)
             return chaos.killed, len(fleet.serving)
 
     with start_ray("local", cpus=plan.cpus, log_dir=job.run_dir / "logs"):

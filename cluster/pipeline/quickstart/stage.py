@@ -1,81 +1,139 @@
 """The whole of InstructGPT on one machine: real conversations, a simulated labeler, and a report."""
 
-import contextlib
 import time
-from dataclasses import astuple
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from cluster.fleet.processes import Processes
-from cluster.pipeline.job import Job, packed_text, run_rank, run_reward, run_sample, run_sft, sft_data
-from cluster.pipeline.ppo import Alignment
-from cluster.pipeline.quickstart.data import ChatSizes, chat_files, smollm2, tiny_tokenizer_and_model
-from cluster.rundir.stages import clear
-from learner.config import PPOConfig
-from learner.data.corpora import read_texts
-from learner.sft import SFTData
-from learner.worker.group import LearnerGroup
-from reward_server.encoding import ChatEncoding
+from cluster.config.schema import Config
+from cluster.pipeline.job import Job
+from cluster.pipeline.ppo import PPO
+from cluster.pipeline.preferences import Rank, Sample
+from cluster.pipeline.reward_model import RewardModel
+from cluster.pipeline.sft import SFT, packed_text
+from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage, Trained, advance
+from cluster.rundir.record import clear
+from cluster.runtime.resources import KINDS, Kind
+from learner.config import PPOConfig, SFTConfig
+
+if TYPE_CHECKING:
+    from cluster.fleet.pool import ProcessPool
+    from learner.sft import SFTData
 
 
-async def quickstart(job: Job, processes: Processes, tiny: bool) -> None:
+class Quickstart(Stage):
     """SFT, reward model, PPO-ptx; the tiny run pretrains its own model first and repeats PPO without the mix."""
-    started = time.monotonic()
-    base = prepare(job, tiny)
-    job.summarise(model="a Llama of 2 M parameters, pretrained here" if tiny else "SmolLM2-135M-Instruct")
-    async with contextlib.AsyncExitStack() as stack:
-        with job.tracker.phase("start the learner"):
-            learner = await stack.enter_async_context(processes.learner())
-        if tiny:
-            await pretrain(job, learner, base)
-            base = job.run_dir / "base"
-        await run_sft(job, learner, base, sft_data(job, base, job.config.sft), job.config.sft)
-        sft_model = job.model("sft")
-        with job.tracker.phase("start the vLLM actors"):
-            generators = await stack.enter_async_context(processes.generators(job.config.generator, sft_model))
-        await run_sample(job, generators.serving, sft_model)
-        run_rank(job)
-        await run_reward(job, learner, sft_model)
-        with job.tracker.phase("start the reward service"):
-            rewards = await stack.enter_async_context(processes.reward(job.config.scoring, job.model("reward")))
-        alignment = Alignment(job).connect(learner, generators, rewards)
-        for name, config in arms(job, tiny).items():
-            await alignment.run(config, name)
-    job.summarise(seconds=time.monotonic() - started)
 
-
-def arms(job: Job, tiny: bool) -> dict[str, PPOConfig]:
-    """The PPO stages, by name."""
-    config = job.config.ppo
-    without = config.model_copy(update={"pretraining": config.pretraining.model_copy(update={"coef": 0.0})})
-    return {"ppo": config, "ppo-noptx": without} if tiny else {"ppo": config}
-
-
-def complete(job: Job, tiny: bool) -> bool:
-    """Whether there is nothing left to do, which is said then. Raises ResumeRefused, see `clear`."""
-    clear(job.run_dir, job.start)
-    if not all((job.run_dir / "stages" / f"{name}.json").is_file() for name in arms(job, tiny)):
-        return False
-    alignment = Alignment(job)
-    return all(alignment.finished(config, name) for name, config in arms(job, tiny).items())
-
-
-def prepare(job: Job, tiny: bool) -> Path:
-    """Write the files of the run; return the model to start from (the tiny one is untrained as yet)."""
-    sizes = job.config.quickstart.model_dump(exclude={"pretrain"})
-    with job.tracker.phase("prepare conversations and model", "data"):
-        files = chat_files(job.run_dir / "data", seed=0, sizes=ChatSizes(**sizes))
-        for file in astuple(files):
-            job.made("data", file)
-        if tiny:
-            return tiny_tokenizer_and_model(read_texts(files.pretraining), job.run_dir / "untrained", seed=0)
-        return smollm2(progress=job.tracker.console.line)
-
-
-async def pretrain(job: Job, learner: LearnerGroup, untrained: Path) -> None:
-    """Language-model pretraining of the tiny model on whole chats; writes RUN/base."""
-    encoding, config = ChatEncoding.load(untrained), job.config.quickstart.pretrain
-    data = SFTData(
-        demonstrations=packed_text(job, "pretraining", encoding, config.max_tokens),
-        valid=packed_text(job, "pretraining_valid", encoding, config.max_tokens),
+    name: ClassVar[str] = "quickstart"
+    purpose: ClassVar[str] = "Run all of it on a small model, and write a report."
+    files: ClassVar[str] = "Needs nothing but this installation. Writes models, metrics and report.html into RUN."
+    example: ClassVar[str] = "rayward quickstart --tiny"
+    sections: ClassVar[tuple[str, ...]] = (
+        *(*SECTIONS, "sft", "sample", "labeler", "reward", "ppo", *SAMPLING),
+        *("scoring", "publish", "evaluation", "tracking", "quickstart"),
     )
-    await run_sft(job, learner, untrained, data, config, stage="pretraining", out="base")
+    processes: ClassVar[tuple[Kind, ...]] = KINDS
+    parts: ClassVar[tuple[str, ...]] = ("sft", "sample", "reward", "ppo")
+    default_run: ClassVar[str] = "runs/quickstart"
+    preset: ClassVar[str | None] = "quickstart"
+    variants: ClassVar[Mapping[str, str]] = {
+        "tiny": "a model of 2 million parameters, pretrained on the spot; PPO with and without the mix"
+    }
+
+    @classmethod
+    def trained(cls, config: Config) -> Trained:
+        return {**SFT.trained(config), **RewardModel.trained(config), **PPO.trained(config)}
+
+    @property
+    def tiny(self) -> bool:
+        """Whether it is the tiny variant."""
+        return self.job.variant == "tiny"
+
+    def pending(self) -> bool:
+        """Raises ResumeRefused, see `clear`."""
+        clear(self.job.run_dir, self.job.start)
+        arms = list(self._arms(replace(self.job, start="resume")))
+        if not all((self.job.run_dir / "stages" / f"{arm.name}.json").is_file() for arm in arms):
+            return True
+        return any(arm.pending() for arm in arms)
+
+    def check(self) -> None:
+        """What it reads it makes first. Raises ResumeRefused where it may not begin."""
+        if self.job.start == "new":
+            clear(self.job.run_dir, "new")
+
+    async def run(self, processes: "ProcessPool", inputs: None) -> None:
+        started, job = time.monotonic(), replace(self.job, start="resume")  # `clear` has seen to the stages that were
+        base = self._prepare()
+        job.summarise(model="a Llama of 2 M parameters, pretrained here" if self.tiny else "SmolLM2-135M-Instruct")
+        if self.tiny:
+            await advance(Pretraining(job, base), processes)
+            base = job.run_dir / "base"
+        for stage in (SFT(job, base), Sample(job), Rank(job), RewardModel(job)):
+            await advance(stage, processes)
+        for arm in self._arms(job):
+            await advance(arm, processes)
+        job.summarise(seconds=time.monotonic() - started)
+
+    def conclude(self) -> None:
+        from cluster.report.report import show_report
+
+        show_report(self.job.run_dir, self.job.tracker.console)
+
+    def _arms(self, job: Job) -> Iterator[PPO]:
+        """The PPO stages."""
+        yield PPO(job)
+        if self.tiny:
+            yield PPOWithoutMix(job)
+
+    def _prepare(self) -> Path:
+        """Write the files of the run; the model to start from (the tiny one is untrained as yet)."""
+        from cluster.pipeline.quickstart.data import ChatSizes, chat_files, smollm2, tiny_tokenizer_and_model
+        from learner.data.corpora import read_texts
+
+        job, sizes = self.job, self.job.config.quickstart.model_dump(exclude={"pretrain"})
+        with job.tracker.phase("prepare conversations and model", "data"):
+            files = chat_files(job.run_dir / "data", seed=0, sizes=ChatSizes(**sizes))
+            for file in astuple(files):
+                job.made("data", file)
+            if self.tiny:
+                return tiny_tokenizer_and_model(read_texts(files.pretraining), job.run_dir / "untrained", seed=0)
+            return smollm2(progress=job.tracker.console.line)
+
+
+class Pretraining(SFT):
+    """Language-model pretraining of the tiny model on whole chats; writes RUN/base."""
+
+    name: ClassVar[str] = "pretraining"
+    results: ClassVar[tuple[str, ...]] = ("base",)
+
+    @classmethod
+    def settings(cls, config: Config) -> SFTConfig:
+        return config.quickstart.pretrain
+
+    def check(self) -> "SFTData":
+        from learner.sft import SFTData
+        from reward_server.encoding import ChatEncoding
+
+        encoding, tokens = ChatEncoding.load(self.base), self.settings(self.job.config).max_tokens
+        return SFTData(
+            demonstrations=packed_text(self.job, "pretraining", encoding, tokens),
+            valid=packed_text(self.job, "pretraining_valid", encoding, tokens),
+        )
+
+    def learnt(self, inputs: Any) -> tuple[str, ...]:
+        return ("pretraining",)
+
+
+class PPOWithoutMix(PPO):
+    """PPO without pretraining gradients, which shows what the mix is for."""
+
+    name: ClassVar[str] = "ppo-noptx"
+    results: ClassVar[tuple[str, ...]] = ("policy-noptx", "policy-noptx_ema", "evaluations/ppo-noptx.jsonl")
+    traces: ClassVar[tuple[str, ...]] = ("ledger-ppo-noptx.jsonl", "checkpoints/ppo-noptx")
+
+    @property
+    def config(self) -> PPOConfig:
+        ppo = self.job.config.ppo
+        return ppo.model_copy(update={"pretraining": ppo.pretraining.model_copy(update={"coef": 0.0})})

@@ -16,11 +16,11 @@ from cluster.cli import main as cli
 from cluster.cli.commands import COMMANDS, Console, Run
 from cluster.config.load import compose, read_toml
 from cluster.config.schema import Config
+from cluster.pipeline import stage as stage_module
 from cluster.pipeline.job import Job
+from cluster.pipeline.stages import STAGES
 from cluster.plan import check as checks
-from cluster.rundir.stages import ResumeRefused
-from cluster.runtime.health import Monitor
-from cluster.status.snapshot import snapshot
+from cluster.rundir.record import ResumeRefused
 
 Entry = Callable[..., None]
 
@@ -30,7 +30,12 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Entry], None]:
     """Put a function in the place of what a command runs."""
 
     def replace(name: str, function: Entry) -> None:
-        monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], work=function))
+        if name in STAGES:
+            monkeypatch.setattr(stage_module, "execute", lambda stage: function(stage.job))
+        module: Any = types.ModuleType("stand_in")
+        module.entry = function
+        monkeypatch.setitem(sys.modules, "stand_in", module)
+        monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], entry="stand_in:entry"))
         monkeypatch.setattr(checks, "check_config", lambda *_: checks.Findings())  # no model or file is given
 
     return replace
@@ -91,7 +96,9 @@ def test_a_run_directory_remembers_its_settings(tmp_path: Path, entry: Any):
 def test_tiny_is_another_preset_and_run_directory(tmp_path: Path, entry: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     seen: list[tuple[Path, bool, int]] = []
-    entry("quickstart", lambda job, tiny: seen.append((job.run_dir, tiny, job.config.rollout.prompts_per_wave)))
+    entry(
+        "quickstart", lambda job: seen.append((job.run_dir, job.variant == "tiny", job.config.rollout.prompts_per_wave))
+    )
     assert rayward("quickstart") == 0
     assert rayward("quickstart", "--tiny") == 0
     (main, main_flag, main_wave), (tiny, tiny_flag, tiny_wave) = seen
@@ -254,11 +261,15 @@ def test_every_example_is_a_right_command_line(name: str, tmp_path: Path, monkey
     words = COMMANDS[name].example.partition(" > ")[0].split()
     assert words[:2] == ["rayward", name]
     if COMMANDS[name].sections:
-        cli.load(Config, cli.parse(COMMANDS[name], words[2:]))
+        cli.load(Config, call)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_something_to_run(name: str):
+    if name in STAGES:
         return
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.toml").touch()
-    cli.bind(COMMANDS[name], words[2:])
+    module, _, function = COMMANDS[name].entry.partition(":")
+    assert callable(getattr(__import__(module, fromlist=[function]), function))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +344,7 @@ def test_settings_that_are_refused_do_not_replace_those_of_the_run(
 
 
 def test_a_stopped_command_says_how_to_go_on(tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]):
-    def work(job: Job, tiny: bool) -> None:
+    def work(job: Job) -> None:
         raise KeyboardInterrupt
 
     entry("quickstart", work)

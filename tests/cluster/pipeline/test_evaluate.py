@@ -1,6 +1,13 @@
+"""Held-out prompts, the samples that are shown, and win rates by the labeler's verdicts."""
+
 import pytest
 
-from cluster.pipeline.evaluate import telling
+from actors.prompts import Prompt
+from cluster.pipeline.evaluate import read_evaluation_set, samples_to_show, win_rate
+from reward_server.schema import Message
+from tests.stage_runs import make_job
+from tests.stage_runs import rows as write_rows
+from tests.tiny_models import tiny_tokenizer
 
 
 def rows(count):
@@ -8,14 +15,56 @@ def rows(count):
 
 
 def test_the_best_the_worst_and_some_of_the_rest_are_shown():
-    shown = telling(rows(11), each=2, seed=0)
+    shown = samples_to_show(rows(11), each=2, seed=0)
     by_reason = {why: [row["score"] for row in shown if row["shown for"] == why] for why in ("highest", "lowest")}
     assert by_reason == {"highest": [10.0, 9.0], "lowest": [0.0, 1.0]}
     assert len(shown) == len({row["id"] for row in shown}) == 6
-    assert telling(rows(11), each=2, seed=0) == shown
+    assert samples_to_show(rows(11), each=2, seed=0) == shown
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 6, 7])
 def test_no_sample_is_shown_twice_and_few_are_all_shown(count):
-    shown = telling(rows(count), each=2, seed=1)
+    shown = samples_to_show(rows(count), each=2, seed=1)
     assert len(shown) == len({row["id"] for row in shown}) == min(count, 6)
+
+
+def test_only_the_first_prompts_are_held_out_for_evaluation(tmp_path):
+    tiny_tokenizer(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    prompts = write_rows(tmp_path / "p.jsonl", *({"id": str(i), "prompt": "hello"} for i in range(5)))
+    text = write_rows(tmp_path / "t.jsonl", {"text": "the quick brown fox " * 20})
+    data = {"prompts_heldout": prompts, "pretraining_valid": text}
+    short = {"pretraining": {"sequence_tokens": 16}}
+    one = make_job(tmp_path / "run", data=data, models={"sft": tmp_path / "base"}, evaluation={"prompts": 3}, ppo=short)
+    found = read_evaluation_set(one).prompts
+    assert [prompt.id for prompt in found] == ["0", "1", "2"]
+    assert found[0] == Prompt(id="0", messages=(Message(role="user", content="hello"),), reference=None)
+
+
+# --- win rates
+
+
+def test_a_tie_is_half_a_win_and_the_interval_is_wilsons():
+    ours = {str(n): 1.0 for n in range(61)} | {str(n): 0.0 for n in range(61, 100)}
+    theirs = (
+        {str(n): 0.0 for n in range(61)} | {str(n): 0.5 for n in range(61, 94)} | {str(n): 0.04 for n in range(94, 100)}
+    )
+    found = win_rate(ours, theirs, tie_margin=0.05)
+    assert found is not None
+    assert (found.wins, found.losses, found.ties, found.rate) == (61, 33, 6, 0.64)
+    assert found.ci == pytest.approx((0.542354, 0.727288), abs=1e-6)
+
+
+def test_only_prompts_that_both_answered_count():
+    found = win_rate({"a": 1.0, "b": 1.0}, {"b": 0.0, "c": 5.0}, tie_margin=0.0)
+    assert found is not None
+    assert (found.wins, found.losses, found.ties) == (1, 0, 0)
+    assert win_rate({"a": 1.0}, {"b": 1.0}, tie_margin=0.0) is None
+
+
+def test_the_other_side_has_the_rest():
+    ours, theirs = {"a": 1.0, "b": 0.0, "c": 0.2}, {"a": 0.0, "b": 1.0, "c": 0.0}
+    one, other = win_rate(ours, theirs, 0.1), win_rate(theirs, ours, 0.1)
+    assert one is not None
+    assert other is not None
+    assert one.rate + other.rate == 1

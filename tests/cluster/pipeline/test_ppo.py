@@ -6,24 +6,28 @@ import io
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.sampling import GeneratorFailed
+from actors.trajectory import Ticket
+from actors.waves import GeneratorFailed
 from cluster.config.schema import Config, TrackingConfig
 from cluster.pipeline.job import Job
-from cluster.pipeline.ppo import Alignment
-from cluster.rundir.stages import ResumeRefused, Start
+from cluster.pipeline.ppo import PPO, Progress
+from cluster.pipeline.stage import advance
+from cluster.rundir.record import ResumeRefused, Start
 from cluster.tracking.console import Console
 from cluster.tracking.tracker import Tracker
-from learner.data.ledger import audit
+from learner.data.buffer import Buffer
+from learner.data.ledger import Ledger, audit
 from learner.worker.group import LearnerGroup
 from learner.worker.networks import ValueNetwork
 from learner.worker.worker import LearnerWorker
 from reward_server.sources import FunctionSource
+from tests.fake_pool import FakePool
 from tests.hf_generator import HfGenerator, SourceScorer
 from tests.ranks import InProcess
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model
@@ -139,15 +143,12 @@ def align(
     job = Job(config=Config.model_validate(settings), run_dir=run, tracker=tracker, start=start)
     run.mkdir(exist_ok=True)
     worker.unload()
-    alignment = Alignment(job)
-    if alignment.finished(job.config.ppo):
-        return [], shown.getvalue()
     fleet: Any = OneGenerator(HfGenerator(made / "sft"), worker, killed_at)
     fleet.lost_at = lost_at
     rewards: Any = SourceScorer(FunctionSource("tests.hf_generator:share_of_letters"))
-    alignment.connect(LearnerGroup([InProcess(worker)]), fleet, rewards)
+    pool: Any = FakePool(LearnerGroup([InProcess(worker)]), fleet, rewards)
     with contextlib.suppress(Killed):
-        asyncio.run(alignment.run(job.config.ppo))
+        asyncio.run(advance(PPO(job), pool))
     return fleet.versions, shown.getvalue()
 
 
@@ -256,3 +257,110 @@ def test_a_run_killed_after_its_last_iteration_is_measured_and_written(
             align(worker, made, tmp_path, "resume", iterations=1)
     finally:
         data.write_text(before)
+
+
+# --- where it goes on, and checkpoints that cannot be written
+
+
+class Saver:
+    """Saves a file, or fills the disk."""
+
+    full = False
+
+    async def save_state(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"0" * 100)
+        if self.full:
+            with open("/dev/full", "wb", buffering=0) as file:
+                file.write(b"0" * 100)
+
+
+class Stopped(PPO):
+    """PPO as far as its record and its progress go."""
+
+    def made_of(self) -> Any:
+        return {"ppo": {"clip": 0.2}}, {}
+
+
+def begin(run: Path, start: Start = "resume", iterations: int = 4) -> tuple[Progress, Buffer, Ledger]:
+    tracker = Tracker(run, TrackingConfig(mode="disabled"), "ppo", console=Console(stream=io.StringIO()))
+    config = Config.model_validate({"ppo": {"iterations": iterations, "prompts_per_batch": 2}})
+    stage = Stopped(Job(config=config, run_dir=run, tracker=tracker, start=start))
+    assert stage.record is not None
+    if stage.record.begin():
+        tracker.forget("ppo")
+    progress = stage._progress()
+    ledger = Ledger(progress.ledger_file)
+    buffer = Buffer(2, 1, 0, progress.version, ledger=ledger)
+    progress.restore(buffer, ledger)
+    return progress, buffer, ledger
+
+
+def save(version: int, progress: Progress, buffer: Buffer, ledger: Ledger, learner: Any) -> None:
+    buffer.version = version
+    buffer._taken = buffer._admitted = 2 * version
+    asyncio.run(progress.save(version, 0.5, buffer, ledger, learner))
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stage_that_was_stopped_goes_on_from_its_newest_checkpoint(tmp_path: Path):
+    parts = begin(tmp_path)
+    assert (parts[0].version, parts[0].beta) == (0, Config().ppo.kl.coef)
+    save(2, *parts, Saver())
+    again, buffer, _ = begin(tmp_path)
+    assert (again.version, again.beta, buffer.version) == (2, 0.5, 2)
+    assert again.newest is not None
+    assert (again.newest.networks / "weights").stat().st_size == 100
+    found = audit(tmp_path / "ledger-ppo.jsonl")
+    assert (found.committed, found.resumed) == (2, 1)
+
+
+def test_without_a_checkpoint_what_was_begun_is_undone_in_the_ledger(tmp_path: Path):
+    _, _, ledger = begin(tmp_path)
+    ledger.record("issued", Ticket(number=0, attempt=0))
+    ledger.close()
+    progress, _, _ = begin(tmp_path)
+    assert progress.version == 0
+    found = audit(tmp_path / "ledger-ppo.jsonl")
+    assert (found.dropped, found.outstanding, found.resumed) == ({"resumed": 1}, 0, 1)
+
+
+def test_starting_over_removes_what_was_written(tmp_path: Path):
+    parts = begin(tmp_path)
+    save(2, *parts, Saver())
+    progress, _, _ = begin(tmp_path, "restart")
+    assert progress.version == 0
+    assert not (tmp_path / "ledger-ppo.jsonl").exists()
+    assert progress.checkpoints.newest() is None
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_shorter_run_than_was_done_is_refused(tmp_path: Path):
+    save(4, *begin(tmp_path), Saver())
+    with pytest.raises(ResumeRefused, match=r"ppo.iterations is 3, but .*version-000004 has done 4 already"):
+        begin(tmp_path, iterations=3)
+    assert begin(tmp_path, iterations=9)[0].version == 4
+
+
+def test_a_full_disk_is_an_alarm_and_the_earlier_checkpoint_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    parts, learner = begin(tmp_path), Saver()
+    save(2, *parts, learner)
+    learner.full = True
+    save(3, *parts, learner)
+    assert "checkpoint 3 was not written, and the run goes on without it: [Errno 28] No space left" in caplog.text
+    first, second = logged(tmp_path)
+    assert (first["checkpoint/failures"], second["checkpoint/failures"]) == (0.0, 1.0)
+    assert first["checkpoint/bytes"] > 100
+    learner.full = False
+    save(4, *parts, learner)
+    found = begin(tmp_path)[0].checkpoints
+    assert sorted(path.name for path in found.folder.iterdir()) == ["version-000002", "version-000004"]
+    assert audit(tmp_path / "ledger-ppo.jsonl").committed == 4
+
+
+def test_an_error_of_ours_is_not_taken_for_a_full_disk(tmp_path: Path):
+    with pytest.raises(AttributeError):
+        save(2, *begin(tmp_path), cast(Any, None))

@@ -2,12 +2,12 @@
 
 import asyncio
 import atexit
+import contextlib
 import csv
 import io
 import json
 import shutil
 import tempfile
-from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,12 +18,14 @@ from actors.prompts import Prompt
 from cluster.config.schema import Config, TrackingConfig
 from cluster.pipeline import rounds as module
 from cluster.pipeline.job import Job
-from cluster.pipeline.rounds import Rounds, round_prompts
-from cluster.pipeline.workplace import Workplace
+from cluster.pipeline.ppo import PPO
+from cluster.pipeline.rounds import RewardModelOfRound, Rounds, round_prompts
+from cluster.pipeline.stage import Stage
 from cluster.rundir.lineage import done, latest, read_lineage
 from cluster.tracking.tracker import Tracker
 from reward_server.preferences.labeling import read_comparisons
 from tests import fakes
+from tests.fake_pool import FakePool
 from tests.tiny_models import tiny_tokenizer
 
 CAPTION = "simulated labeler (VADER)"
@@ -59,23 +61,21 @@ def model_folder(path: Path, text: str) -> Path:
     return path
 
 
-class FakeAlignment:
+class FakePPO(Stage):
     """Writes what PPO writes; the policy of a round says "good", longer each round, that of SFT "day"."""
 
+    name = "ppo"
+    results = PPO.results
     steps: ClassVar[Steps] = Steps()
     started: ClassVar[list[Path]] = []
+    inputs = None
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def connect(self, *processes: object) -> "FakeAlignment":
-        return self
-
-    async def run(self, config: object) -> None:
+    async def run(self, processes: Any, inputs: Any) -> None:
         job, number = self.job, self.job.run_dir.name
         self.steps.step(f"{number} ppo begins")
         self.started.append(job.model("init"))
         assert job.model("reward") == job.run_dir / "reward"
+        await processes.generators(job.model("init"))
         for name in ("policy", "policy_ema"):
             model_folder(job.run_dir / name, f"{number} {name}")
         self.steps.step(f"{number} ppo ends")
@@ -86,39 +86,36 @@ class FakeAlignment:
             file = job.run_dir / "evaluations" / f"{label}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         job.summarise("ppo", "ppo", kl=2.0)
-        for name in ("policy", "policy_ema", "evaluations/ppo.jsonl"):
+        for name in self.results:
             job.made(name, job.run_dir / name, job.model("init"), job.model("reward"))
+        processes.weights = job.run_dir / "policy"
 
 
-class FakeProcesses:
-    """Generators whose `version` is the model that they have; nothing else."""
+class FakeReward(RewardModelOfRound):
+    """Trains nothing."""
 
-    def __init__(self) -> None:
-        self.generator = fakes.FakeGenerator()
-        self.models: list[str] = []
+    def check(self) -> None:
+        with contextlib.suppress(ValueError):  # there are no demonstrations
+            super().check()
 
-    @asynccontextmanager
-    async def learner(self):
-        yield object()
-
-    @asynccontextmanager
-    async def generators(self, config, model):
-        self.models.append(f"{model.parent.name}/{model.name}")
-        yield self
-
-    async def crew(self):
-        return [self.generator]
-
-    @asynccontextmanager
-    async def reward(self, config, model):
-        yield None
+    async def run(self, processes: Any, inputs: Any) -> None:
+        job, base = self.job, self.job.model("sft")
+        FakePPO.steps.step(f"{job.run_dir.name} reward")
+        assert base == job.run_dir.parent / "sft"
+        model_folder(job.run_dir / "reward", job.run_dir.name)
+        job.summarise("reward", accuracy=0.7, accuracy_ci=[0.6, 0.8])
+        job.made("reward", job.run_dir / "reward", base, job.file("comparisons"))
 
 
-class FakeWorkplace(Workplace):
-    processes: Any
+class OnStandIns(Rounds):
+    """Rounds whose weights are handed over by nobody."""
 
-    async def _hand_over(self, fleet, model: Path) -> None:
-        self.processes.models.append(f"{model.parent.name}/{model.name}")
+    async def generators(self, processes: Any, model: Path) -> Any:
+        fleet = await processes.generators(model)
+        if processes.weights != model:
+            processes.started.append(model)
+            processes.weights = model
+        return fleet
 
 
 @pytest.fixture
@@ -135,36 +132,23 @@ def run(tmp_path, monkeypatch):
     rows = [{"id": f"p{i}", "prompt": f"hello {i}"} for i in range(12)]
     (data / "preference_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    async def reward(job: Job, learner: object, base: Path) -> None:
-        FakeAlignment.steps.step(f"{job.run_dir.name} reward")
-        assert base == tmp_path / "run" / "sft"
-        model_folder(job.run_dir / "reward", job.run_dir.name)
-        job.summarise("reward", accuracy=0.7, accuracy_ci=[0.6, 0.8])
-        job.made("reward", job.run_dir / "reward", base, job.file("comparisons"))
-
-    monkeypatch.setattr(module, "Alignment", FakeAlignment)
-    monkeypatch.setattr(module, "run_reward", reward)
+    monkeypatch.setattr(module, "PPO", FakePPO)
+    monkeypatch.setattr(module, "RewardModelOfRound", FakeReward)
 
     def command(kill: str | None = None, **settings) -> tuple[list[str], list[str]]:
-        FakeAlignment.steps, FakeAlignment.started = Steps(kill), []
+        FakePPO.steps, FakePPO.started = Steps(kill), []
         rounds = {"count": 2, "prompts": 4, "labelers": "simulated"} | settings
         config = Config.model_validate({"rounds": rounds, "sample": {"completions_per_prompt": 3}})
-        processes: Any = FakeProcesses()
+        pool: Any = FakePool(generators=[fakes.FakeGenerator()])
         run_dir = tmp_path / "run"
         tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), "rounds")
-        job = Job(config=config, run_dir=run_dir, tracker=tracker, command="rayward rounds")
-
-        async def work() -> None:
-            every = Rounds(job)
-            if every.state() == "work":
-                async with FakeWorkplace(job, processes) as place:
-                    await every.run(place)
-
-        try:
-            asyncio.run(work())
-        except Killed:
-            FakeAlignment.steps.done.append("killed")
-        return FakeAlignment.steps.done, processes.models
+        rounds = OnStandIns(Job(config=config, run_dir=run_dir, tracker=tracker, command="rayward rounds"))
+        with contextlib.suppress(Killed):
+            if rounds.pending():
+                asyncio.run(rounds.run(pool, rounds.check()))
+            return FakePPO.steps.done, [f"{model.parent.name}/{model.name}" for model in pool.started]
+        FakePPO.steps.done.append("killed")
+        return FakePPO.steps.done, [f"{model.parent.name}/{model.name}" for model in pool.started]
 
     return command
 
@@ -180,7 +164,7 @@ def test_two_rounds_sample_train_and_compare(run, folder):
     steps, models = run()
     assert steps == ALL
     assert models == ["run/sft"]  # PPO leaves its policy with the generators, which sample the next sheet
-    assert FakeAlignment.started == [folder / "sft"] * 2
+    assert FakePPO.started == [folder / "sft"] * 2
     first, second = (read_comparisons(folder / f"round-{k}" / "data" / "comparisons.jsonl") for k in (1, 2))
     assert [one.id for one in first] == [f"r1-000{n}" for n in range(1, 5)]
     assert {one.labeler for one in first + second} == {"simulated:vader"}
@@ -198,7 +182,7 @@ def test_two_rounds_sample_train_and_compare(run, folder):
 def test_a_round_may_start_from_the_policy_and_learn_from_the_newest_comparisons(run, folder):
     _, models = run(start="policy", comparisons="newest", sft_completions=1)
     assert models == ["run/sft", "run/sft"]  # for its share of the second sheet
-    assert FakeAlignment.started == [folder / "sft", folder / "round-1" / "policy"]
+    assert FakePPO.started == [folder / "sft", folder / "round-1" / "policy"]
     assert not (folder / "round-2" / "data" / "all_comparisons.jsonl").exists()
     known = latest(read_lineage(folder))
     assert [one.path for one in known["round-2/data/completions.jsonl"].inputs] == [
@@ -222,7 +206,7 @@ def test_a_killed_command_goes_on_where_it_was(run, folder, kill):
     assert run() == ([], [])  # nothing is left to do
     assert list(summary(folder)["rounds"]) == ["1", "2"]
     run(count=3)
-    assert FakeAlignment.steps.done == [step.replace("round-2", "round-3") for step in ALL[3:]]
+    assert FakePPO.steps.done == [step.replace("round-2", "round-3") for step in ALL[3:]]
 
 
 def test_a_result_that_was_changed_is_not_trained_on(run, folder):

@@ -1,17 +1,19 @@
 """The choice among the epochs of an SFT model by the reward model's scores."""
 
 import asyncio
-import contextlib
 import json
+from typing import Any
 
 import pytest
 
 from actors.prompts import stable_hash
 from cluster.config.schema import Config, TrackingConfig
 from cluster.pipeline.job import Job
-from cluster.pipeline.selection import read_contest, run_select
+from cluster.pipeline.selection import Select
+from cluster.pipeline.stage import advance
 from cluster.tracking.tracker import Tracker
 from reward_server.schema import ScoreReply
+from tests.fake_pool import FakePool
 from tests.fakes import FakeGenerator
 from tests.tiny_models import tiny_tokenizer
 
@@ -31,7 +33,10 @@ def job(tmp_path):
     (run / "baseline" / "config.json").write_text(json.dumps({"epoch": 10}))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-    config = Config.model_validate({"data": {"prompts_valid": prompts}, "rollout": {"temperature": 0.5}})
+    scoring = {"parts": [{"name": "letters", "kind": "function", "target": "tests.hf_generator:share_of_letters"}]}
+    config = Config.model_validate(
+        {"data": {"prompts_valid": prompts}, "rollout": {"temperature": 0.5}, "scoring": scoring}
+    )
     return Job(config=config, run_dir=run, tracker=Tracker(run, TrackingConfig(mode="disabled"), "test"))
 
 
@@ -61,17 +66,25 @@ class Judge:
         ]
 
 
+class Pool(FakePool):
+    """Generators that remember the model that they were started with."""
+
+    def __init__(self, judge):
+        super().__init__(rewards=judge)
+        self.opened = []
+
+    async def fresh_generators(self, model):
+        self.opened.append((model.name, Recorder()))
+        self._generators = [self.opened[-1][1]]
+        return self
+
+
 def select(job):
-    opened = []
-
-    @contextlib.asynccontextmanager
-    async def generators(folder):
-        opened.append((folder.name, Recorder()))
-        yield [opened[-1][1]]
-
     judge = Judge()
-    chosen = asyncio.run(run_select(job, generators, judge, read_contest(job)))
-    return chosen, opened, judge
+    pool: Any = Pool(judge)
+    asyncio.run(advance(Select(job), pool))
+    chosen = json.loads((job.run_dir / "selection-baseline.json").read_text())["chosen"]
+    return chosen, pool.opened, judge
 
 
 def test_the_epoch_of_the_highest_mean_score_becomes_the_model(job):
@@ -100,4 +113,4 @@ def test_every_epoch_answers_each_prompt_once_from_the_same_seeds_at_temperature
 def test_without_kept_epochs_the_command_that_keeps_them_is_named(job):
     other = job.config.model_copy(update={"select": job.config.select.model_copy(update={"model": "sft"})})
     with pytest.raises(ValueError, match=r"sft-epochs holds no epochs.*`rayward sft --sft.select reward`"):
-        read_contest(Job(config=other, run_dir=job.run_dir, tracker=job.tracker))
+        Select(Job(config=other, run_dir=job.run_dir, tracker=job.tracker)).check()

@@ -14,6 +14,7 @@ from cluster.cli import main as cli
 from cluster.cli.commands import COMMANDS
 from cluster.config.load import compose, presets, read_overrides
 from cluster.config.schema import Config
+from cluster.pipeline.stages import STAGES
 from cluster.plan import check as checks
 from cluster.plan.check import Findings, check_config
 from tests.model_folders import model_folder
@@ -35,7 +36,7 @@ def run(tmp_path: Path) -> Path:
 
 def found(run: Path, command: str = "ppo", **overrides: Any) -> Findings:
     given = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
-    return check_config(compose(Config, read_overrides(Config, given)), command, run)
+    return check_config(compose(Config, read_overrides(Config, given)), STAGES[command], run)
 
 
 def problem(run: Path, command: str = "ppo", **overrides: Any) -> str:
@@ -52,7 +53,7 @@ def test_a_right_configuration_has_no_problem_and_no_warning(run: Path) -> None:
 def test_the_presets_agree_with_themselves(preset: str, tmp_path: Path) -> None:
     config = cli.load(Config, cli.parse(COMMANDS["quickstart"], ["--preset", preset]))
     if config.cluster.address == "local" and preset in ("quickstart", "tiny"):
-        assert check_config(config, "quickstart", tmp_path).problems == ()
+        assert check_config(config, STAGES["quickstart"], tmp_path).problems == ()
 
 
 # --- batches

@@ -1,4 +1,4 @@
-"""Stages of a run: new, begun or complete. RUN/stages/<stage>.json says of what each was made.
+"""What a stage was made of and how far it is: new, begun or complete, in RUN/stages/<stage>.json.
 
 So `--resume` skips what is complete and goes on with what is not, and neither mixes two configurations nor two data
 files in one model: a stage goes on only with what it was begun with.
@@ -6,16 +6,17 @@ files in one model: a stage goes on only with what it was begun with.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config.load import ConfigError
-from cluster.rundir.lineage import digest
+from cluster.rundir.lineage import digest, done
 from reward_server.preferences.records import write_whole
 
 Start = Literal["new", "resume", "restart"]
-Standing = Literal["new", "begun", "complete"]
+Progress = Literal["new", "begun", "complete"]
 _CONTENT = "sha256:"
 
 
@@ -23,72 +24,78 @@ class ResumeRefused(ConfigError):
     """A stage cannot be begun, or gone on with, as it was asked for; the text says why and what can be done."""
 
 
-class Stage:
-    """One stage of one run directory."""
+@dataclass(kw_only=True)
+class StageRecord:
+    """The record of one stage of one run directory."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        name: str,
-        made_of: Mapping[str, Any],
-        start: Start,
-        result: Path,
-        traces: Sequence[Path] = (),
-    ) -> None:
-        """`made_of`: see `made_of`; `result`: what it writes last; `traces`: what only this stage leaves behind."""
-        self.run_dir = run_dir
-        self.name = name
-        self.made_of = dict(made_of)
-        self.start: Start = start
-        self.result = result
-        self.traces = traces
-        self.record = run_dir / "stages" / f"{name}.json"
+    run_dir: Path
+    name: str
+    """of the stage"""
+    start: Start
+    """what to do with a stage that is there"""
+    made_of: Callable[[], dict[str, Any]]
+    """what its results depend on, see `made_of`; asked when it begins, and of one that has begun"""
+    results: tuple[Path, ...]
+    """what it writes; the first is the result proper"""
+    traces: tuple[Path, ...] = ()
+    """what only this stage leaves behind on the way; removed when it starts over"""
+    reach: Mapping[str, float] = field(default_factory=dict)
+    """figures that it must have been finished with at least to be complete, such as the iterations"""
+    round_of: Path | None = None
+    """the run that this run directory is a round of: what its lineage has, as it was made, is never repeated"""
 
     @property
-    def standing(self) -> Standing:
+    def file(self) -> Path:
+        """RUN/stages/<stage>.json"""
+        return self.run_dir / "stages" / f"{self.name}.json"
+
+    @property
+    def progress(self) -> Progress:
         """How far the stage is. Raises ResumeRefused when it may neither begin nor go on."""
-        known = self.record.is_file()
+        if self.round_of and all(done(self.round_of, path) for path in self.results):
+            return "complete"
+        known = self.file.is_file()
         if self.start == "restart" or not (known or any(path.exists() for path in self.traces)):
             return "new"
-        found = json.loads(self.record.read_text()) if known else {"made_of": {}, "complete": False}
-        standing: Standing = "complete" if found["complete"] and self.result.exists() else "begun"
+        found = self._found
+        whole = found["complete"] and self.results[0].exists()
+        progress: Progress = "complete" if whole else "begun"
         remedy = "--restart starts it over and replaces it, and --run DIR works in another directory"
         if self.start == "new":
-            going_on = "leaves it as it is" if standing == "complete" else "goes on with it"
+            going_on = "leaves it as it is" if whole else "goes on with it"
             raise ResumeRefused(
-                f"{self.run_dir} holds a stage {self.name!r} that is {standing}. Remedy: --resume {going_on}, {remedy}"
+                f"{self.run_dir} holds a stage {self.name!r} that is {progress}. Remedy: --resume {going_on}, {remedy}"
             )
         if not known:
-            raise ResumeRefused(f"{self.traces[0]} is there, but {self.record}, which says of what, is not: {remedy}")
-        if differences := list(_differences(found["made_of"], self.made_of)):
+            raise ResumeRefused(f"{self.traces[0]} is there, but {self.file}, which says of what, is not: {remedy}")
+        if differences := list(_differences(found["made_of"], self.made_of())):
             told = "; ".join(differences[:8]) + (f"; and {len(differences) - 8} more" if len(differences) > 8 else "")
             raise ResumeRefused(
                 f"the stage {self.name!r} of {self.run_dir} was made of something else: {told}. Remedy: give what it "
                 f"was made of, or {remedy}"
             )
-        return standing
+        enough = all(found.get("figures", {}).get(name, 0) >= least for name, least in self.reach.items())
+        return progress if enough else "begun"
 
-    @property
-    def complete(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.standing == "complete"
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """What `finish` was told; empty before."""
-        return json.loads(self.record.read_text()).get("figures", {}) if self.record.is_file() else {}
-
-    def begin(self) -> None:
-        """Note that the work begins, or goes on; from now on the stage is not complete."""
+    def begin(self) -> bool:
+        """Note that the work begins, or goes on; from now on the stage is not complete. Whether it starts (over)."""
+        if fresh := self.progress == "new":
+            for trace in self.traces:
+                shutil.rmtree(trace) if trace.is_dir() else trace.unlink(missing_ok=True)
         self._write(complete=False, figures={})
+        return fresh
 
-    def finish(self, **figures: Any) -> None:
+    def finish(self, figures: Mapping[str, Any]) -> None:
         """Note that everything the stage writes is there."""
         self._write(complete=True, figures=figures)
 
+    @property
+    def _found(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text()) if self.file.is_file() else {"made_of": {}, "complete": False}
+
     def _write(self, **state: Any) -> None:
-        self.record.parent.mkdir(exist_ok=True)
-        write_whole(self.record, json.dumps({"made_of": self.made_of, **state}, indent=1) + "\n")
+        self.file.parent.mkdir(exist_ok=True)
+        write_whole(self.file, json.dumps({"made_of": self.made_of(), **state}, indent=1) + "\n")
 
 
 def clear(run_dir: Path, start: Start) -> None:
@@ -107,7 +114,7 @@ def clear(run_dir: Path, start: Start) -> None:
 
 
 def made_of(settings: Mapping[str, Any], contents: Mapping[str, str | Path]) -> dict[str, Any]:
-    """What a stage is made of: settings by dotted key, and the content of files and folders (or a hub id)."""
+    """What a stage is made of: settings by dotted key, the contents of files and folders by hash (or a hub id)."""
     found = dict(_flat(settings))
     for key, source in contents.items():
         path = Path(source)

@@ -1,0 +1,82 @@
+"""Step 2, the reward model: a scalar head learns the rankings."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cluster.config.schema import Config
+from cluster.pipeline.stage import SECTIONS, Stage, Trained
+from cluster.runtime.resources import Kind
+from reward_server.preferences.records import write_whole
+
+if TYPE_CHECKING:
+    from cluster.fleet.pool import ProcessPool
+
+_SUMMARISED = (
+    *("accuracy", "accuracy_ci", "prompt_accuracy", "prompt_accuracy_ci"),
+    *("score_std", "longer_wins", "pairs", "log_loss"),
+)
+
+
+class RewardModel(Stage):
+    """Trains a reward model from the SFT model on the ranked completions; writes RUN/reward."""
+
+    name: ClassVar[str] = "reward"
+    purpose: ClassVar[str] = "Step 2c: train a reward model on ranked completions."
+    files: ClassVar[str] = "Reads RUN/sft, RUN/data/comparisons.jsonl and data.demonstrations. Writes RUN/reward."
+    example: ClassVar[str] = "rayward reward --run runs/mine --data.comparisons comparisons.jsonl"
+    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, "reward", "tracking")
+    processes: ClassVar[tuple[Kind, ...]] = ("learner",)
+    writes: ClassVar[tuple[str, ...]] = ("reward",)
+    results: ClassVar[tuple[str, ...]] = ("reward",)
+
+    @classmethod
+    def models(cls, config: Config) -> tuple[str, ...]:
+        return ("sft",)
+
+    @classmethod
+    def data(cls, config: Config) -> tuple[str, ...]:
+        return ("comparisons", "demonstrations")
+
+    @classmethod
+    def trained(cls, config: Config) -> Trained:
+        return {"reward.optimizer": (config.reward.network, config.reward.optimizer)}
+
+    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+        contents = {"models.sft": self.job.model("sft"), **self.job.files("comparisons", "demonstrations")}
+        return {"reward": self.job.config.reward.model_dump(mode="json")}, contents
+
+    def check(self) -> Any:
+        """Read, encode and split the files: groups of ranked completions, and demonstrations as token ids."""
+        from actors.prompts import read_demonstrations
+        from learner.reward_modeling import ranked_groups, split_groups
+        from reward_server.encoding import ChatEncoding
+        from reward_server.preferences.labeling import read_comparisons
+
+        job, bad = self.job, self.job.max_bad_rows
+        encoding = ChatEncoding.load(job.model("sft"))
+        groups = ranked_groups(read_comparisons(job.file("comparisons"), bad), encoding)
+        demonstrations = [
+            (*encoding.prompt(row.prompt), *encoding.response(row.response, ended=True))
+            for row in read_demonstrations(job.file("demonstrations"), bad)
+        ]
+        split_groups(groups, job.config.reward)
+        return groups, demonstrations
+
+    async def run(self, processes: "ProcessPool", inputs: Any) -> None:
+        from learner.reward_modeling import reward_modeling, split_groups
+
+        (groups, demonstrations), job, config = inputs, self.job, self.job.config.reward
+        learner, base, folder = await processes.learner(), job.model("sft"), job.run_dir / "reward"
+        trained = await learner.load("reward", "new_value", base, config.network, config.optimizer)
+        completions = sum(len(group.sequences) for group in split_groups(groups, config)[0])
+        with job.tracker.phase(f"reward: {completions} completions, {trained / 1e6:.1f} M parameters", "reward"):
+            found = await reward_modeling(learner, groups, demonstrations, config, job.tracker.log)
+        await learner.save("reward", folder)
+        await learner.unload()
+        calibration = {**asdict(found), "calibration_error": found.calibration_error}
+        write_whole(folder / "calibration.json", json.dumps(calibration, indent=2) + "\n")
+        job.summarise("reward", **{name: getattr(found, name) for name in _SUMMARISED})
+        job.made("reward", folder, base, job.file("comparisons"), job.file("demonstrations"))

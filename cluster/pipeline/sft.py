@@ -1,0 +1,175 @@
+"""Step 1: supervised fine-tuning, of the policy that PPO starts from and of the baseline that it is compared with."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cluster.config.schema import Config
+from cluster.pipeline.job import Job
+from cluster.pipeline.stage import SECTIONS, Stage, Trained
+from cluster.runtime.resources import Kind
+from learner.config import SFTConfig
+
+if TYPE_CHECKING:
+    from actors.chat import ChatExample
+    from actors.prompts import Demonstration
+    from cluster.fleet.pool import ProcessPool
+    from learner.sft import SFTData
+    from reward_server.encoding import ChatEncoding
+
+log = logging.getLogger(__name__)
+
+
+class SFT(Stage):
+    """Fine-tunes models.base on demonstrations and writes the epoch that `select` names."""
+
+    name: ClassVar[str] = "sft"
+    purpose: ClassVar[str] = "Step 1: fine-tune a language model on demonstrations."
+    files: ClassVar[str] = "Reads models.base and data.demonstrations. Writes RUN/sft, a Hugging Face folder."
+    example: ClassVar[str] = "rayward sft --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl"
+    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, "sft", "tracking")
+    processes: ClassVar[tuple[Kind, ...]] = ("learner",)
+    writes: ClassVar[tuple[str, ...]] = ("sft",)
+    results: ClassVar[tuple[str, ...]] = ("sft",)
+
+    @classmethod
+    def settings(cls, config: Config) -> SFTConfig:
+        """Its section."""
+        return config.sft
+
+    @classmethod
+    def models(cls, config: Config) -> tuple[str, ...]:
+        return ("base",)
+
+    @classmethod
+    def data(cls, config: Config) -> tuple[str, ...]:
+        return ("demonstrations", *["pretraining"] * bool(cls.settings(config).pretraining_share))
+
+    @classmethod
+    def trained(cls, config: Config) -> Trained:
+        section = cls.settings(config)
+        return {f"{cls.name}.optimizer": (section.network, section.optimizer)}
+
+    def __init__(self, job: Job, base: str | Path | None = None) -> None:
+        """`base` is what is fine-tuned, models.base where it is not given."""
+        super().__init__(job)
+        self._base = base
+
+    @property
+    def base(self) -> str | Path:
+        """What is fine-tuned. Raises ValueError when it is not set."""
+        base = self._base or self.job.config.models.base
+        if base is None:
+            raise ValueError("models.base is not set: name a Hugging Face folder or hub id, --models.base NAME")
+        return base
+
+    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+        config = self.job.config
+        tokens = {"ppo": {"pretraining": {"sequence_tokens": config.ppo.pretraining.sequence_tokens}}}
+        template = {"models": {"chat_template": config.models.chat_template}}
+        files = self.job.files("demonstrations", "demonstrations_valid", "pretraining", "pretraining_valid")
+        settings = {self.name: self.settings(config).model_dump(mode="json"), **template, **tokens}
+        return settings, {"models.base": self.base, **files}
+
+    def check(self) -> "SFTData":
+        """Read and encode the files of step 1."""
+        from actors.prompts import read_demonstrations
+        from learner.data.corpora import demonstration_examples, split_held_out
+        from learner.sft import SFTData
+        from reward_server.encoding import ChatEncoding
+
+        job, config, bad = self.job, self.settings(self.job.config), self.job.max_bad_rows
+        encoding = ChatEncoding.load(self.base, job.config.models.chat_template)
+        rows = read_demonstrations(job.file("demonstrations"), bad)
+        valid = job.files("demonstrations_valid").get("data.demonstrations_valid")
+        if valid is None:
+            rows, held_out = split_held_out(rows, instruction, config.valid_share, config.seed)
+        else:
+            held_out = read_demonstrations(valid, bad)
+            if both := len({instruction(row) for row in held_out} & {instruction(row) for row in rows}):
+                log.warning(
+                    "%d instructions of %s are also in data.demonstrations: its loss will look too good", both, valid
+                )
+        text = bool(config.pretraining_share)
+        measured = text and bool(job.files("pretraining_valid"))
+        tokens = min(job.config.ppo.pretraining.sequence_tokens, config.max_tokens)
+        return SFTData(
+            demonstrations=demonstration_examples(rows, encoding, config.max_tokens, config.mask_prompt),
+            valid=demonstration_examples(held_out, encoding, config.max_tokens, config.mask_prompt),
+            pretraining=packed_text(job, "pretraining", encoding, tokens) if text else (),
+            pretraining_valid=packed_text(job, "pretraining_valid", encoding, tokens) if measured else (),
+        )
+
+    async def run(self, processes: "ProcessPool", inputs: "SFTData") -> None:
+        from learner.sft import best_epoch, sft
+
+        job, config, (out,) = self.job, self.settings(self.job.config), self.results
+        learner, target, kept = await processes.learner(), job.run_dir / out, job.run_dir / f"{out}-epochs"
+        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run in this directory, perhaps of more epochs
+        trained = await learner.load(
+            "policy",
+            "policy",
+            Path(self.base),
+            config.network,
+            config.optimizer,
+            chat_template=job.config.models.chat_template,
+            residual_dropout=config.residual_dropout,
+        )
+
+        async def keep(epoch: int) -> None:
+            if config.select != "last":
+                await learner.save("policy", kept / str(epoch))
+
+        title = f"{self.name}: {len(inputs.demonstrations)} examples, {trained / 1e6:.1f} M parameters"
+        with job.tracker.phase(title, self.name):
+            losses = await sft(learner, inputs, config, job.tracker.log, keep, self.name)
+        epoch = best_epoch(losses) if config.select == "loss" else config.epochs
+        if config.select == "last":
+            await learner.save("policy", target)
+        else:
+            job.install(kept / str(epoch), out)
+        await learner.unload()
+        job.made(out, target, self.base, *map(job.file, self.learnt(inputs)))
+        before, after = losses[0], losses[epoch]
+        text = {} if after.pretraining is None else {"pretraining_valid_after": after.pretraining}
+        figures = {"valid_before": before.demonstrations, "valid_after": after.demonstrations, "epoch": epoch, **text}
+        job.summarise(self.name, **figures)
+
+    def learnt(self, inputs: "SFTData") -> Sequence[str]:
+        """Data files that the model has learnt from."""
+        return ("demonstrations", *["pretraining"] * bool(inputs.pretraining))
+
+
+class Baseline(SFT):
+    """The same with the settings of `baseline`."""
+
+    name: ClassVar[str] = "baseline"
+    purpose: ClassVar[str] = "Step 1 again: the SFT baseline, trained longer and without pretraining text."
+    files: ClassVar[str] = (
+        "Reads models.base and data.demonstrations. Writes RUN/baseline, and each epoch to RUN/baseline-epochs."
+    )
+    example: ClassVar[str] = (
+        "rayward baseline --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl"
+    )
+    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, "baseline", "tracking")
+    writes: ClassVar[tuple[str, ...]] = ("baseline",)
+    results: ClassVar[tuple[str, ...]] = ("baseline",)
+
+    @classmethod
+    def settings(cls, config: Config) -> SFTConfig:
+        return config.baseline
+
+
+def instruction(row: "Demonstration") -> str:
+    """What a demonstration must not be parted from in a split: its group, else the text of its prompt."""
+    return row.group or json.dumps([(message.role, message.content) for message in row.prompt])
+
+
+def packed_text(job: Job, name: str, encoding: "ChatEncoding", tokens: int) -> "list[ChatExample]":
+    """A file of texts as packed sequences in which every token but the first is a target."""
+    from learner.data.corpora import pack, read_texts, text_examples
+
+    return text_examples(pack(read_texts(job.file(name), job.max_bad_rows), encoding, tokens))

@@ -1,0 +1,186 @@
+"""A stage: what one command reads, writes, checks and runs. Everything that goes through stages is here.
+
+A stage is a class of one file and one line in stages.py. Its attributes are what help, checks and plans ask; so nothing
+heavy (torch, Ray, transformers) is imported at the top of a stage's file.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cluster.config.schema import Config
+from cluster.pipeline.job import Job
+from cluster.rundir.record import StageRecord, made_of
+from cluster.runtime.resources import Kind, plan_run
+from learner.config import NetworkConfig, OptimizerConfig
+
+if TYPE_CHECKING:
+    from cluster.fleet.pool import ProcessPool
+
+SECTIONS = ("models", "data", "cluster")
+"""Sections of every stage that trains."""
+SAMPLING = ("rollout", "generator")
+"""Sections of every stage that samples."""
+Trained = Mapping[str, tuple[NetworkConfig, OptimizerConfig]]
+"""What a stage trains, by the key of its optimizer."""
+
+
+class Stage:
+    """One stage of one job. What a subclass does not say holds for a stage that reads, writes and starts nothing."""
+
+    name: ClassVar[str]
+    """The command, and the name under which its metrics and its record are kept."""
+    group: ClassVar[str] = "train"
+    """Under which heading the help lists it."""
+    purpose: ClassVar[str]
+    """What it is for, on one line."""
+    files: ClassVar[str]
+    """What it reads and writes, in words."""
+    example: ClassVar[str]
+    """A complete command line."""
+    sections: ClassVar[tuple[str, ...]]
+    """Sections of the configuration that it takes."""
+    processes: ClassVar[tuple[Kind, ...]] = ()
+    """Kinds of processes that it starts; without any, Ray is not started."""
+    resumes: ClassVar[bool] = True
+    """Whether --resume and --restart are for it."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Stages that it is made of."""
+    writes: ClassVar[tuple[str, ...]] = ()
+    """Models that it writes: folders of the run directory."""
+    results: ClassVar[tuple[str, ...]] = ()
+    """What it makes in the run directory, the result proper first; without any, it is done anew each time."""
+    traces: ClassVar[tuple[str, ...]] = ()
+    """What only this stage leaves in the run directory on the way; removed when it starts over."""
+    default_run: ClassVar[str] = "runs/rlhf"
+    """Run directory when none is named."""
+    preset: ClassVar[str | None] = None
+    """Preset when neither a preset nor a file is named."""
+    variants: ClassVar[Mapping[str, str]] = {}
+    """Flags that each stand for another preset, and a run directory of that name: flag -> meaning."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @classmethod
+    def models(cls, config: Config) -> tuple[str, ...]:
+        """Keys of `models` that it reads."""
+        return ()
+
+    @classmethod
+    def data(cls, config: Config) -> tuple[str, ...]:
+        """Keys of `data` that it reads."""
+        return ()
+
+    @classmethod
+    def trained(cls, config: Config) -> Trained:
+        """What it trains."""
+        return {}
+
+    @property
+    def reach(self) -> Mapping[str, float]:
+        """Figures that it has to be finished with at least to be complete."""
+        return {}
+
+    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+        """What its results depend on: tables of settings; files, folders and hub ids by dotted key."""
+        return {}, {}
+
+    @property
+    def record(self) -> StageRecord | None:
+        """How far it is; None for one that is done anew each time."""
+        if not self.results:
+            return None
+        job = self.job
+        return StageRecord(
+            run_dir=job.run_dir,
+            name=self.name,
+            start=job.start,
+            made_of=self._made_of,
+            results=tuple(job.run_dir / result for result in self.results),
+            traces=tuple(job.run_dir / trace for trace in self.traces),
+            reach=self.reach,
+            round_of=job.root,
+        )
+
+    def _made_of(self) -> dict[str, Any]:
+        settings, contents = self.made_of()
+        return made_of({**settings, "data": {"max_bad_rows": self.job.max_bad_rows}}, contents)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do. Raises ResumeRefused, see `StageRecord.progress`."""
+        record = self.record
+        return record is not None and record.progress == "complete"
+
+    def pending(self) -> bool:
+        """Whether there is something to do now; why not is said. Raises ResumeRefused."""
+        if not self.complete:
+            return True
+        self.job.tracker.console.line(f"{self.name}: complete, and left as it is")
+        return False
+
+    def check(self) -> Any:
+        """Read and check all that it reads, before anything heavy starts: what `run` is given. Raises ValueError."""
+
+    async def run(self, processes: "ProcessPool", inputs: Any) -> Mapping[str, Any] | None:
+        """Do it; returns the figures that its record keeps."""
+        raise AssertionError(f"{self.name} does nothing")
+
+    def conclude(self) -> None:
+        """What follows when nothing is left to do."""
+
+
+def execute(stage: Stage) -> None:
+    """The command: run a stage, unless it is complete, with the processes that it needs."""
+    if stage.pending():
+        inputs = stage.check()
+        with _pool(stage) as pool:
+            asyncio.run(_work(stage, pool, inputs, pool or nullcontext()))
+    stage.conclude()
+
+
+async def advance(stage: Stage, processes: "ProcessPool") -> None:
+    """Run a stage that is part of another one, unless it is complete."""
+    if stage.pending():
+        await _work(stage, processes, stage.check(), nullcontext())
+
+
+def preflight(stage: Stage) -> None:
+    """What would stop a stage before it starts; reads only. Raises ValueError."""
+    if stage.record is not None:
+        _ = stage.record.progress
+    stage.check()
+
+
+async def _work(stage: Stage, pool: Any, inputs: Any, while_open: AbstractAsyncContextManager[Any]) -> None:
+    async with while_open:
+        record = stage.record
+        if record is not None and record.begin():
+            stage.job.tracker.forget(stage.name)
+        figures = await stage.run(pool, inputs)
+        if record is not None:
+            record.finish(figures or {})
+
+
+@contextmanager
+def _pool(stage: Stage) -> "Iterator[ProcessPool | None]":
+    """Ray with a bundle reserved for each process that a stage starts; nothing for one that starts none."""
+    if not stage.processes:
+        yield None
+        return
+    from cluster.fleet.pool import ProcessPool
+    from cluster.fleet.processes import Processes
+    from cluster.runtime.placement import place, plan_live
+    from cluster.runtime.session import start_ray
+
+    job, config, logs = stage.job, stage.job.config.cluster, stage.job.run_dir / "logs"
+    here = plan_run(job.config) if config.address == "local" else None
+    with start_ray(config.address, cpus=here.cpus if here else 0, log_dir=logs):
+        plan = here or plan_live(job.config)
+        first = plan.first(stage.processes, config.generators)
+        with place(first, deadline_s=config.start_deadline_s) as placement:
+            processes = Processes(config, plan, logs, placement, job.monitor)
+            yield ProcessPool(processes, job.config, job.tracker.phase)

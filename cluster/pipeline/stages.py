@@ -1,0 +1,28 @@
+"""The stages, in the order in which the help lists them."""
+
+from cluster.pipeline.evaluate import Evaluate
+from cluster.pipeline.ppo import PPO
+from cluster.pipeline.preferences import Rank, Sample
+from cluster.pipeline.quickstart.stage import Quickstart
+from cluster.pipeline.reward_model import RewardModel
+from cluster.pipeline.rounds import Rounds
+from cluster.pipeline.selection import Select
+from cluster.pipeline.serve import Serve
+from cluster.pipeline.sft import SFT, Baseline
+from cluster.pipeline.stage import Stage
+
+_ALL: tuple[type[Stage], ...] = (
+    Quickstart,
+    SFT,
+    Baseline,
+    Sample,
+    Rank,
+    RewardModel,
+    Select,
+    PPO,
+    Rounds,
+    Evaluate,
+    Serve,
+)
+STAGES = {stage.name: stage for stage in _ALL}
+"""name -> stage"""

@@ -1,0 +1,35 @@
+"""Stands in for the processes of a command: what it is given, instead of what Ray would start."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+
+class FakePool:
+    """Hands out a learner, generators (a fleet, or a list of them) and rewards; notes what they were asked for."""
+
+    def __init__(self, learner: Any = None, generators: Any = (), rewards: Any = None) -> None:
+        self.announce: Any = nullcontext
+        self.weights: Path | None = None
+        self.started: list[Path] = []
+        self._learner, self._generators, self._rewards = learner, generators, rewards
+
+    async def learner(self) -> Any:
+        return self._learner
+
+    async def generators(self, model: Path) -> Any:
+        if self.weights is None:
+            self.started.append(model)
+            self.weights = model
+        return self if isinstance(self._generators, list | tuple) else self._generators
+
+    async def fresh_generators(self, model: Path) -> Any:
+        if self.weights != model:
+            self.weights = None
+        return await self.generators(model)
+
+    async def crew(self) -> Any:
+        return list(self._generators)
+
+    async def rewards(self, model: Path | None) -> Any:
+        return self._rewards
