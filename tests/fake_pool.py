@@ -28,7 +28,7 @@ class FakePool:
             self.weights = None
         return await self.generators(model)
 
-    async def crew(self) -> Any:
+    async def wait_serving(self) -> Any:
         return list(self._generators)
 
     async def rewards(self, model: Path | None) -> Any:

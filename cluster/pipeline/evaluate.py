@@ -196,15 +196,19 @@ class Evaluator:
 
     async def _answers(self) -> list[Completion]:
         """A response to each prompt. Generators that are lost meanwhile are waited for, as the fleet does."""
-        from actors.sampling import sample
-        from actors.waves import GeneratorFailed
+        from actors.sampling import GeneratorFailed, sample
 
         config, held_out = self.job.config, self.held_out
         while True:
             generators = await self.fleet.wait_serving()
             try:
                 groups = await sample(
-                    crew, held_out.prompts, held_out.encoding, config.rollout, samples=1, seed=config.evaluation.seed
+                    generators,
+                    held_out.prompts,
+                    held_out.encoding,
+                    config.rollout,
+                    samples=1,
+                    seed=config.evaluation.seed,
                 )
             except GeneratorFailed as error:
                 log.warning("the held-out prompts are answered anew: %s", error)

@@ -23,8 +23,8 @@ from cluster.runtime.resources import KINDS, Kind
 from learner.config import PPOConfig
 
 if TYPE_CHECKING:
+    from actors.sampling import Generator
     from actors.trajectory import Trajectory
-    from actors.waves import Generator
     from cluster.fleet.pool import ProcessPool
     from learner.data.buffer import Buffer
     from learner.data.corpora import TextStream

@@ -114,7 +114,7 @@ async def sampled(
     title = f"sample {count} completions of {len(prompts)} prompts"
     with job.tracker.phase(title, "sample"), job.tracker.console.progress("sample", len(prompts)) as advance:
         return await sample(
-            await fleet.crew(), prompts, ChatEncoding.load(model), job.config.rollout, count, seed, advance
+            await fleet.wait_serving(), prompts, ChatEncoding.load(model), job.config.rollout, count, seed, advance
         )
 
 

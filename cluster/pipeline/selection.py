@@ -20,7 +20,8 @@ from cluster.runtime.resources import Kind
 from reward_server.schema import ScoreRequest
 
 if TYPE_CHECKING:
-    from actors.waves import Generator, Scorer
+    from actors.rollout import Scorer
+    from actors.sampling import Generator
     from cluster.fleet.pool import ProcessPool
     from reward_server.encoding import ChatEncoding
 
@@ -95,7 +96,7 @@ class Select(Stage):
         with job.tracker.phase(f"select: {len(inputs.folders)} epochs on {len(prompts)} prompts", f"select-{name}"):
             for folder in inputs.folders:
                 fleet = await processes.fresh_generators(folder)
-                one = await self._measure(await fleet.crew(), rewards, inputs, int(folder.name))
+                one = await self._measure(await fleet.wait_serving(), rewards, inputs, int(folder.name))
                 found.append(one)
                 low, high = one.score_ci
                 metrics = {"score": one.score, "score_low": low, "score_high": high, "eos_rate": one.eos_rate}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.sampling import GeneratorFailed
 from actors.trajectory import Ticket
-from actors.waves import GeneratorFailed
 from cluster.config.schema import Config, TrackingConfig
 from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import PPO, Progress
@@ -71,7 +71,7 @@ class OneGenerator:
 
     publisher = None
     joining = contextlib.nullcontext
-    crews = 0
+    answers = 0
     lost_at = 0
     """Which time that held-out prompts are answered the generator is lost; then there is another one."""
 
@@ -86,9 +86,9 @@ class OneGenerator:
             raise Killed
         return {}
 
-    async def crew(self) -> list[Any]:
-        self.crews += 1
-        return [Lost()] if self.crews == self.lost_at else [self.generator]
+    async def wait_serving(self) -> list[Any]:
+        self.answers += 1
+        return [Lost()] if self.answers == self.lost_at else [self.generator]
 
     @contextlib.asynccontextmanager
     async def rollouts(self, work: Any, fail: Any) -> AsyncIterator[None]:
