@@ -1,21 +1,18 @@
 """`rayward audit RUN`: what the ledgers of a run say of every sample, and whether it is what was promised."""
 
+import json
 import math
 from dataclasses import asdict
-from json import dumps
 from pathlib import Path
 
-from rich.text import Text
-
 from cluster.rundir.files import Run, read_run
-from cluster.rundir.lineage import lineage_json, lineage_tree
 from cluster.tracking.console import Console
 from learner.data.ledger import Audit, audit
 
 _TOLERANCE = 1e-3  # of a mean that was logged in single precision
 
 
-def run_audit(run_dir: Path, console: Console, json: bool) -> int:
+def run_audit(run_dir: Path, console: Console, as_json: bool) -> int:
     """Replay every RUN/ledger-*.jsonl and show what it holds; 0 when all promises hold, else 1.
 
     Raises ValueError when there is no ledger.
@@ -23,9 +20,9 @@ def run_audit(run_dir: Path, console: Console, json: bool) -> int:
     files, run = ledgers(run_dir), read_run(run_dir)
     found = {file.stem.removeprefix("ledger-"): audit(file) for file in files}
     broken = {stage: [*one.violations, *_disagreements(run, stage, one)] for stage, one in found.items()}
-    if json:
+    if as_json:
         rows = {stage: asdict(one) | {"violations": broken[stage]} for stage, one in found.items()}
-        console.line(dumps({"ok": not any(broken.values()), "stages": rows}, indent=2))
+        console.line(json.dumps({"ok": not any(broken.values()), "stages": rows}, indent=2))
         return int(any(broken.values()))
     for stage, one in found.items():
         for line in _lines(stage, one):
@@ -66,8 +63,3 @@ def _disagreements(run: Run, stage: str, one: Audit) -> list[str]:
         if logged is not None and not math.isclose(logged * samples, tokens, rel_tol=_TOLERANCE):
             found.append(f"step {step} has {tokens} tokens, and metrics.jsonl says {logged * samples:.0f}")
     return found
-
-
-def show_lineage(run_dir: Path, console: Console, json: bool) -> None:
-    """Where everything in a run directory comes from."""
-    console.show(Text(lineage_json(run_dir)) if json else lineage_tree(run_dir))

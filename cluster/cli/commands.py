@@ -3,7 +3,6 @@
 Each imports what it needs when it runs, so that help and mistakes are told at once.
 """
 
-import json as jsons
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,9 @@ from cluster.cli.parser import Command, bind, completion_script, load, parse
 from cluster.config.load import ConfigError, nearest
 from cluster.config.redaction import SECRET_NAME
 from cluster.config.schema import Config
-from cluster.runtime.exit_codes import DONE, FAILED
-
-from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
+from cluster.pipeline.stage import Stage, execute
 from cluster.pipeline.stages import STAGES
+from cluster.runtime.exit_codes import DONE, FAILED
 
 GROUPS = {
     "prepare": "Before a run",
@@ -29,48 +27,10 @@ GROUPS = {
     "shell": "In your shell",
 }
 """What commands are for, as the overview has it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One command."""
-
-    group: str
-    """Under which of GROUPS the overview lists it."""
-    purpose: str
-    """What it is for, on one line."""
-    files: str
-    """What it reads and writes."""
-    example: str
-    """A complete command line."""
-    entry: str
-    """`module:function`, imported when the command runs."""
-    sections: tuple[str, ...] = ()
-    """Fields of Config whose settings it reads; none for a command that takes no configuration."""
-    run: str = "runs/rlhf"
-    """Run directory when none is named."""
-    preset: str | None = None
-    """Preset when neither a preset nor a file is named."""
-    arguments: dict[str, str] = field(default_factory=dict)
-    """Words that have to follow the run directory: name -> meaning."""
-    flags: dict[str, str] = field(default_factory=dict)
-    """Flags that are either given or not: flag -> meaning."""
-    own: bool = False
-    """It has a command line of its own, see `command_line.own_parser`: `function(parsed words) -> exit code`."""
-    submits: bool = True
-    """Whether it can be a job of a cluster."""
-    variants: dict[str, str] = field(default_factory=dict)
-    """Flags that each stand for another preset, and a run directory of that name: flag -> meaning."""
-    inspects: bool = False
-    """Whether it looks and prints only, and writes no run directory."""
-
-
-DRY_RUN = {
-    "dry-run": "say what this command would start, read and write, and what would stop it; exit code 1 then",
-    "json": "with --dry-run, the same as JSON",
-}
-"""Flags of every command that does something."""
-STAGE_FLAGS = {
+_DRY = "say what this command would start, read and write, and what would stop it; exit code 1 then"
+DRY_RUN = {"dry-run": _DRY, "json": "with --dry-run, the same as JSON"}
+"""Flags of every command that works with settings."""
+_RESUME = {
     "resume": "go on where the run directory stands, with its settings: what is complete is left as it is, PPO goes on "
     "from its newest checkpoint, any other step starts over, and a fresh directory is begun",
     "restart": "start over, and replace what the run directory holds of this; with neither flag that is refused",
@@ -87,153 +47,304 @@ Console = Suppress[Any]
 _RLHF = Path("runs/rlhf")
 
 
+def _command(group: str, files: str, example: str, **more: Any) -> Callable[[Callable[..., int | None]], Command]:
+    """The command that a function is: its name, and with its docstring its purpose."""
+    return lambda work: Command(
+        name=work.__name__, group=group, purpose=work.__doc__ or "", files=files, example=example, work=work, **more
+    )
+
+
+@_command(
+    "prepare",
+    "Reads the settings and the models' config.json. Writes nothing, and starts nothing. Exit code 1 when the plan "
+    "cannot work; the reason names the nearest that does. COMMAND --dry-run plans one command.",
+    "rayward plan --preset one-24gb-gpu --ppo.minibatch_size 16",
+    sections=(
+        *("models", "data", "cluster", "plan", "sft", "sample", "reward", "ppo", "rollout", "generator", "scoring"),
+    ),
+    flags={"json": "print the plan as JSON: bytes, seconds and counts"},
+    prints=True,
+)
+def plan(config: Config, run: Path, json: bool) -> int:
+    """Say what a run would do: batches, processes, memory, time, and what cannot work."""
+    from cluster.plan.dry_run import plan
+
+    return DONE if plan(config, run, "plan", json) else FAILED
+
+
+@_command(
+    "prepare",
+    "Looks at versions, GPUs, disks, memory, threads, load, ports, W&B, the model hub, permissions, and with "
+    "cluster.address at Ray's. A line for each: ok, warn or fail. Writes nothing. Exit code 1 on a failure.",
+    "rayward doctor --cluster.address auto",
+    sections=("models", "cluster", "serve", "tracking"),
+    flags={"json": "print the findings as JSON"},
+    prints=True,
+)
+def doctor(config: Config, run: Path, json: bool) -> int:
+    """Check the machine, and the cluster if one is named, and say what to fix."""
+    from cluster.doctor.doctor import doctor
+
+    return DONE if doctor(config, run, "doctor", json) else FAILED
+
+
+@_command(
+    "operate",
+    "Writes RUN/scale.json, which the run answers; RUN has to be on a disk that both see.",
+    "rayward scale runs/mine 4",
+)
+def scale(
+    run: Run,
+    n: Positional[Annotated[str, arg(help="how many there should be from the next version on", metavar="N")]],
+    dry_run: Dry = False,
+    json: Json = False,
+    console: Console = None,
+) -> None:
+    """Change the number of generators of a run that is at work in step 3."""
+    from cluster.fleet.scale import number_of, scale
+
+    number_of(n)
+    if not dry_run:
+        scale(run, console, n, json=json)
+
+
+@_command(
+    "look",
+    "Reads nothing but the run directory; a run that is unfinished or was killed will do.",
+    "rayward report runs/mine",
+)
+def report(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: Console = None) -> None:
+    """Write RUN/report.html from the files of a run directory."""
+    if dry_run:
+        return
+    from cluster.report.report import show_report
+
+    show_report(run, console, json)
+
+
+@_command(
+    "look",
+    "Reads RUN/ledger-*.jsonl and RUN/metrics.jsonl; a run that is unfinished or was killed will do.",
+    "rayward audit runs/mine",
+)
+def audit(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: Console = None) -> int:
+    """Account for every sample of a run, over all its stops; exit code 1 when one is lost or trained twice."""
+    from cluster.cli.audit import ledgers, run_audit
+
+    return run_audit(run, console, json) if ledgers(run) and not dry_run else DONE
+
+
+@_command("look", "Reads RUN/lineage.jsonl and the files and models that it names.", "rayward lineage runs/mine")
+def lineage(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: Console = None) -> None:
+    """Say what everything in a run directory was made of, and what has changed since."""
+    from rich.text import Text
+
+    from cluster.rundir.lineage import lineage_json, lineage_tree
+
+    tree = lineage_tree(run)
+    if not dry_run:
+        console.show(Text(lineage_json(run)) if json else tree)
+
+
+@_command(
+    "look",
+    "Reads RUN/status.json, which a run keeps up to date. A job's id stands for its run directory, where that is seen.",
+    "rayward status runs/mine --json",
+    prints=True,
+)
+def status(run: Run = _RLHF, address: Address = None, json: Json = False) -> int:
+    """Show what every process of a run takes and does, and who waits for whom."""
+    from cluster.status.watch import status
+
+    return status(_run_or_job(run, address), as_json=json)
+
+
+@_command(
+    "look",
+    "Reads RUN/status.json, RUN/metrics.jsonl and RUN/alerts.jsonl. A job's id stands for its run directory, as above.",
+    "rayward top runs/mine",
+    prints=True,
+    submits=False,
+)
+def top(run: Run = _RLHF, address: Address = None, json: Json = False) -> int:
+    """Show a run live: its progress, processes, waits, curves and alerts."""
+    from cluster.status.watch import top
+
+    return top(_run_or_job(run, address), as_json=json)
+
+
+def _run_or_job(run: Path, address: str | None) -> Path:
+    """The run directory of this name, else of the job of this id. Raises JobError, ConfigError where it is away."""
+    if not address and (run.is_absolute() or len(run.parts) > 1 or run.exists()):
+        return run
+    from cluster.jobs.submit import JobError, connect, job  # Ray's client takes a second to import
+
+    try:
+        found = job(connect(address), str(run))
+    except JobError as error:
+        raise JobError(f"{run} is no run directory here, and as a job: {error}") from error
+    if not (found.run and Path(found.run, "status.json").is_file()):
+        raise ConfigError(
+            f"job {run} is {found.status}, and the status of its run directory {found.run!r} cannot be seen from here. "
+            f"Remedy: rayward submit status --run {found.run or 'DIR'}"
+        )
+    return Path(found.run)
+
+
+@_command(
+    "look",
+    "Needs `wandb login`; writes nothing here.",
+    "rayward dashboard --entity my-team --project rayward",
+    prints=True,
+    submits=False,
+)
+def dashboard(
+    entity: Annotated[str, arg(help="user or team of W&B")],
+    project: Annotated[str, arg(help="project of W&B")] = "rayward",
+) -> int:
+    """Make a workspace with the plots that matter in a project of Weights & Biases."""
+    from cluster.tracking.workspace import dashboard
+
+    return dashboard(entity, project)
+
+
+@_command(
+    "cluster",
+    "Sends the code of this installation and the settings along; everything else is read and written on the cluster, "
+    "so files and the run directory are absolute paths on storage that its machines share. Then it prints the job's "
+    "log until the job ends, whose outcome is the exit code; Ctrl-C leaves the job running. Options of submit stand "
+    "before the command.",
+    "rayward submit ppo --run /shared/runs/mine --config mine.toml",
+    prints=True,
+    submits=False,
+    wraps=True,
+)
+def submit(
+    address: Address = None,
+    include: UseAppendAction[
+        Annotated[
+            tuple[Path, ...],
+            arg(
+                help="a file or folder to send along, such as a module with a reward function. What the .gitignore and "
+                ".rayignore files of a folder name stays behind"
+            ),
+        ]
+    ] = (),
+    id: Annotated[str | None, arg(help="id of the job; the cluster makes one when not named")] = None,
+    cpus: Annotated[
+        float,
+        arg(
+            help="CPUs to reserve for the command itself, beside those of its processes. It then runs on any machine "
+            "that has them free; without, on the head"
+        ),
+    ] = 0.0,
+    detach: Annotated[bool, arg(help="print the job's id and leave it alone", help_behavior_hint="")] = False,
+    dry_run: Annotated[bool, arg(help="print what would be sent, and send nothing", help_behavior_hint="")] = False,
+    json: Json = False,
+    words: Suppress[tuple[str, ...]] = (),
+) -> int:
+    """Run a command as a job of a Ray cluster, and follow it."""
+    if not 0 <= cpus < float("inf"):
+        raise ConfigError(f"--cpus is {cpus}. Remedy: give a number from 0 on")
+    told, run_dir, settings = _told(*words)
+    from cluster.jobs import commands
+    from cluster.jobs.submit import Order
+
+    order = Order(words=told, run_dir=run_dir, settings=settings, include=include, id=id, cpus=cpus)
+    return commands.submit(order, address, detach=detach, dry_run=dry_run, as_json=json)
+
+
+def _told(name: str = "", *words: str) -> tuple[tuple[str, ...], Path, Config | None]:
+    """A job's words, run directory and settings to send. Raises ConfigError for what it would only say there."""
+    possible = [known for known, command in COMMANDS.items() if command.submits]
+    if name not in possible:
+        variable, is_variable, _ = name.partition("=")
+        if is_variable and SECRET_NAME.search(variable.upper()):
+            raise ConfigError(
+                f"{variable} is a secret, and a job carries none. Remedy: set it in the environment in which the "
+                "cluster's machines start Ray"
+            )
+        near = nearest(name, possible)
+        remedy = f"Did you mean {near}?" if near else f"COMMAND is one of {', '.join(possible)}"
+        raise ConfigError(f"{name!r} cannot be submitted. {remedy}")
+    command = COMMANDS[name]
+    if not command.sections:
+        return (name, *words), bind(command, words).keywords["run"], None
+    call = parse(command, words)
+    config = load(Config, call)
+    told = [name, "--run", str(call.run_dir), *(f"--{flag}" for flag in sorted(call.flags))]
+    told += [f"--{call.variant}"] if call.variant else []
+    told += [] if call.fresh else [word for key, value in call.overrides for word in (f"--{key}", value or "")]
+    if "cluster" in command.sections and not any(key == "cluster.address" for key, _ in call.overrides):
+        told += ["--cluster.address", "auto"]
+    return tuple(told), call.run_dir, config if call.fresh else None
+
+
+@_command("cluster", "Reads and writes nothing.", "rayward jobs --address http://head:8265", prints=True, submits=False)
+def jobs(address: Address = None, json: Json = False) -> int:
+    """List the jobs of a Ray cluster."""
+    from cluster.jobs import commands
+
+    return commands.jobs(address, as_json=json)
+
+
+@_command("cluster", "Reads and writes nothing.", "rayward logs raysubmit_abc --follow", prints=True, submits=False)
+def logs(
+    id: Job,
+    address: Address = None,
+    follow: Annotated[bool, arg(help="go on until the job ends, as submit does", help_behavior_hint="")] = False,
+    json: Json = False,
+) -> int:
+    """Print what a job has printed."""
+    from cluster.jobs import commands
+
+    return commands.show_logs(address, id, follow=follow, as_json=json)
+
+
+@_command("cluster", "Reads and writes nothing.", "rayward stop raysubmit_abc", prints=True, submits=False)
+def stop(id: Job, address: Address = None, json: Json = False) -> int:
+    """Stop a job, and wait until it has stopped."""
+    from cluster.jobs import commands
+
+    return commands.stop_job(address, id, as_json=json)
+
+
+@_command(
+    "shell",
+    "Writes nothing. bash reads it from ~/.local/share/bash-completion/completions/rayward, zsh from a file _rayward "
+    "in a folder of $fpath, fish from ~/.config/fish/completions/rayward.fish.",
+    "rayward completion bash > ~/.local/share/bash-completion/completions/rayward",
+    prints=True,
+    submits=False,
+)
+def completion(shell: Positional[Literal["bash", "zsh", "fish"]]) -> int:
+    """Print a script with which a shell completes commands, options, settings and their values."""
+    sys.stdout.write(completion_script(COMMANDS, shell))
+    return DONE
+
+
 def _of(stage: type[Stage]) -> Command:
-    """A stage as a command."""
+    """The command that a stage is."""
     return Command(
+        name=stage.name,
         group=stage.group,
         purpose=stage.purpose,
         files=stage.files,
         example=stage.example,
-        entry="",
+        work=lambda job: execute(stage(job)),
         sections=stage.sections,
         run=stage.default_run,
         preset=stage.preset,
-        flags=STAGE_FLAGS if stage.resumes else {},
-        variants=dict(stage.variants),
+        flags={**DRY_RUN, **_RESUME} if stage.resumes else DRY_RUN,
+        variants=stage.variants,
     )
 
 
 COMMANDS = {
-    **{name: _of(stage) for name, stage in STAGES.items()},
-    "plan": Command(
-        group="prepare",
-        purpose="Say what a run would do: batches, processes, memory, time, and what cannot work.",
-        files="Reads the settings and the models' config.json. Writes nothing, and starts nothing. Exit code 1 when "
-        "the plan cannot work; the reason names the nearest that does. COMMAND --dry-run plans one command.",
-        example="rayward plan --preset one-24gb-gpu --ppo.minibatch_size 16",
-        entry="cluster.plan.dry_run:plan",
-        sections=(*SECTIONS, "plan", "sft", "sample", "reward", "ppo", *SAMPLING, "scoring"),
-        flags={"json": "print the plan as JSON: bytes, seconds and counts"},
-        inspects=True,
-    ),
-    "doctor": Command(
-        group="prepare",
-        purpose="Check the machine, and the cluster if one is named, and say what to fix.",
-        files="Looks at versions, GPUs, disks, memory, threads, load, ports, W&B, the model hub, permissions, and with "
-        "cluster.address at Ray's. A line for each: ok, warn or fail. Writes nothing. Exit code 1 on a failure.",
-        example="rayward doctor --cluster.address auto",
-        entry="cluster.doctor.doctor:doctor",
-        sections=("models", "cluster", "serve", "tracking"),
-        flags={"json": "print the findings as JSON"},
-        inspects=True,
-    ),
-    "scale": Command(
-        group="operate",
-        purpose="Change the number of generators of a run that is at work in step 3.",
-        files="Writes RUN/scale.json, which the run answers; RUN has to be on a disk that both see.",
-        example="rayward scale runs/mine 4",
-        entry="cluster.fleet.scale:scale",
-        arguments={"N": "how many there should be from the next version on"},
-        flags={"json": "the run's answer as JSON"},
-    ),
-    "report": Command(
-        group="look",
-        purpose="Write RUN/report.html from the files of a run directory.",
-        files="Reads nothing but the run directory; a run that is unfinished or was killed will do.",
-        example="rayward report runs/mine",
-        flags={"json": "print RUN/summary.json and the report's path as JSON"},
-        entry="cluster.report.report:show_report",
-    ),
-    "audit": Command(
-        group="look",
-        purpose="Account for every sample of a run, over all its stops; exit code 1 when one is lost or trained twice.",
-        files="Reads RUN/ledger-*.jsonl and RUN/metrics.jsonl; a run that is unfinished or was killed will do.",
-        example="rayward audit runs/mine",
-        entry="cluster.cli.audit:run_audit",
-        flags={"json": "the same as JSON"},
-    ),
-    "lineage": Command(
-        group="look",
-        purpose="Say what everything in a run directory was made of, and what has changed since.",
-        files="Reads RUN/lineage.jsonl and the files and models that it names.",
-        example="rayward lineage runs/mine",
-        entry="cluster.cli.audit:show_lineage",
-        flags={"json": "as JSON: the last record of each file and model, with its state"},
-    ),
-    "status": Command(
-        group="look",
-        purpose="Show what every process of a run takes and does, and who waits for whom.",
-        files="Reads RUN/status.json, which a run keeps up to date.",
-        example="rayward status runs/mine --json",
-        entry="cluster.status.watch:status",
-        own=True,
-    ),
-    "top": Command(
-        group="look",
-        purpose="Show a run live: its progress, processes, waits, curves and alerts.",
-        files="Reads RUN/status.json, RUN/metrics.jsonl and RUN/alerts.jsonl.",
-        example="rayward top runs/mine",
-        entry="cluster.status.watch:top",
-        own=True,
-        submits=False,
-    ),
-    "dashboard": Command(
-        group="look",
-        purpose="Make a workspace with the plots that matter in a project of Weights & Biases.",
-        files="Needs `wandb login`; writes nothing here.",
-        example="rayward dashboard --entity my-team --project rayward",
-        entry="cluster.tracking.workspace:dashboard",
-        own=True,
-        submits=False,
-    ),
-    "submit": Command(
-        group="cluster",
-        purpose="Run a command as a job of a Ray cluster, and follow it.",
-        files="Sends the code of this installation and the settings along; everything else is read and written on the "
-        "cluster, so files and the run directory are absolute paths on storage that its machines share. Then it prints "
-        "the job's log until the job ends, whose outcome is the exit code; Ctrl-C leaves the job running. Options of "
-        "submit stand before the command.",
-        example="rayward submit ppo --run /shared/runs/mine --config mine.toml",
-        entry="cluster.jobs.commands:submit",
-        own=True,
-        submits=False,
-    ),
-    "jobs": Command(
-        group="cluster",
-        purpose="List the jobs of a Ray cluster.",
-        files="Reads and writes nothing.",
-        example="rayward jobs --address http://head:8265",
-        entry="cluster.jobs.commands:jobs",
-        own=True,
-        submits=False,
-    ),
-    "logs": Command(
-        group="cluster",
-        purpose="Print what a job has printed.",
-        files="Reads and writes nothing.",
-        example="rayward logs raysubmit_abc --follow",
-        entry="cluster.jobs.commands:show_logs",
-        own=True,
-        submits=False,
-    ),
-    "stop": Command(
-        group="cluster",
-        purpose="Stop a job, and wait until it has stopped.",
-        files="Reads and writes nothing.",
-        example="rayward stop raysubmit_abc",
-        entry="cluster.jobs.commands:stop_job",
-        own=True,
-        submits=False,
-    ),
-    "completion": Command(
-        group="shell",
-        purpose="Print a script with which a shell completes commands, options, settings and their values.",
-        files="Writes nothing. bash reads it from ~/.local/share/bash-completion/completions/rayward, zsh from a file "
-        "_rayward in a folder of $fpath, fish from ~/.config/fish/completions/rayward.fish.",
-        example="rayward completion bash > ~/.local/share/bash-completion/completions/rayward",
-        entry="cluster.cli.completion:completion",
-        own=True,
-        submits=False,
-    ),
+    one.name: one
+    for one in (
+        *(plan, doctor, *map(_of, STAGES.values()), scale, report, audit, lineage),
+        *(status, top, dashboard, submit, jobs, logs, stop, completion),
+    )
 }
 """Every command by its word."""

@@ -149,102 +149,11 @@ def _foretell(command: Command, bound: functools.partial[int | None], problem: s
     return FAILED if problem else DONE
 
 
-def _entry(command: Command) -> Any:
-    module, _, function = command.entry.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _config_class() -> Any:
-    return importlib.import_module("cluster.config.schema").Config
-
-
-def _checked(config: Any, name: str, run_dir: Path) -> Sequence[str]:
-    """What is odd about the configuration. Raises ConfigError with a line for everything that is wrong."""
+def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str]) -> int:
+    """Run a command with settings, which works in a run directory."""
+    from cluster.pipeline.job import Job
     from cluster.pipeline.stages import STAGES
     from cluster.plan.check import check_config
-
-    found = check_config(config, STAGES[name], run_dir)
-    if found.problems:
-        raise ConfigError("\n".join(found.problems))
-    return found.warnings
-
-
-def _inspect(name: str, command: Command, call: Call, config: Any) -> int:
-    """Print what would be done, or how things stand: nothing is started, and nothing written."""
-    try:
-        if command.inspects:
-            good = _entry(command)(config, call.run_dir, name, "json" in call.flags)
-        else:
-            dry_run = importlib.import_module("cluster.plan.dry_run").dry_run
-            good = dry_run(config, call.run_dir, name, call.flags, call.arguments)
-    except _TOLD as error:
-        return _tell(name, dict.fromkeys(_reasons(error)), FAILED, "json" in call.flags)
-    return DONE if good else FAILED
-
-
-def _run(name: str, command: Command, call: Call, config: Any, words: Sequence[str], warnings: Sequence[str]) -> int:
-    """Run the command; what goes wrong is said in a line, and its traceback is kept in a file."""
-    logs = call.run_dir / "logs"
-    if config is None and not call.run_dir.is_dir():
-        raise ConfigError(f"there is no run directory {call.run_dir}. Remedy: name one that a command has written")
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-        if not all(os.access(folder, os.W_OK) for folder in (call.run_dir, logs)):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
-    told: list[str] = []
-    as_json = config is None and "json" in call.flags
-    with Console(logs) as console, _sigterm_exits():
-        for warning in warnings:
-            console.warning(warning)
-        code = _outcome(name, command, call, config, words, console, told.append if as_json else console.error)
-    return _tell(name, told, code, as_json) if told else code
-
-
-def _outcome(
-    name: str,
-    command: Command,
-    call: Call,
-    config: Any,
-    words: Sequence[str],
-    console: Console,
-    tell: Callable[[str], None],
-) -> int:
-    variant = f" --{call.variant}" if call.variant else ""
-    resume = f" Go on with: rayward {name}{variant} --run {call.run_dir} --resume"
-    on = resume if "resume" in command.flags else ""
-    try:
-        return _work(name, command, call, config, words, console)
-    except KeyboardInterrupt:
-        tell(f"stopped by Ctrl-C; what is done is in {call.run_dir}.{on}")
-        return INTERRUPTED
-    except SystemExit as error:
-        tell(f"stopped; what is done is in {call.run_dir}.{on}")
-        return error.code if isinstance(error.code, int) else FAILED
-    except ConfigError as error:
-        tell(str(error))
-        return WRONG
-    except BaseException as error:
-        for reason in dict.fromkeys(_reasons(error)):
-            tell(reason)
-        logs = call.run_dir / "logs"
-        file = logs / "error.log"
-        with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:
-            lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {shlex.join(words)}\n")
-            lines.write(redact("".join(traceback.format_exception(error))))
-        if tell == console.error:
-            console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
-        return FAILED
-
-
-def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[str], console: Console) -> int:
-    if config is None:
-        flags = {flag: flag in call.flags for flag in command.flags}
-        return _entry(command)(call.run_dir, console, *call.arguments, **flags) or DONE
-    from cluster.pipeline.job import Job
-    from cluster.pipeline.stage import execute
-    from cluster.pipeline.stages import STAGES
     from cluster.rundir.environment import write_environment
     from cluster.rundir.history import earlier_run
     from cluster.rundir.record import ResumeRefused, Start
@@ -252,43 +161,38 @@ def _work(name: str, command: Command, call: Call, config: Any, words: Sequence[
     from cluster.status.snapshot import reporting
     from cluster.tracking.tracker import Tracker
 
-    saved = call.run_dir / "config.toml"
-    before = saved.read_text(encoding="utf-8") if saved.is_file() else None
-    save_toml(config, saved)
-    write_environment(call.run_dir, ["rayward", *words])
-    console.line(f"rayward {name}: everything goes to {call.run_dir}")
-    settings = config.model_dump(mode="json")
-    run_id = earlier_run(call.run_dir, name) if "resume" in call.flags else None
-    monitor = Monitor()
-    with (
-        Tracker(
-            call.run_dir,
-            config.tracking,
-            name,
-            settings=settings,
-            console=console,
-            run_id=run_id,
-            monitor=monitor,
-        ) as tracker,
-        reporting(call.run_dir, name, monitor),
-    ):
-        start = next(iter(call.flags & {"resume", "restart"}), "new")
-        job = Job(
-            config=config,
-            run_dir=call.run_dir,
-            tracker=tracker,
-            monitor=monitor,
-            command=shlex.join(["rayward", *words]),
-            variant=call.variant,
-            start=cast(Start, start),
+    run_dir, saved, name = call.run_dir, call.run_dir / "config.toml", command.name
+    if "json" in call.flags:
+        raise ConfigError("--json goes with --dry-run: a run itself writes RUN/metrics.jsonl and RUN/summary.json")
+    found = check_config(config, STAGES[name], run_dir)
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+    variant = f" --{call.variant}" if call.variant else ""
+    resume = f" Go on with: rayward {name}{variant} --run {run_dir} --resume" if "resume" in command.flags else ""
+    with _recorded(run_dir, words, resume) as (console, end):
+        for warning in found.warnings:
+            console.warning(warning)
+        before = saved.read_text(encoding="utf-8") if saved.is_file() else None
+        save_toml(config, saved)
+        write_environment(run_dir, ["rayward", *words])
+        console.line(f"rayward {name}: everything goes to {run_dir}")
+        settings, run_id = (
+            config.model_dump(mode="json"),
+            earlier_run(run_dir, name) if "resume" in call.flags else None,
         )
         known = {"settings": settings, "console": console, "run_id": run_id, "monitor": (monitor := Monitor())}
         with Tracker(run_dir, config.tracking, name, **known) as tracker, reporting(run_dir, name, monitor):
-            start = cast(Start, next(iter(call.flags & {"resume", "restart"}), "new"))
-            told = shlex.join(["rayward", *words])
-            job = Job(config=config, run_dir=run_dir, tracker=tracker, monitor=monitor, command=told, start=start)
+            job = Job(
+                config=config,
+                run_dir=run_dir,
+                tracker=tracker,
+                monitor=monitor,
+                command=shlex.join(["rayward", *words]),
+                variant=call.variant,
+                start=cast(Start, next(iter(call.flags & {"resume", "restart"}), "new")),
+            )
             try:
-                command.work(job, **{flag: flag == call.variant for flag in command.variants})
+                command.work(job)
             except ResumeRefused:  # the run directory keeps the settings of what it holds
                 if before is not None:
                     write_whole(saved, before)
@@ -318,12 +222,27 @@ def _recorded(run_dir: Path, words: Sequence[str], resume: str = "", as_json: bo
     with Console(logs) as console, _sigterm_exits():
         tell = told.append if as_json else console.error
         try:
-            execute(STAGES[name](job))
-        except ResumeRefused:  # the run directory keeps the settings of what it holds
-            if before is not None:
-                write_whole(saved, before)
-            raise
-    return DONE
+            yield console, end
+        except KeyboardInterrupt:
+            tell(f"stopped by Ctrl-C; what is done is in {run_dir}.{resume}")
+            end.code = INTERRUPTED
+        except SystemExit as error:
+            tell(f"stopped; what is done is in {run_dir}.{resume}")
+            end.code = error.code if isinstance(error.code, int) else FAILED
+        except ConfigError as error:
+            tell(str(error))
+            end.code = WRONG
+        except BaseException as error:
+            for reason in dict.fromkeys(_reasons(error)):
+                tell(reason)
+            file, end.code = logs / "error.log", FAILED
+            with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:
+                lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {shlex.join(words)}\n")
+                lines.write(redact("".join(traceback.format_exception(error))))
+            if not as_json:
+                console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
+    if told:
+        _tell(words[0], told, end.code, as_json)
 
 
 @contextlib.contextmanager
