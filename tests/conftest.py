@@ -1,22 +1,31 @@
 """How the tests are spread over processes (`pytest -n 2`, as in .ci/checks): files that take long go first.
 
-Every process has cores of its own, and so has whatever its tests start: threads that add up to more than the cores
-would spin at each other's barriers. A file is never split, and files that share an engine or a Ray cluster are one.
+Each process has cores of its own, and so has whatever its tests start: threads that add up to more than the cores
+spin at each other's barriers. A file is never split; those that share an engine or find each other's Ray are one.
+A test marked `whole_machine` has all cores, while the other process waits.
 """
 
+import fcntl
 import gc
 import os
+from collections.abc import Generator
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+gc.disable()  # until everything is imported: a quarter of the time of that
+
 TOGETHER = {
     "tests/actors/test_generator.py": "one engine",
     "tests/actors/test_weights.py": "one engine",
-    "tests/cluster/jobs/test_submit.py": "clusters that `auto` would find",
-    "tests/cluster/runtime/test_placement.py": "clusters that `auto` would find",
+    "tests/cluster/jobs/test_submit.py": "clusters that `auto` finds",
+    "tests/cluster/runtime/test_placement.py": "clusters that `auto` finds",
 }
+CORES = sorted(os.sched_getaffinity(0))
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+OWN = CORES[int(WORKER) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] if WORKER else CORES
 
 
 class ByFile(LoadScopeScheduling):
@@ -32,28 +41,35 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
     return ByFile(config, log)  # pyright: ignore[reportArgumentType]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
-    if worker:
-        cores = sorted(os.sched_getaffinity(0))
-        own = cores[int(worker) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
-        os.sched_setaffinity(0, own or cores)
+def pytest_configure() -> None:
+    os.sched_setaffinity(0, OWN or CORES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    files = [(path, list(group)) for path, group in groupby(items, lambda item: item.nodeid.partition("::")[0])]
+    """Whole runs first, then what else is slow."""
 
-    def rank(file: tuple[str, list[pytest.Item]]) -> tuple[bool, bool]:
-        path, group = file
-        slow = any(item.get_closest_marker("slow") for item in group)
-        return not path.startswith("tests/end_to_end"), not slow
+    def rank(file: list[pytest.Item]) -> tuple[bool, bool, bool]:
+        alone, slow = (any(item.get_closest_marker(mark) for item in file) for mark in ("whole_machine", "slow"))
+        return not alone, not file[0].nodeid.startswith("tests/end_to_end"), not slow
 
-    items[:] = [item for _, group in sorted(files, key=rank) for item in group]
+    files = [list(file) for _, file in groupby(items, lambda item: item.nodeid.partition("::")[0])]
+    items[:] = [item for file in sorted(files, key=rank) for item in file]
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # DeepSpeed collects garbage four times an engine, and what was imported is none: a second each
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # else nanobind reports at the end what was never freed
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Outside of the test's timeout: have the machine, or share it."""
+    alone = item.get_closest_marker("whole_machine") is not None
+    with Path(__file__).open() as machine:
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        os.sched_setaffinity(0, CORES if alone else OWN or CORES)
+        return (yield)

@@ -1,7 +1,8 @@
 """Every family of models between learner and sampler, through the folders that a run writes."""
 
 import asyncio
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.tiny_models import tiny_causal_lm
 pytestmark = pytest.mark.slow
 
 CLOSE = 2e-4  # nats; float32 on both sides, other kernels
-ENGINE = GeneratorConfig(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_gib=0.1, threads=2)
+ENGINE = GeneratorConfig(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_gib=0.1, threads=1)
 PUBLISH = PublishConfig(deadline_s=20, bucket_mb=1, parity=ParityConfig(mean_bound=CLOSE, max_bound=CLOSE))
 SEQUENCES = [[1, *range(first, first + 60)] for first in (50, 120, 200)]  # longer than a sliding window
 
@@ -48,6 +49,16 @@ class Learner:
         return self.rank.probe_logprobs(sequences)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forked_engines() -> Iterator[None]:
+    """Engines come of a process that has imported vLLM once for all of them. (Those of tests/actors are spawned.)"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "actors.weights"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.v1.engine.utils.get_mp_context", lambda: context)
+        yield
+
+
 @pytest.mark.parametrize(
     ("family", "tied"),
     [
@@ -64,7 +75,7 @@ class Learner:
 def test_sampler_and_learner_agree_before_and_after_new_weights(tmp_path: Path, family: str, tied: bool) -> None:
     """The engine starts from a folder that the learner wrote. (Llama is in tests/actors.)"""
     tiny_causal_lm(tmp_path / "base", tied=tied, family=family, hidden=128)
-    rank = LearnerWorker(rank=0, world_size=1, threads=2)
+    rank = LearnerWorker(rank=0, world_size=1, threads=1)
     rank.load("policy", "policy", tmp_path / "base", NetworkConfig(dtype="float32"))
     rank.save("policy", tmp_path / "saved")
     rank.open_sender(PUBLISH)

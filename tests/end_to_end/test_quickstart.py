@@ -19,6 +19,8 @@ from reward_server.encoding import ChatEncoding
 from tests.run_monitor import monitored
 from tests.wandb_runs import history, records
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 8
 SHORT = {
@@ -67,6 +69,7 @@ def rows(run, stage):
     return [row for step, row in steps.items() if step]  # at 0 there are held-out metrics alone
 
 
+@pytest.mark.whole_machine
 @pytest.mark.timeout(660)
 def test_the_reward_rises_in_both_arms(run):
     for arm in ("ppo", "ppo-noptx"):
