@@ -1,6 +1,7 @@
 """Learner ranks that tests can hold in a `LearnerGroup`: one in this process, or each in a process of its own."""
 
 import asyncio
+import gc
 import multiprocessing
 import pickle
 import traceback
@@ -85,6 +86,9 @@ def processes(count: int) -> tuple[LearnerGroup, list[RankProcess]]:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int) -> None:
+    import deepspeed  # noqa: F401  # a rank does so later
+
+    gc.freeze()  # see tests/conftest.py
     worker = OpenWorker(rank, world_size, threads=1)
     while True:
         try:
