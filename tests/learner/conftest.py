@@ -29,7 +29,9 @@ def rank() -> LearnerWorker:
     """The only rank of this process."""
     worker = OpenWorker(rank=0, world_size=1, threads=1)
     worker.start(*worker.meeting_point(loopback=True), deadline_s=60)
-    gc.freeze()  # see tests/conftest.py; DeepSpeed is imported by now
+    import deepspeed  # noqa: F401  # the first network would do so
+
+    gc.freeze()  # see tests/conftest.py
     return worker
 
 
