@@ -37,6 +37,7 @@ SETTINGS = {
     "rollout.max_new_tokens": 8,
     "evaluation.prompts": 6,
     "evaluation.every": 1,
+    "tracking.mode": "disabled",
 }
 
 
