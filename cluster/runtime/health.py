@@ -167,6 +167,8 @@ class Health:
         """
         if self._question is None:
             self._question, self._asked = asyncio.ensure_future(self._ask()), time.monotonic()
+            # Its death may be all that it answers, after the last look: nobody has to hear of that.
+            self._question.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
         question = self._question
         done, _ = await asyncio.wait({question}, timeout=deadline_s)
         if not done:

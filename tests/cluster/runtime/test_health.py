@@ -1,10 +1,11 @@
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 from dataclasses import replace
 
-from cluster.runtime.health import Health, Monitor, measure
+from cluster.runtime.health import ActorDied, Health, Monitor, measure
 
 
 class Sampler:
@@ -56,6 +57,23 @@ def test_rates_are_of_the_last_answers_of_one_process():
     assert later[-1] == (0.0, {"tokens": 0.0}), "what was long ago does not count"
     another = rates(pid=first.pid + 1, at=1.0, cpu_s=0.5, facts={"tokens": 3.0})
     assert another == (None, {}), "another process has begun"
+
+
+def test_a_death_after_the_last_look_is_no_error(caplog):
+    async def scenario():
+        killed = asyncio.Event()
+
+        async def answer():
+            await killed.wait()
+            raise ActorDied("generator-0", "it was killed by its handle")
+
+        await Health("generator-0", answer).attend(0.01)
+        killed.set()
+        await asyncio.sleep(0.01)
+        gc.collect()
+
+    asyncio.run(scenario())
+    assert not caplog.records
 
 
 def test_the_controller_says_what_its_own_objects_say():
