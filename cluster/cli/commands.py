@@ -35,6 +35,7 @@ _RESUME = {
     "from its newest checkpoint, any other step starts over, and a fresh directory is begun",
     "restart": "start over, and replace what the run directory holds of this; with neither flag that is refused",
 }
+_HERE = {"prints": True, "submits": False}
 Run = Positional[Annotated[Path, arg(help="the run directory, also --run DIR", metavar="RUN")]]
 Job = Positional[Annotated[str, arg(help="the job's id, as `rayward jobs` shows it", metavar="ID")]]
 Address = Annotated[
@@ -50,7 +51,13 @@ _RLHF = Path("runs/rlhf")
 def _command(group: str, files: str, example: str, **more: Any) -> Callable[[Callable[..., int | None]], Command]:
     """The command that a function is: its name, and with its docstring its purpose."""
     return lambda work: Command(
-        name=work.__name__, group=group, purpose=work.__doc__ or "", files=files, example=example, work=work, **more
+        name=work.__name__,
+        group=group,
+        purpose=(work.__doc__ or "").partition("\n")[0],
+        files=files,
+        example=example,
+        work=work,
+        **more,
     )
 
 
@@ -163,8 +170,7 @@ def status(run: Run = _RLHF, address: Address = None, json: Json = False) -> int
     "look",
     "Reads RUN/status.json, RUN/metrics.jsonl and RUN/alerts.jsonl. A job's id stands for its run directory, as above.",
     "rayward top runs/mine",
-    prints=True,
-    submits=False,
+    **_HERE,
 )
 def top(run: Run = _RLHF, address: Address = None, json: Json = False) -> int:
     """Show a run live: its progress, processes, waits, curves and alerts."""
@@ -195,14 +201,15 @@ def _run_or_job(run: Path, address: str | None) -> Path:
     "look",
     "Needs `wandb login`; writes nothing here.",
     "rayward dashboard --entity my-team --project rayward",
-    prints=True,
-    submits=False,
+    **_HERE,
 )
-def dashboard(
-    entity: Annotated[str, arg(help="user or team of W&B")],
-    project: Annotated[str, arg(help="project of W&B")] = "rayward",
-) -> int:
-    """Make a workspace with the plots that matter in a project of Weights & Biases."""
+def dashboard(entity: str, project: str = "rayward") -> int:
+    """Make a workspace with the plots that matter in a project of Weights & Biases.
+
+    Args:
+        entity: user or team of W&B.
+        project: project of W&B.
+    """
     from cluster.tracking.workspace import dashboard
 
     return dashboard(entity, project)
@@ -215,35 +222,30 @@ def dashboard(
     "log until the job ends, whose outcome is the exit code; Ctrl-C leaves the job running. Options of submit stand "
     "before the command.",
     "rayward submit ppo --run /shared/runs/mine --config mine.toml",
-    prints=True,
-    submits=False,
+    **_HERE,
     wraps=True,
 )
 def submit(
     address: Address = None,
-    include: UseAppendAction[
-        Annotated[
-            tuple[Path, ...],
-            arg(
-                help="a file or folder to send along, such as a module with a reward function. What the .gitignore and "
-                ".rayignore files of a folder name stays behind"
-            ),
-        ]
-    ] = (),
-    id: Annotated[str | None, arg(help="id of the job; the cluster makes one when not named")] = None,
-    cpus: Annotated[
-        float,
-        arg(
-            help="CPUs to reserve for the command itself, beside those of its processes. It then runs on any machine "
-            "that has them free; without, on the head"
-        ),
-    ] = 0.0,
-    detach: Annotated[bool, arg(help="print the job's id and leave it alone", help_behavior_hint="")] = False,
-    dry_run: Annotated[bool, arg(help="print what would be sent, and send nothing", help_behavior_hint="")] = False,
+    include: UseAppendAction[tuple[Path, ...]] = (),
+    id: str | None = None,
+    cpus: float = 0.0,
+    detach: bool = False,
+    dry_run: bool = False,
     json: Json = False,
     words: Suppress[tuple[str, ...]] = (),
 ) -> int:
-    """Run a command as a job of a Ray cluster, and follow it."""
+    """Run a command as a job of a Ray cluster, and follow it.
+
+    Args:
+        include: a file or folder to send along, such as a module with a reward function. What the .gitignore and
+            .rayignore files of a folder name stays behind.
+        id: id of the job; the cluster makes one when not named.
+        cpus: CPUs to reserve for the command itself, beside those of its processes. It then runs on any machine that
+            has them free; without, on the head.
+        detach: print the job's id and leave it alone.
+        dry_run: print what would be sent, and send nothing.
+    """
     if not 0 <= cpus < float("inf"):
         raise ConfigError(f"--cpus is {cpus}. Remedy: give a number from 0 on")
     told, run_dir, settings = _told(*words)
@@ -280,7 +282,7 @@ def _told(name: str = "", *words: str) -> tuple[tuple[str, ...], Path, Config | 
     return tuple(told), call.run_dir, config if call.fresh else None
 
 
-@_command("cluster", "Reads and writes nothing.", "rayward jobs --address http://head:8265", prints=True, submits=False)
+@_command("cluster", "Reads and writes nothing.", "rayward jobs --address http://head:8265", **_HERE)
 def jobs(address: Address = None, json: Json = False) -> int:
     """List the jobs of a Ray cluster."""
     from cluster.jobs import commands
@@ -288,20 +290,19 @@ def jobs(address: Address = None, json: Json = False) -> int:
     return commands.jobs(address, as_json=json)
 
 
-@_command("cluster", "Reads and writes nothing.", "rayward logs raysubmit_abc --follow", prints=True, submits=False)
-def logs(
-    id: Job,
-    address: Address = None,
-    follow: Annotated[bool, arg(help="go on until the job ends, as submit does", help_behavior_hint="")] = False,
-    json: Json = False,
-) -> int:
-    """Print what a job has printed."""
+@_command("cluster", "Reads and writes nothing.", "rayward logs raysubmit_abc --follow", **_HERE)
+def logs(id: Job, address: Address = None, follow: bool = False, json: Json = False) -> int:
+    """Print what a job has printed.
+
+    Args:
+        follow: go on until the job ends, as submit does.
+    """
     from cluster.jobs import commands
 
     return commands.show_logs(address, id, follow=follow, as_json=json)
 
 
-@_command("cluster", "Reads and writes nothing.", "rayward stop raysubmit_abc", prints=True, submits=False)
+@_command("cluster", "Reads and writes nothing.", "rayward stop raysubmit_abc", **_HERE)
 def stop(id: Job, address: Address = None, json: Json = False) -> int:
     """Stop a job, and wait until it has stopped."""
     from cluster.jobs import commands
@@ -314,8 +315,7 @@ def stop(id: Job, address: Address = None, json: Json = False) -> int:
     "Writes nothing. bash reads it from ~/.local/share/bash-completion/completions/rayward, zsh from a file _rayward "
     "in a folder of $fpath, fish from ~/.config/fish/completions/rayward.fish.",
     "rayward completion bash > ~/.local/share/bash-completion/completions/rayward",
-    prints=True,
-    submits=False,
+    **_HERE,
 )
 def completion(shell: Positional[Literal["bash", "zsh", "fish"]]) -> int:
     """Print a script with which a shell completes commands, options, settings and their values."""

@@ -11,9 +11,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from cluster.cli.commands import COMMANDS, GROUPS
@@ -59,7 +59,10 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"rayward {importlib.metadata.version('rayward')}\n")
         return DONE
     try:
-        command = _named(words[0])
+        if (command := COMMANDS.get(words[0])) is None:
+            near = nearest(words[0], COMMANDS)
+            what = "the command stands first" if words[0].startswith("-") else f"there is no command {words[0]!r}"
+            raise ConfigError(f"{what}. {f'Did you mean {near}?' if near else 'Remedy: rayward --help lists them'}")
         asked = next((at for at, word in enumerate(words) if word in ("-h", "--help")), None)
         if asked is not None:
             sys.stdout.write(help_text(command, next(iter(words[asked + 1 :] if command.sections else ()), None)))
@@ -95,17 +98,6 @@ def overview() -> str:
         ]
     codes = "\n".join(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())
     return _OVERVIEW.format(commands="\n".join([*lines, ""]), codes=codes)
-
-
-def _named(name: str) -> Command:
-    if name in COMMANDS:
-        return COMMANDS[name]
-    if name.startswith("-"):
-        raise ConfigError("the command stands first. Remedy: rayward COMMAND [--run DIR] ..; rayward --help lists them")
-    near = nearest(name, COMMANDS)
-    raise ConfigError(
-        f"there is no command {name!r}. {f'Did you mean {near}?' if near else 'Remedy: rayward --help lists them'}"
-    )
 
 
 def _tell(name: str, reasons: Iterable[str], code: int, as_json: bool) -> int:
@@ -200,26 +192,23 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
     return end.code
 
 
-@dataclass(slots=True)
-class _End:
-    code: int = DONE
-    """Exit code."""
-
-
 @contextlib.contextmanager
 def _recorded(run_dir: Path, words: Sequence[str], resume: str = "", as_json: bool = False) -> Iterator[Any]:
     """A console and an end for what runs in a run directory: what goes wrong is said in a line, and the exit code set.
 
     Its traceback is kept in a file. Raises ConfigError where the directory cannot be written.
     """
-    logs, told, end = run_dir / "logs", [], _End()
+    logs, told, end = run_dir / "logs", [], SimpleNamespace(code=DONE)
     try:
         logs.mkdir(parents=True, exist_ok=True)
         if not all(os.access(folder, os.W_OK) for folder in (run_dir, logs)):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
-    with Console(logs) as console, _sigterm_exits():
+    with Console(logs) as console, contextlib.ExitStack() as stack:
+        # SIGTERM unwinds the stack like Ctrl-C, so that everything the run started is stopped.
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        stack.callback(signal.signal, signal.SIGTERM, before)
         tell = told.append if as_json else console.error
         try:
             yield console, end
@@ -243,20 +232,6 @@ def _recorded(run_dir: Path, words: Sequence[str], resume: str = "", as_json: bo
                 console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
     if told:
         _tell(words[0], told, end.code, as_json)
-
-
-@contextlib.contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM unwinds the stack like Ctrl-C, so that everything the run started is stopped."""
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _reasons(error: BaseException) -> Iterator[str]:

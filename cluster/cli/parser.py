@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import io
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,7 +207,7 @@ def help_text(command: Command, about: str | None = None) -> str:
     lines.append("Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()))
     often = [one for one in shown if one.key in OFTEN]
     kind = _type_of(command, often) if shown else command.work
-    return _printed(kind, ["--help"], prog=name, description="\n\n".join(textwrap.fill(line, 100) for line in lines))
+    return _printed(kind, ["--help"], prog=name, description="\n\n".join(lines))
 
 
 def completion_script(commands: Mapping[str, Command], shell: str) -> str:
@@ -260,13 +259,14 @@ def _type_of(command: Command | None, shown: Iterable[Setting], closed: bool = F
             kind = Annotated[bool, arg(name=name, help=meaning, help_behavior_hint="")]
             fields.append((name.replace("-", "_"), kind, False))
     groups: dict[str, list[Any]] = {}
+    docs = {one.key: one.doc for one in settings(Config) if one.section}
     for one in shown:
         prefix, _, name = one.key.rpartition(".")
         of = Path if "Path" in one.type else Any
         kind = _text(one.type, f"{one.doc} ({one.default_text})", of, closed and tuple(_values(one.field.annotation)))
         groups.setdefault(prefix, []).append((name, kind, Path()))
     for prefix, members in groups.items():
-        group = dataclasses.make_dataclass("Section", members, frozen=True)
+        group = dataclasses.make_dataclass("Section", members, frozen=True, namespace={"__doc__": docs[prefix]})
         fields.append((prefix.replace(".", "__"), Annotated[group, arg(name=prefix)], group()))
     return dataclasses.make_dataclass("Words", fields)
 

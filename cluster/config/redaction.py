@@ -1,9 +1,9 @@
-"""The secrets that this process knows, and texts without them.
+"""The secrets that this process knows, from the environment and files, and texts without them.
 
-Secrets come from the environment or from files that their owner alone reads. What is shown, written or sent goes
-through here: an error of somebody's own function may have a key in it, and so may a setting.
+What is shown, written or sent goes through here: an error of somebody's own function may have a key in it.
 """
 
+import contextlib
 import io
 import logging
 import netrc
@@ -68,14 +68,8 @@ class Output(io.TextIOWrapper):
 
 def _stored() -> Iterator[tuple[str, str]]:
     for path in secret_files():
-        try:
-            value = path.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            continue
-        yield str(path), value
+        with contextlib.suppress(OSError, ValueError):
+            yield str(path), path.read_text(encoding="utf-8").strip()
     file = Path.home() / ".netrc"
-    try:
-        hosts = netrc.netrc(file).hosts
-    except (OSError, netrc.NetrcParseError):
-        return
-    yield from ((f"{file}, {host}", login[2] or "") for host, login in hosts.items())
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        yield from ((f"{file}, {host}", login[2] or "") for host, login in netrc.netrc(file).hosts.items())

@@ -260,23 +260,15 @@ class Config(_Section):
     """The SFT baseline, trained longer and without text, which PPO is compared with."""
     sample: SampleConfig = SampleConfig()
     labeler: LabelerConfig = LabelerConfig()
-    """Who ranks them."""
     rounds: RoundsConfig = RoundsConfig()
     reward: RewardModelingConfig = RewardModelingConfig()
-    """Step 2."""
     select: SelectConfig = SelectConfig()
     scoring: SourceConfig = SourceConfig()
-    """What scores responses in step 3."""
     serve: ServeConfig = ServeConfig()
-    """The reward service for others."""
     ppo: PPOConfig = PPOConfig()
-    """Step 3."""
     rollout: RolloutConfig = RolloutConfig()
-    """How responses are sampled."""
     generator: GeneratorConfig = GeneratorConfig()
-    """The vLLM engines."""
     publish: PublishConfig = PublishConfig()
-    """How weights travel."""
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     quickstart: QuickstartConfig = QuickstartConfig()

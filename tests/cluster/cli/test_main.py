@@ -106,7 +106,7 @@ def test_tiny_is_another_preset_and_run_directory(tmp_path: Path, entry: Any, mo
     ("words", "said"),
     [
         (["pppo"], "there is no command 'pppo'. Did you mean ppo?"),
-        (["--run", "mine", "ppo"], "the command stands first. Remedy: rayward COMMAND"),
+        (["--run", "mine", "ppo"], "the command stands first. Remedy: rayward --help"),
         (["ppo", "--ppo.kl"], "--ppo.kl is a section. Remedy: --ppo.kl.NAME VALUE; --help ppo.kl lists its settings"),
         (["ppo", "--ppo.kl", "0.1"], "ppo.kl: it is a section. Remedy: --ppo.kl.NAME VALUE"),
         (["ppo", "--ppo.kl.coeff", "1"], "there is no such key. Did you mean ppo.kl.coef?"),
