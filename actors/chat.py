@@ -8,19 +8,11 @@ from reward_server.schema import Message
 
 
 class TextEncoding(Protocol):
-    """What training text needs of `reward_server.encoding.ChatEncoding`."""
+    """What prompts and texts need of `reward_server.encoding.ChatEncoding`, which documents it."""
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Encode a conversation and open the assistant's turn."""
-        ...
-
-    def response(self, text: str, ended: bool) -> list[int]:
-        """Encode a reply, with the EOS when it ended by itself."""
-        ...
-
-    def document(self, text: str) -> list[int]:
-        """Encode a text that is no chat, with the EOS."""
-        ...
+    def prompt(self, messages: Sequence[Message]) -> list[int]: ...
+    def response(self, text: str, ended: bool) -> list[int]: ...
+    def document(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

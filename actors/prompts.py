@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from actors.chat import TextEncoding
 from reward_server.preferences.records import read_records, row_conversation, row_id, row_text
 from reward_server.schema import Message
 
@@ -36,14 +37,6 @@ class Demonstration:
     """the reply to learn"""
     group: str | None = None
     """the instruction it was made of, where several demonstrations were; they stay in one split"""
-
-
-class PromptEncoding(Protocol):
-    """What prompts need of `reward_server.encoding.ChatEncoding`."""
-
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Encode a conversation and open the assistant's turn."""
-        ...
 
 
 class _Named(Protocol):
@@ -94,7 +87,7 @@ def _read_unique(path: str | Path, parse: Callable[[dict[str, Any], int], Record
     return read_records(path, parse_once, max_bad_rows)
 
 
-def check_prompts(prompts: Sequence[Prompt], encoding: PromptEncoding, max_prompt_tokens: int) -> None:
+def check_prompts(prompts: Sequence[Prompt], encoding: TextEncoding, max_prompt_tokens: int) -> None:
     """Encode every prompt, so that one that cannot be sampled from is found before anything heavy starts.
 
     Raises ValueError that names the first five bad prompts by id.
@@ -110,7 +103,7 @@ def check_prompts(prompts: Sequence[Prompt], encoding: PromptEncoding, max_promp
         raise ValueError(f"{len(bad)} of {len(prompts)} prompts cannot be used: {'; '.join(bad[:5])}{more}")
 
 
-def encode_prompt(prompt: Prompt, encoding: PromptEncoding, max_prompt_tokens: int) -> list[int]:
+def encode_prompt(prompt: Prompt, encoding: TextEncoding, max_prompt_tokens: int) -> list[int]:
     """Encode one prompt. Raises ValueError that names it when it is too long or the encoding refuses it."""
     try:
         ids = encoding.prompt(prompt.messages)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import uuid4
 
+from actors.chat import TextEncoding
 from actors.config import RolloutConfig
-from actors.prompts import Prompt, PromptEncoding, PromptStream, encode_prompt, stable_hash
+from actors.prompts import Prompt, PromptStream, encode_prompt, stable_hash
 from actors.sampling import Generator, GeneratorFailed, responses
 from actors.trajectory import (
     BufferClosed,
@@ -36,15 +37,10 @@ class PromptFailed(RuntimeError):
 
 
 class Scorer(Protocol):
-    """What the rollout needs of `reward_server.client.RewardClient`."""
+    """What the rollout needs of `reward_server.client.RewardClient`, which documents it."""
 
-    async def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        """Score each response. Raises when there is no score; a missing score is never a number."""
-        ...
-
-    async def ready(self) -> None:
-        """Return when scores can be had; at once, unless the scorer is paused."""
-        ...
+    async def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]: ...
+    async def ready(self) -> None: ...
 
 
 async def rollout(
@@ -52,7 +48,7 @@ async def rollout(
     scorer: Scorer,
     stream: PromptStream,
     buffer: TrajectoryBuffer,
-    encoding: PromptEncoding,
+    encoding: TextEncoding,
     config: RolloutConfig,
     seed: int,
     leave: asyncio.Event,
@@ -95,7 +91,7 @@ class Waves:
     scorer: Scorer
     stream: PromptStream
     buffer: TrajectoryBuffer
-    encoding: PromptEncoding
+    encoding: TextEncoding
     config: RolloutConfig
     seed: int
     leave: asyncio.Event

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import Protocol
 
+from actors.chat import TextEncoding
 from actors.config import RolloutConfig
-from actors.prompts import Prompt, PromptEncoding, stable_hash
+from actors.prompts import Prompt, stable_hash
 from actors.trajectory import Completion
 
 log = logging.getLogger(__name__)
@@ -18,18 +19,13 @@ class GeneratorFailed(RuntimeError):
 
 
 class Generator(Protocol):
-    """What sampling needs of `actors.generator.Generator`."""
+    """What sampling needs of `actors.generator.Generator`; GeneratorFailed says that it will never sample again."""
 
     @property
-    def name(self) -> str:
-        """Who it is, for those who wait for it."""
-        ...
-
+    def name(self) -> str: ...  # who it is, for those who wait for it
     async def generate(
         self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
-    ) -> list[Completion]:
-        """Sample one response to each query, in the same order. Raises GeneratorFailed when it will never again."""
-        ...
+    ) -> list[Completion]: ...
 
 
 async def responses(
@@ -63,7 +59,7 @@ async def responses(
 async def sample(
     generators: Sequence[Generator],
     prompts: Sequence[Prompt],
-    encoding: PromptEncoding,
+    encoding: TextEncoding,
     config: RolloutConfig,
     samples: int,
     seed: int,

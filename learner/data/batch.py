@@ -85,17 +85,18 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int) -> Batch:
     completions = [trajectory.completion for trajectory in trajectories]
     assert all(c.response_ids for c in completions), "a response has at least its EOS"
     return Batch(
-        ids=_padded([c.query_ids + c.response_ids for c in completions], pad_id, torch.long),
+        ids=padded([c.query_ids + c.response_ids for c in completions], pad_id, torch.long),
         query_len=torch.tensor([len(c.query_ids) for c in completions]),
         response_len=torch.tensor([len(c.response_ids) for c in completions]),
         ended=torch.tensor([c.ended for c in completions]),
         score=torch.tensor([trajectory.score for trajectory in trajectories], dtype=torch.float32),
-        behaviour_logprobs=_padded([c.logprobs for c in completions], 0.0, torch.float32),
-        versions=_padded([c.versions for c in completions], NO_VERSION, torch.long),
+        behaviour_logprobs=padded([c.logprobs for c in completions], 0.0, torch.float32),
+        versions=padded([c.versions for c in completions], NO_VERSION, torch.long),
     )
 
 
-def _padded(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+def padded(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+    """[B, S] with `fill` to the right of each row."""
     out = torch.full((len(rows), max(map(len, rows))), fill, dtype=dtype)
     for row, values in zip(out, rows, strict=True):
         row[: len(values)] = torch.tensor(values, dtype=dtype)

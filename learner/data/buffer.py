@@ -7,7 +7,6 @@ PPO without a second code path. (The rule is AReaL's capacity formula, arXiv 250
 """
 
 import asyncio
-import heapq
 import math
 import time
 from collections import Counter
@@ -18,8 +17,8 @@ from typing import Any
 from actors.trajectory import BufferClosed, StaleTrajectories, Ticket, Trajectory
 from actors.waits import Waits
 from learner.data.ledger import Ledger
+from learner.data.tickets import Tickets
 
-_NAMED_IN_ERRORS = 8
 _ARITHMETIC = ("version", "prompts_per_batch", "samples_per_prompt", "max_staleness")
 
 
@@ -54,18 +53,13 @@ class Buffer:
         self.version = version
         self._batches = math.inf if batches is None else batches
         self._ledger = ledger
-        self._clock = clock
         self._waiting = waiting
         self._paused_s = paused_s
         self._waits = waits or Waits()
-        self._admitted = version * prompts_per_batch
         self._taken = version * prompts_per_batch
-        self._again: list[Ticket] = []
-        self._in_flight: dict[Ticket, tuple[str, float]] = {}  # at whom, since when
+        self._tickets = Tickets(self._taken, ledger, clock)
         self._ready: dict[int, tuple[Ticket, list[Trajectory]]] = {}
-        self._issued = 0
         self._trained = 0
-        self._dropped: Counter[str] = Counter()
         self._late = 0
         self._bell = _Bell()
 
@@ -77,10 +71,11 @@ class Buffer:
         deadlines bound it. Raises what `fail` was given, or BufferClosed.
         """
         assert n >= 1, n
-        while not self._again and self._capacity() == 0:
+        while not self._tickets.again and self._capacity() == 0:
             await self._bell.wait()
         self._bell.check()
-        return [self._issue(holder) for _ in range(min(n, len(self._again) + self._capacity()))]
+        count = min(n, len(self._tickets.again) + self._capacity())
+        return [self._tickets.issue(holder, self.version) for _ in range(count)]
 
     def put(self, ticket: Ticket, trajectories: Sequence[Trajectory]) -> None:
         """Store the samples of a ticket.
@@ -90,7 +85,7 @@ class Buffer:
         staler than `max_staleness` when it is trained, or comes of weights newer than the learner's.
         """
         assert [t.key.k for t in trajectories] == list(range(self.samples_per_prompt)), trajectories
-        if ticket not in self._in_flight:
+        if ticket not in self._tickets:
             self._late += 1
             return
         versions = [version for t in trajectories for version in t.completion.versions]
@@ -106,13 +101,13 @@ class Buffer:
         tokens = sum(len(t.completion.response_ids) for t in trajectories)
         spans = {"oldest": min(versions), "newest": max(versions)}
         self._ledger.record("scored", ticket, samples=len(trajectories), tokens=tokens, **spans)
-        del self._in_flight[ticket]
+        self._tickets.answer(ticket)
         self._ready[ticket.number] = (ticket, list(trajectories))
         self._bell.ring()
 
     def generated(self, ticket: Ticket) -> None:
         """Note that a ticket's responses exist and wait for their scores."""
-        if ticket in self._in_flight:
+        if ticket in self._tickets:
             self._ledger.record("generated", ticket)
 
     def forfeit(self, ticket: Ticket, reason: str) -> None:
@@ -120,12 +115,8 @@ class Buffer:
 
         `reason` is one of a few fixed words, counted in the metrics. A ticket that is not in flight is left alone.
         """
-        if self._in_flight.pop(ticket, None) is None:
-            return
-        self._ledger.record("dropped", ticket, reason=reason)
-        self._dropped[reason] += 1
-        heapq.heappush(self._again, Ticket(number=ticket.number, attempt=ticket.attempt + 1))
-        self._bell.ring()
+        if self._tickets.forfeit(ticket, reason):
+            self._bell.ring()
 
     async def take(self, deadline_s: float) -> list[Trajectory]:
         """Wait for the batch of the present version and return its trajectories, in the order of their tickets.
@@ -159,9 +150,9 @@ class Buffer:
                     raise
             left = self._paused_s() - paused_s
             if left <= 0:
-                raise TimeoutError(
-                    f"waited {deadline_s:g} s for batch {self.version}: {self._lack(numbers, named=True)}"
-                )
+                missing, lack = self._missing(numbers)
+                where = self._tickets.describe(missing)
+                raise TimeoutError(f"waited {deadline_s:g} s for {lack} are missing: {where}")
             left = max(left, 1.0)
 
     def advance(self) -> None:
@@ -182,12 +173,12 @@ class Buffer:
     def counts(self) -> dict[str, float]:
         """Count samples since the start, over resumes: issued = trained + in_flight + ready + the sum of dropped/*."""
         tickets = {
-            "buffer/issued": self._issued,
+            "buffer/issued": self._tickets.issued,
             "buffer/trained": self._trained,
-            "buffer/in_flight": len(self._in_flight),
+            "buffer/in_flight": len(self._tickets),
             "buffer/ready": len(self._ready),
             "buffer/late": self._late,
-            **{f"buffer/dropped/{reason}": count for reason, count in sorted(self._dropped.items())},
+            **{f"buffer/dropped/{reason}": count for reason, count in sorted(self._tickets.dropped.items())},
         }
         return {name: float(count * self.samples_per_prompt) for name, count in tickets.items()}
 
@@ -196,10 +187,10 @@ class Buffer:
         assert self._taken == self.version * self.prompts_per_batch, "a batch is being trained on"
         return {
             **{name: getattr(self, name) for name in _ARITHMETIC},
-            "admitted": self._admitted,
-            "counts": {"issued": self._issued, "trained": self._trained, "late": self._late},
-            "dropped": dict(self._dropped),
-            "unfinished": [[t.number, t.attempt] for t in sorted([*self._in_flight, *self._again])],
+            "admitted": self._tickets.admitted,
+            "counts": {"issued": self._tickets.issued, "trained": self._trained, "late": self._late},
+            "dropped": dict(self._tickets.dropped),
+            "unfinished": [[t.number, t.attempt] for t in self._tickets.unfinished],
             "ready": [
                 [t.number, t.attempt, [trajectory.to_json() for trajectory in trajectories]]
                 for t, trajectories in self._ready.values()
@@ -211,23 +202,24 @@ class Buffer:
 
         Raises ValueError when the snapshot was made with another version, batch arithmetic or bound.
         """
-        assert self._issued == 0, "only a new buffer can be restored"
+        tickets = self._tickets
+        assert tickets.issued == 0, "only a new buffer can be restored"
         for name in _ARITHMETIC:
             if snapshot[name] != getattr(self, name):
                 raise ValueError(
                     f"the checkpoint's buffer has {name} = {snapshot[name]}, this run has "
                     f"{getattr(self, name)}; resume with the same value"
                 )
-        self._admitted = snapshot["admitted"]
-        self._again = sorted(Ticket(number=n, attempt=attempt) for n, attempt in snapshot["unfinished"])
+        tickets.admitted = snapshot["admitted"]
+        tickets.again = sorted(Ticket(number=n, attempt=attempt) for n, attempt in snapshot["unfinished"])
         for n, attempt, values in snapshot["ready"]:
             trajectories = [Trajectory.from_json(value) for value in values]
             self._ready[n] = (Ticket(number=n, attempt=attempt), trajectories)
         counts = snapshot["counts"]
-        self._issued, self._trained, self._late = counts["issued"], counts["trained"], counts["late"]
-        self._dropped = Counter(snapshot["dropped"])
-        if lost := self._issued - self._trained - self._dropped.total() - len(self._ready):
-            self._dropped["resumed"] += lost
+        tickets.issued, self._trained, self._late = counts["issued"], counts["trained"], counts["late"]
+        tickets.dropped = Counter(snapshot["dropped"])
+        if lost := tickets.issued - self._trained - tickets.dropped.total() - len(self._ready):
+            tickets.dropped["resumed"] += lost
         self._ledger.resumed(self.version, [ticket for ticket, _ in self._ready.values()])
         self._bell.ring()
 
@@ -236,39 +228,29 @@ class Buffer:
         if all(number in self._ready for number in numbers):
             return
         async with self._waiting():
-            with self._waits.reported("the learner", lambda: f"batch {self.version}: {self._lack(numbers)}"):
+            with self._waits.reported("the learner", lambda: self._lack(numbers)):
                 while any(number not in self._ready for number in numbers):
                     await self._bell.wait()
 
     def stats(self) -> dict[str, float]:
         """The version, of how many, and samples that are out or ready: what a run's status shows."""
         total = {} if math.isinf(self._batches) else {"iterations": self._batches}
-        held = {"out": len(self._in_flight), "ready": len(self._ready)}
+        held = {"out": len(self._tickets), "ready": len(self._ready)}
         samples = {name: float(count * self.samples_per_prompt) for name, count in held.items()}
         return {"version": float(self.version), **total, **samples}
 
-    def _lack(self, numbers: Sequence[int], named: bool = False) -> str:
-        """What is missing of a batch and at whom, or `named`, ticket by ticket."""
+    def _lack(self, numbers: Sequence[int]) -> str:
+        missing, lack = self._missing(numbers)
+        return f"{lack}: {self._tickets.holders(missing)}"
+
+    def _missing(self, numbers: Sequence[int]) -> tuple[list[int], str]:
+        """What is missing of a batch, and how much that is."""
         missing = [number for number in numbers if number not in self._ready]
-        count = f"{len(missing)} of its {len(numbers)} prompts"
-        if not named:
-            return f"{count}: {_holders(missing, self._in_flight, self._clock())}"
-        return f"{count} are missing: {_describe(missing, self._in_flight, self._clock(), self._ledger)}"
+        return missing, f"batch {self.version}: {len(missing)} of its {len(numbers)} prompts"
 
     def _capacity(self) -> int:
         ahead = min(self.version + 1 + self.max_staleness, self._batches)
-        return max(int(ahead * self.prompts_per_batch) - self._admitted, 0)
-
-    def _issue(self, holder: str) -> Ticket:
-        if self._again:
-            ticket = heapq.heappop(self._again)
-        else:
-            ticket = Ticket(number=self._admitted, attempt=0)
-            self._admitted += 1
-        self._issued += 1
-        self._in_flight[ticket] = (holder, self._clock())
-        self._ledger.record("issued", ticket, version=self.version)
-        return ticket
+        return max(int(ahead * self.prompts_per_batch) - self._tickets.admitted, 0)
 
 
 class _Bell:
@@ -294,31 +276,3 @@ class _Bell:
         if self._error is None:
             self._error = error
             self.ring()
-
-
-_InFlight = Mapping[Ticket, tuple[str, float]]
-
-
-def _holders(missing: Sequence[int], in_flight: _InFlight, now: float) -> str:
-    """How many are at whom: "8 at generator-1 for 9 s, 4 with no actor"."""
-    out = {ticket.number: found for ticket, found in in_flight.items()}
-    holders: dict[str, list[float]] = {}
-    for number in missing:
-        if number in out:
-            holder, since = out[number]
-            holders.setdefault(holder, []).append(now - since)
-    states = [f"{len(ages)} at {holder} for {max(ages):.0f} s" for holder, ages in sorted(holders.items())]
-    if nowhere := sum(number not in out for number in missing):
-        states.append(f"{nowhere} with no actor")
-    return ", ".join(states)
-
-
-def _describe(missing: Sequence[int], in_flight: _InFlight, now: float, ledger: Ledger) -> str:
-    out = {ticket.number: (ticket.attempt, now - since, at) for ticket, (at, since) in in_flight.items()}
-    states = []
-    for number in missing[:_NAMED_IN_ERRORS]:
-        where = "attempt {}, out for {:.1f} s at {}".format(*out[number]) if number in out else "with no actor"
-        states.append(f"{ledger.name(number)} {where}")
-    if len(missing) > len(states):
-        states.append(f"and {len(missing) - len(states)} more")
-    return f"{'; '.join(states)}. Look at the logs of the actors that had them"

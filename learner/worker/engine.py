@@ -161,29 +161,16 @@ class Engine:
                 "weights: use zero_stage = 1, which on one rank is the same otherwise"
             )
         self._parameters = [p for _, p in self.trained]
-        self._engine = _initialize(
-            network, deepspeed_config(config, half, torch.cuda.is_available()), list(self._parameters)
-        )
+        settings = deepspeed_config(config, half, torch.cuda.is_available())
+        self._engine = _initialize(network, settings, list(self._parameters))
+        self.network: Callable[..., Any] = self._engine  # under DeepSpeed's hooks
+        self.module: Network = self._engine.module
+        self.device: torch.device = self._engine.device
         self._reduced = config.zero_stage >= 2  # gradients are summed over ranks in `backward` already
         self.ema_decay = ema_decay
         self._ema = [partition.clone() for partition in self._masters] if ema_decay is not None else []
         self._finite_losses = True
         self._config = config
-
-    @property
-    def network(self) -> Callable[..., Any]:
-        """The network to call, under DeepSpeed's hooks."""
-        return self._engine
-
-    @property
-    def module(self) -> Network:
-        """The bare network."""
-        return self._engine.module
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network computes."""
-        return self._engine.device
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` (a scalar, already divided by its global count) to the buffers."""

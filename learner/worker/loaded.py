@@ -107,11 +107,6 @@ class LoadedNetworks:
     def __contains__(self, name: str) -> bool:
         return name in self._loaded
 
-    @property
-    def device(self) -> torch.device:
-        """Where this rank computes."""
-        return next(iter(self._loaded.values())).device
-
     def call(self, name: str, ids: Tensor, *places: Tensor | float) -> Any:
         """What a network says (see PolicyNetwork and ValueNetwork)."""
         network, device = self._loaded[name].network, self._loaded[name].device

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from actors.chat import ChatExample
+from learner.data.batch import padded
 from learner.maths.losses import add_sums, kwise_loss, lm_loss_sum
 from learner.worker.dropout import training_mode
 from learner.worker.loaded import LoadedNetworks
@@ -89,8 +90,8 @@ def targets_of(examples: Sequence[ChatExample]) -> int:
 
 
 def _nll(networks: LoadedNetworks, name: str, examples: Sequence[ChatExample]) -> Tensor:
-    ids = _right_padded([e.ids for e in examples])
-    mask = _right_padded([e.loss_mask for e in examples]).bool()
+    ids = padded([e.ids for e in examples], 0, torch.long)
+    mask = padded([e.loss_mask for e in examples], False, torch.bool)
     rows, ends = mask.nonzero(as_tuple=True)
     logprobs, _ = networks.call(name, ids, rows, ends - 1, ids[rows, ends])
     return lm_loss_sum(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
@@ -98,10 +99,4 @@ def _nll(networks: LoadedNetworks, name: str, examples: Sequence[ChatExample]) -
 
 def _last_values(networks: LoadedNetworks, name: str, sequences: Sequence[tuple[int, ...]]) -> Tensor:
     ends = torch.tensor([len(s) - 1 for s in sequences])
-    return networks.call(name, _right_padded(sequences), torch.arange(len(sequences)), ends)
-
-
-def _right_padded(sequences: Sequence[Sequence[int] | Sequence[bool]]) -> Tensor:
-    """[B, S] with zeros to the right; the value never matters, since nothing before the padding sees it."""
-    width = max(map(len, sequences))
-    return torch.tensor([[*map(int, s), *[0] * (width - len(s))] for s in sequences])
+    return networks.call(name, padded(sequences, 0, torch.long), torch.arange(len(sequences)), ends)

@@ -298,7 +298,7 @@ def begin(run: Path, start: Start = "resume", iterations: int = 4) -> tuple[Prog
 
 def save(version: int, progress: Progress, buffer: Buffer, ledger: Ledger, learner: Any) -> None:
     buffer.version = version
-    buffer._taken = buffer._admitted = 2 * version
+    buffer._taken = buffer._tickets.admitted = 2 * version
     asyncio.run(progress.save(version, 0.5, buffer, ledger, learner))
 
 
