@@ -45,7 +45,7 @@ def planned(run_dir: Path) -> dict[str, float]:
     steps = {step.name: step for step in foresee(config, run_dir).steps}
     phases = {phase.name: phase.expected for phase in steps["ppo"].phases}
     laps = {f"ppo: {lap}": sum(phases[name] for name in names) for lap, names in LAPS.items()}
-    return {name: steps[name].times * steps[name].seconds[1] for name in STEPS} | laps
+    return {name: steps[name].times * steps[name].expected_s for name in STEPS} | laps
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 return _run_stage(command, call, config, words)
             from cluster.plan.dry_run import dry_run
 
-            return DONE if dry_run(config, run_dir, command.name, flags, ()) else FAILED
+            return DONE if dry_run(config, run_dir, command.name, flags) else FAILED
         bound = bind(command, words[1:])
         return (bound() or DONE) if command.prints else _look(command, bound, words)
     except ConfigError as error:

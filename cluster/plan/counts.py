@@ -1,11 +1,28 @@
-"""The batch arithmetic of a run, as the loops do it: what is cut into what, and how many optimizer steps that makes.
+"""The batch arithmetic of a stage, as the loops do it: what is cut into what, and how many optimizer steps that makes.
 
-Pure functions of numbers. Tokens are counted with the lengths given; a run's own differ from prompt to prompt.
+Tokens are counted with lengths that are the same for all; a run's own differ from prompt to prompt.
 """
 
+import contextlib
+import gzip
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+from cluster.config.schema import Config
+from cluster.pipeline.stage import Stage
+from cluster.rundir.inputs import data_file
+from learner.config import PPOConfig, RewardModelingConfig, SFTConfig
+
+_ROWS = 512  # of a file are counted: more would hardly change a mean
+
+
+def section_of(config: Config, stage: type[Stage]) -> SFTConfig | RewardModelingConfig | PPOConfig | None:
+    """The section by which a stage's learner works: of what it trains, else PPO's; None without a learner."""
+    trained = next(iter(stage.trained(config)), "ppo" if "learner" in stage.processes else None)
+    return getattr(config, trained.partition(".")[0]) if trained else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,265 +44,196 @@ class Lengths:
         return self.prompt + self.response
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PPOPlan:
-    """PPO-ptx from prompts to optimizer steps."""
+def lengths_of(config: Config, run_dir: Path) -> Lengths:
+    """Of the configured data, else of the run's own, by its model's tokenizer; else those of the section `plan`.
 
-    iterations: int
-    """batches"""
-    prompts: int
-    """in a batch, and tickets that are issued for it"""
-    samples: int
-    """of each prompt"""
-    episodes: int
-    """trajectories in a batch: prompts * samples"""
-    minibatch: int
-    """episodes of one optimizer step"""
-    minibatches: int
-    """in one pass over a batch"""
-    epochs: int
-    """passes over each batch"""
-    microbatches: int
-    """of a rank in one minibatch, all sequences as long as planned"""
-    waves: int
-    """that one generator samples for a batch"""
-    pretraining_sequences: int
-    """in one minibatch"""
-    pretraining_microbatches: int
-    """of a rank in one minibatch"""
-    episode_tokens: int
-    """prompt and response tokens of a batch"""
-    response_tokens: int
-    """that are sampled for a batch"""
-    pretraining_tokens: int
-    """of all minibatches of a batch"""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the policy, and as many of the critic, in an iteration."""
-        return self.minibatches * self.epochs
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the policy in the whole run."""
-        return self.iterations * self.steps
-
-    @property
-    def total_episodes(self) -> int:
-        """Episodes of the whole run (the paper counts these: 256,000)."""
-        return self.iterations * self.episodes
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens that the policy is trained on in the whole run, every epoch counted, pretraining included."""
-        return self.iterations * (self.episode_tokens * self.epochs + self.pretraining_tokens)
-
-
-def plan_ppo(
-    *,
-    iterations: int,
-    prompts: int,
-    samples: int,
-    minibatch: int,
-    epochs: int,
-    generators: int,
-    prompts_per_wave: int,
-    ranks: int,
-    max_tokens: int,
-    pretraining_per_episode: float,
-    pretraining_tokens: int,
-    lengths: Lengths,
-) -> PPOPlan:
-    """The arithmetic of `learner.ppo`; `pretraining_per_episode` 0 is plain PPO.
-
-    Raises ValueError where `minibatch` does not divide the episodes: see nearest_divisors.
+    Prompts that are too long do not count, and a response counts as far as sampling would let it go. A file that
+    cannot be read counts as none: the checks of the command tell of it.
     """
-    episodes = prompts * samples
-    if problem := indivisible_batch(prompts, samples, minibatch):
-        raise ValueError(problem)
-    sequences = max(1, round(pretraining_per_episode * minibatch)) if pretraining_per_episode else 0
-    minibatches = episodes // minibatch
-    return PPOPlan(
-        iterations=iterations,
-        prompts=prompts,
-        samples=samples,
-        episodes=episodes,
-        minibatch=minibatch,
-        minibatches=minibatches,
-        epochs=epochs,
-        microbatches=rank_microbatches([lengths.sequence] * minibatch, max_tokens, ranks),
-        waves=math.ceil(prompts / (prompts_per_wave * generators)),
-        pretraining_sequences=sequences,
-        pretraining_microbatches=rank_microbatches([pretraining_tokens] * sequences, max_tokens, ranks),
-        episode_tokens=episodes * lengths.sequence,
-        response_tokens=episodes * lengths.response,
-        pretraining_tokens=sequences * pretraining_tokens * minibatches * epochs,
-    )
+    plan, rollout = config.plan, config.rollout
+    asked, said = ("prompts", "preference_prompts"), ("completions", "demonstrations")
+    prompts = [length for length in _measured(config, run_dir, asked) if length <= rollout.max_prompt_tokens]
+    responses = [min(length, rollout.max_new_tokens) for length in _measured(config, run_dir, said)]
+
+    def first(found: Sequence[int], what: str, stated: int | None, longest: int) -> tuple[int, str]:
+        if found:
+            return round(fmean(found)), f"the run's own {what}s"
+        return (stated, f"plan.{what}_tokens") if stated else (longest, f"the longest {what}s allowed")
+
+    prompt, one = first(prompts, "prompt", plan.prompt_tokens, rollout.max_prompt_tokens)
+    response, other = first(responses, "response", plan.response_tokens, rollout.max_new_tokens)
+    return Lengths(prompt=prompt, response=response, longest=rollout.max_new_tokens, source=f"{one} and {other}")
+
+
+def _measured(config: Config, run_dir: Path, names: Sequence[str]) -> list[int]:
+    """Tokens of the prompts or responses in the first of these files that can be read, by the run's own model."""
+    from actors.prompts import read_demonstrations, read_prompts
+    from reward_server.encoding import ChatEncoding
+    from reward_server.preferences.labeling import read_comparisons
+
+    models = config.models
+    for name in names:
+        for folder, template in ((models.sft or run_dir / "sft", None), (models.base, models.chat_template)):
+            if folder is None or not (Path(folder) / "config.json").is_file():
+                continue
+            with contextlib.suppress(ValueError, OSError):
+                encoding, file = ChatEncoding.load(folder, template), data_file(config, run_dir, name)
+                if name.endswith("prompts"):
+                    return [len(encoding.prompt(row.messages)) for row in read_prompts(file)[:_ROWS]]
+                if name == "demonstrations":
+                    texts = [(row.response, True) for row in read_demonstrations(file)]
+                else:
+                    rows = read_comparisons(file)
+                    texts = [one for row in rows for one in zip(row.responses, row.ended, strict=True)]
+                return [len(encoding.response(text, ended)) for text, ended in texts[:_ROWS]]
+    return []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingPlan:
-    """Prompts that are answered, and not trained on."""
-
-    prompts: int
-    """different ones"""
-    samples: int
-    """responses to each"""
-    waves: int
-    """that one generator samples, one after the other"""
-    response_tokens: int
-    """that are sampled"""
-    sequence_tokens: int
-    """of prompts and responses, a prompt counted with each of its responses"""
-    times: int = 1
-    """how often, each time by another model"""
-
-    @property
-    def episodes(self) -> int:
-        """Responses."""
-        return self.prompts * self.samples
-
-    @property
-    def total_tokens(self) -> int:
-        """Sampled by all models."""
-        return self.times * self.response_tokens
-
-
-def plan_sampling(
-    *, prompts: int, samples: int, generators: int, prompts_per_wave: int, lengths: Lengths, times: int = 1
-) -> SamplingPlan:
-    """The arithmetic of `actors.sampling`."""
-    return SamplingPlan(
-        prompts=prompts,
-        samples=samples,
-        waves=math.ceil(prompts / (prompts_per_wave * generators)),
-        response_tokens=prompts * samples * lengths.response,
-        sequence_tokens=prompts * samples * lengths.sequence,
-        times=times,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepsPlan:
-    """Supervised training or reward modelling, from rows to optimizer steps."""
+class Counts:
+    """From rows to optimizer steps: of one PPO iteration, one model of `select`, or a whole stage. 0: there is none."""
 
     rows: int
-    """demonstrations, or prompts with ranked completions, that are trained on"""
+    """prompts, demonstrations, or prompts with ranked completions"""
+    samples: int
+    """responses to each"""
+    times: int
+    """how often all this is done: iterations of PPO, models that are chosen among"""
+    waves: int
+    """that one generator samples, one after the other"""
     epochs: int
-    """passes over them"""
-    batch: int
-    """examples of one optimizer step, at most; of reward modelling, prompts with all their completions"""
-    pretraining: float
-    """share of them that is pretraining text"""
+    """passes over the rows"""
+    minibatch: int
+    """episodes, examples, or prompts with all their completions, of one optimizer step at most"""
     steps: int
-    """optimizer steps of the whole run; the last of an epoch may be smaller"""
+    """optimizer steps; of PPO, of policy and critic each"""
     microbatches: int
-    """of a rank in one step"""
+    """of a rank in one step, all sequences as long as planned"""
+    pretraining_sequences: int
+    """beside a PPO minibatch"""
+    pretraining_microbatches: int
+    """of a rank, for these"""
     step_tokens: int
-    """tokens of a whole step"""
+    """that one optimizer step trains on, pretraining text included"""
+    tokens: int
+    """of prompts with their responses, a prompt counted with each"""
+    response_tokens: int
+    """of the responses alone"""
 
     @property
-    def total_tokens(self) -> int:
-        """Tokens of the whole run."""
-        return self.steps * self.step_tokens
+    def numbers(self) -> dict[str, int]:
+        """All of them by name, with the totals of the whole stage: the paper has 256,000 episodes."""
+        steps, episodes = self.times * self.steps, self.rows * self.samples
+        tokens = steps * self.step_tokens or self.times * self.response_tokens
+        sampled = {"prompts": self.rows, "episodes": episodes, "total_episodes": self.times * episodes}
+        return {**asdict(self), **(sampled if self.waves else {}), "total_steps": steps, "total_tokens": tokens}
 
 
-def plan_sft(
-    *, rows: int, epochs: int, batch: int, pretraining_share: float, tokens: int, max_tokens: int, ranks: int
-) -> StepsPlan:
-    """The arithmetic of `learner.sft.sft_batches`; `tokens` of every example, pretraining text included."""
-    return StepsPlan(
-        rows=rows,
-        epochs=epochs,
-        batch=batch,
-        pretraining=pretraining_share,
-        steps=sft_steps(rows, epochs, batch, pretraining_share),
-        microbatches=rank_microbatches([tokens] * batch, max_tokens, ranks),
-        step_tokens=batch * tokens,
-    )
+def count(config: Config, stage: type[Stage], lengths: Lengths, run_dir: Path, rounds: bool = False) -> Counts | None:
+    """What a stage cuts into what; None where nobody knows how many rows it has.
 
+    `rounds`: as the last round of `rayward rounds` does it. Raises ValueError for what is indivisible.
+    """
+    from actors.chat import ChatExample
+    from learner.data.batch import microbatches
+    from learner.sft import sft_batches
 
-def sft_steps(rows: int, epochs: int, batch: int, share: float) -> int:
-    """Batches of all epochs, text counted in; what a batch has too little or too much of it is carried over."""
-    owed, steps = 0.0, 0
-    for _ in range(epochs):
-        left = rows
-        while left:
-            wanted = min(owed + share * batch, (owed + share * left) / (1.0 - share))
-            text = min(int(wanted + 0.5), batch - 1)
-            own = min(left, batch - text)
-            left, steps, owed = left - own, steps + 1, owed + share * (own + text) - text
-    return steps
+    def pieces(lengths: Sequence[int], budget: int) -> int:
+        return len(microbatches(lengths, budget, config.cluster.learner_ranks)[0]) if lengths else 0
 
-
-def plan_reward(
-    *,
-    rows: int,
-    valid_share: float,
-    epochs: int,
-    batch: int,
-    completions: int,
-    tokens: int,
-    max_tokens: int,
-    ranks: int,
-) -> StepsPlan:
-    """The arithmetic of `learner.reward_modeling`: all `completions` of a prompt stay in one micro-batch."""
-    train = rows - max(1, round(valid_share * rows))
-    if train < 1:
-        raise ValueError(f"{rows} ranked prompts are too few to hold some out: give at least 2")
-    return StepsPlan(
-        rows=train,
-        epochs=epochs,
-        batch=batch,
-        pretraining=0.0,
-        steps=epochs * math.ceil(train / batch),
-        microbatches=rank_microbatches([completions * tokens] * batch, max_tokens, ranks),
-        step_tokens=batch * completions * tokens,
-    )
-
-
-def rank_microbatches(lengths: list[int], max_tokens: int, ranks: int) -> int:
-    """Micro-batches of each rank for sequences of these lengths; 0 for none."""
-    from learner.data.batch import microbatches  # imports torch, which the checks of every command need not
-
-    return len(microbatches(lengths, max_tokens, ranks)[0]) if lengths else 0
-
-
-def nearest_divisors(size: int, wanted: int) -> list[int]:
-    """The divisors of `size` next to `wanted`, below and above."""
-    divisors = [n for n in range(1, size + 1) if size % n == 0]
-    below = [n for n in divisors if n < wanted][-1:]
-    above = [n for n in divisors if n > wanted][:1]
-    return below + above
-
-
-def nearest_multiples(factor: int, wanted: int) -> list[int]:
-    """The multiples of `factor` next to `wanted`, below (if positive) and above."""
-    below = wanted // factor * factor
-    return [n for n in (below, below + factor) if n > 0 and n != wanted]
-
-
-def either(numbers: Iterable[int]) -> str:
-    """`3 or 4`, as it could be typed."""
-    return " or ".join(map(str, numbers))
-
-
-def indivisible(key: str, value: int, size: int, what: str) -> str:
-    """What is wrong where `value` does not divide `size`, and the nearest that does."""
-    return (
-        f"{key} = {value} does not divide the {size:,} {what}. Nearest: {key} = {either(nearest_divisors(size, value))}"
-    )
-
-
-def indivisible_batch(prompts: int, samples: int, minibatch: int) -> str | None:
-    """What is wrong where a minibatch does not divide a batch of `prompts` times `samples`; None where it does."""
-    batch = prompts * samples
-    if batch % minibatch == 0:
+    section, text = section_of(config, stage) if stage.trained(config) else None, config.ppo.pretraining
+    rows, samples, times = _rows(config, stage, run_dir, rounds)
+    if not rows:
         return None
-    step = minibatch // math.gcd(minibatch, samples)  # prompts must be a multiple of it
+    length, size, epochs, steps, budget, sequences = lengths.sequence, 0, 0, 0, 0, 0
+    if isinstance(section, PPOConfig):
+        if problem := indivisible_batch(config):
+            raise ValueError(problem)
+        size = section.minibatch_size
+        steps = rows * samples // size * section.epochs
+        sequences = max(1, round(text.sequences_per_episode * size)) if text.coef else 0
+    elif isinstance(section, RewardModelingConfig):  # all completions of a prompt stay in one micro-batch
+        if (rows := rows - max(1, round(section.valid_share * rows))) < 1:
+            raise ValueError("one ranked prompt is too few to hold some out: give at least 2")
+        size, length = section.prompts_per_batch, samples * length
+        steps = section.epochs * math.ceil(rows / size)
+    elif isinstance(section, SFTConfig):
+        size, length = section.batch_size, min(length, section.max_tokens)
+        one = ChatExample(ids=(0, 0), loss_mask=(False, True))
+        steps = sum(map(len, sft_batches([one] * rows, [one], section)))
+    if section:
+        epochs, budget = section.epochs, section.max_tokens_per_microbatch
+    per_wave = config.rollout.prompts_per_wave * config.cluster.generators
+    sampled = rows * samples if "generator" in stage.processes else 0
+    return Counts(
+        rows=rows,
+        samples=samples,
+        times=times,
+        waves=math.ceil(rows / per_wave) if sampled else 0,
+        epochs=epochs,
+        minibatch=size,
+        steps=steps,
+        microbatches=pieces([length] * size, budget),
+        pretraining_sequences=sequences,
+        pretraining_microbatches=pieces([text.sequence_tokens] * sequences, text.max_tokens_per_microbatch or budget),
+        step_tokens=size * length + sequences * text.sequence_tokens,
+        tokens=sampled * lengths.sequence,
+        response_tokens=sampled * lengths.response,
+    )
+
+
+def _rows(config: Config, stage: type[Stage], run_dir: Path, rounds: bool) -> tuple[int | None, int, int]:
+    """(rows, responses to each, how often), by the files that a stage reads."""
+    read, plan, completions = stage.data(config), config.plan, config.sample.completions_per_prompt
+    if "ppo.policy_optimizer" in stage.trained(config):
+        return config.ppo.prompts_per_batch, config.rollout.samples_per_prompt, config.ppo.iterations
+    if "comparisons" in read:
+        rows = rows_of(config, "comparisons", run_dir) or rows_of(config, "preference_prompts", run_dir)
+        last = config.rounds.prompts * (config.rounds.count if config.rounds.comparisons == "all" else 1)
+        return last if rounds else rows or plan.ranked_prompts, completions, 1
+    if "demonstrations" in read:
+        return rows_of(config, "demonstrations", run_dir) or plan.demonstrations, 1, 1
+    if "preference_prompts" in read:
+        rows = rows_of(config, "preference_prompts", run_dir) or plan.ranked_prompts
+        return config.rounds.prompts if rounds else rows, completions, 1
+    if "prompts_valid" in read:
+        models = (config.baseline if config.select.model == "baseline" else config.sft).epochs
+        return rows_of(config, "prompts_valid", run_dir), 1, models
+    if "generator" not in stage.processes:
+        return None, 1, 1
+    most = config.evaluation.prompts
+    return min(most, rows_of(config, "prompts_heldout", run_dir) or most), 1, 1
+
+
+def rows_of(config: Config, name: str, run_dir: Path) -> int | None:
+    """Lines of a data file, configured or the run's own, that are not blank; None where there is no such file."""
+    path = getattr(config.data, name) or run_dir / "data" / f"{name}.jsonl"
+    if not path.is_file():
+        return None
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        return sum(1 for line in lines if line.strip()) or None
+
+
+def neighbours(possible: Sequence[int], wanted: int) -> str:
+    """The numbers next to `wanted`, below and above: `3 or 4`, as it could be typed."""
+    below, above = [n for n in possible if n < wanted][-1:], [n for n in possible if n > wanted][:1]
+    return " or ".join(map(str, below + above))
+
+
+def divisors(size: int) -> list[int]:
+    """Every divisor, from 1 up."""
+    return [n for n in range(1, size + 1) if size % n == 0]
+
+
+def indivisible_batch(config: Config) -> str | None:
+    """What is wrong where a minibatch does not divide a PPO batch, with the nearest that do; None where it does."""
+    size, prompts, samples = config.ppo.minibatch_size, config.ppo.prompts_per_batch, config.rollout.samples_per_prompt
+    batch, step = prompts * samples, size // math.gcd(size, samples)  # prompts must be a multiple of `step`
+    if batch % size == 0:
+        return None
     return (
-        f"ppo.minibatch_size = {minibatch} does not divide the batch of ppo.prompts_per_batch = {prompts} times "
+        f"ppo.minibatch_size = {size} does not divide the batch of ppo.prompts_per_batch = {prompts} times "
         f"rollout.samples_per_prompt = {samples}, which is {batch} responses. Nearest that work: ppo.minibatch_size = "
-        f"{either(nearest_divisors(batch, minibatch))}, or ppo.prompts_per_batch = "
-        f"{either(nearest_multiples(step, prompts))}"
+        f"{neighbours(divisors(batch), size)}, or ppo.prompts_per_batch = "
+        f"{neighbours(range(step, prompts + step + 1, step), prompts)}"
     )

@@ -1,183 +1,201 @@
-"""`rayward plan` and --dry-run: what a command would do, without starting or writing anything."""
+"""`rayward plan` and --dry-run: what a command would do, as tables or JSON, without starting or writing anything."""
 
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
-from cluster.cli.audit import ledgers
-from cluster.cli.commands import COMMANDS
 from cluster.config.schema import Config, TrackingConfig
-from cluster.fleet.scale import number_of
 from cluster.pipeline.job import Job
-from cluster.pipeline.stage import preflight
+from cluster.pipeline.stage import Stage, preflight
 from cluster.pipeline.stages import STAGES
 from cluster.plan.check import check_config
-from cluster.plan.forecast import STEPS, Forecast, Site, forecast
-from cluster.plan.hardware import Machine, described, gpu_named, measured_cores, this_machine
-from cluster.plan.pace import pace_of
-from cluster.plan.table import as_json, tables
-from cluster.rundir.lineage import lineage_tree
+from cluster.plan.forecast import Forecast, Step, forecast
+from cluster.plan.machines import GIB, site_of
+from cluster.plan.memory import kinds, total
 from cluster.rundir.record import Start
-from cluster.runtime.placement import cluster_nodes
-from cluster.runtime.session import start_ray
 from cluster.tracking.tracker import Tracker
+
+_MEASURED = (
+    "Estimates, without starting processes, saving and held-out measurements. On GPUs none of this has been measured; "
+    "on two cores the phases of a quickstart took 0.5 to 1.8 times as long: docs/cluster.md."
+)
 
 
 def plan(config: Config, run_dir: Path, command: str, as_data: bool) -> bool:
     """Print the plan of a run, as tables or (`as_data`) as JSON; returns whether it can work.
 
-    Raises ValueError when the size of a model or the site is not known.
+    Raises ValueError when the size of a model or the machines are not known.
     """
-    return _show(foresee(config, run_dir, command), {}, as_data)
+    found = foresee(config, run_dir, command)
+    return _show(as_json(found), found, [], as_data)
 
 
-def dry_run(
-    config: Config | None, run_dir: Path, command: str, flags: frozenset[str], arguments: tuple[str, ...]
-) -> bool:
-    """Print what a command would do, read and write, and what would stop it; returns whether it could start.
+def dry_run(config: Config, run_dir: Path, command: str, flags: Set[str]) -> bool:
+    """Print what a stage would do, read and write, and what would stop it; returns whether it could start.
 
     Raises ValueError as `plan` does.
     """
-    as_data = "json" in flags
-    files = {"files": _named(COMMANDS[command].files, run_dir)}
-    if config is None:
-        return _show_alone(command, _problems_of_looking(command, run_dir, arguments), files, as_data)
-    start: Start = "resume" if "resume" in flags else "restart" if "restart" in flags else "new"
-    problems: tuple[str, ...] = ()
-    if not config.plan.nodes:  # the models and files of described machines are not here
-        problems = _problems(config, command, run_dir, start)
-    if command not in STEPS:
-        return _show_alone(command, problems, files, as_data)
-    try:
-        found = foresee(config, run_dir, command)
-    except ValueError as error:  # such as a model that is not there, which the checks tell better
-        if not problems:
-            raise
-        return _show_alone(command, (*problems, str(error)), files, as_data)
-    return _show(replace(found, problems=tuple(dict.fromkeys((*found.problems, *problems)))), files, as_data)
-
-
-def _problems(config: Config, command: str, run_dir: Path, start: Start) -> tuple[str, ...]:
-    """What would stop a stage, in words: its settings, files and models, or what the run directory holds already."""
-    if problems := check_config(config, STAGES[command], run_dir).problems:
-        return problems
-    tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), command)  # is never entered, so it writes nothing
-    try:
-        preflight(STAGES[command](Job(config=config, run_dir=run_dir, tracker=tracker, start=start)))
-    except (ValueError, OSError) as error:
-        return tuple(str(error).splitlines())
-    return ()
+    stage, found, said = STAGES[command], None, [STAGES[command].files.replace("RUN/", f"{run_dir}/")]
+    # The models and files of described machines are not here.
+    problems = [] if config.plan.nodes else _problems(config, stage, run_dir, flags)
+    data = {"command": command, "works": not problems, "problems": problems, "processes": []}
+    if kinds(stage):
+        try:
+            found = foresee(config, run_dir, command)
+            told = [one for one in problems if not any(other.startswith(one) for other in found.problems)]
+            data = as_json(replace(found, problems=[*found.problems, *told]))
+        except ValueError as error:  # such as a model that is not there, which the checks tell better
+            if not problems:
+                raise
+            problems.append(str(error))
+    else:
+        said.insert(0, f"rayward {command} works in its own process and starts no other.")
+    return _show(data | {"files": said[-1]}, found, said, "json" in flags)
 
 
 def foresee(config: Config, run_dir: Path, command: str = "plan") -> Forecast:
     """The forecast of a command at the described machines, else the cluster, else this machine."""
-    return forecast(config, site(config, command), command, run_dir)
+    stage = STAGES.get(command, STAGES["quickstart"])  # which has the parts of a whole run
+    # `rayward serve` of a single copy always computes on this machine.
+    site = site_of(config, local="serve" in stage.sections and not config.serve.on_ray)
+    return forecast(config, site, command, [STAGES[name] for name in stage.parts or (command,)], run_dir)
 
 
-def _show(found: Forecast, files: Mapping[str, str], as_data: bool) -> bool:
-    if as_data:
-        sys.stdout.write(json.dumps(as_json(found) | dict(files), indent=2) + "\n")
-        return not found.problems
-    console = Console(highlight=False, markup=False)
-    console.print(tables(found, files.get("files")))
-    _lines(console, [*(f"note: {note}" for note in found.notes), *_verdict("This plan", "fits", found.problems)])
-    return not found.problems
-
-
-def _show_alone(command: str, problems: tuple[str, ...], files: Mapping[str, str], as_data: bool) -> bool:
-    """Of a command that starts no process, or of which nothing can be planned."""
-    if as_data:
-        found = {"command": command, "works": not problems, "problems": problems, "processes": [], **files}
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-        return not problems
-    alone = [] if command in STEPS else [f"rayward {command} works in its own process and starts no other."]
-    _lines(Console(highlight=False, markup=False), [*alone, files["files"], *_verdict("It", "can start", problems)])
-    return not problems
-
-
-def _lines(console: Console, lines: Iterable[str]) -> None:
-    """Sentences, which a terminal has wrapped and a file or pipe has on a line each."""
-    for line in lines:
-        console.print(line, soft_wrap=not console.is_terminal)
-
-
-def _verdict(subject: str, good: str, problems: Sequence[str]) -> list[str]:
-    end = "cannot work as it stands" if problems else good
-    return [*(f"cannot work: {problem}" for problem in problems), f"{subject} {end}."]
-
-
-def _named(files: str, run_dir: Path) -> str:
-    """What a command says of its files, with the run directory's name."""
-    return files.replace("RUN/", f"{run_dir}/")
-
-
-def _problems_of_looking(command: str, run_dir: Path, arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """What would stop a command that takes a run directory alone."""
+def _problems(config: Config, stage: type[Stage], run_dir: Path, flags: Set[str]) -> list[str]:
+    """What would stop a stage, in words: its settings, files and models, or what the run directory holds already."""
+    if problems := check_config(config, stage, run_dir).problems:
+        return [*problems]
+    tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), stage.name)  # is never entered, so it writes nothing
+    start: Start = "resume" if "resume" in flags else "restart" if "restart" in flags else "new"
     try:
-        if not run_dir.is_dir():
-            raise ValueError(f"there is no run directory {run_dir}. Remedy: name one that a command has written")
-        _LOOKS.get(command, lambda run_dir, *words: None)(run_dir, *arguments)
-    except ValueError as error:
-        return (str(error),)
-    return ()
+        preflight(stage(Job(config=config, run_dir=run_dir, tracker=tracker, start=start)))
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()
+    return []
 
 
-_LOOKS: dict[str, Callable[..., Any]] = {
-    "scale": lambda run_dir, wanted: number_of(wanted),
-    "audit": ledgers,
-    "lineage": lineage_tree,
-}
+def _show(data: Mapping[str, Any], found: Forecast | None, said: Sequence[str], as_data: bool) -> bool:
+    """Print JSON, or tables, sentences and a verdict; returns whether it works."""
+    if as_data:
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+        return data["works"]
+    console = Console(highlight=False, markup=False)
+    for title, columns, rows in _tables(found) if found else ():
+        table = Table(header_style="dim", box=None, pad_edge=False, show_header=any(columns))
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index and title else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(title, style="bold")
+        console.print(table)
+    timed = found is not None and any(step.phases for step in found.steps)
+    notes = [f"note: {note}" for note in data.get("notes", ())]
+    wrong, good = [f"cannot work: {one}" for one in data["problems"]], "This plan fits." if found else "It can start."
+    verdict = [*wrong, f"{'This plan' if found else 'It'} cannot work as it stands." if wrong else good]
+    # A terminal has these wrapped, and a file or pipe has them on a line each.
+    for line in (*said, *[_MEASURED] * timed, *notes, *verdict):
+        console.print(line, soft_wrap=not console.is_terminal)
+    return data["works"]
 
 
-def site(config: Config, command: str = "plan") -> Site:
-    """Where the run would run. `rayward serve` of a single copy always computes on this machine."""
-    alone = command == "serve" and not config.serve.on_ray
-    nodes, address, pace = config.plan.nodes, "local" if alone else config.cluster.address, pace_of(config)
-    if nodes:
-        bare = any(not node.gpus and not (node.device_tflops and node.device_gb_s) for node in nodes)
-        machines = described(nodes, measured_cores() if bare else None)
-        kinds = [
-            f"{node.count} x {node.cpus} cores, {node.memory_gib:g} GiB"
-            + (f", {node.gpus} {node.gpu or 'GPU'}" if node.gpus else "")
-            for node in nodes
+def _tables(found: Forecast) -> Iterator[tuple[str, Sequence[str], Iterable[Sequence[str]]]]:
+    """(title, columns, rows)"""
+    yield "", ("", ""), _heading(found)
+    for step in found.steps:
+        if step.batches:
+            counts = {name: number for name, number in step.batches.numbers.items() if number > 1}
+            yield f"{step.name}: counts", ("", ""), ((name, f"{number:,}") for name, number in counts.items())
+    yield "Who runs where", ("process", "on", "GPUs", "CPUs", "threads"), _processes(found)
+    for step in found.steps:
+        names = [name.partition("-")[0] for name in step.memory if name.endswith("-0")]
+        if names:
+            yield f"{step.name}: memory of each process in GiB", ("", *names), _memory(found, step)
+    if any(step.phases for step in found.steps):
+        yield "Time", ("phase", "at least", "expect"), _times(found)
+
+
+def _heading(found: Forecast) -> Iterator[tuple[str, str]]:
+    models, device, lengths = found.models, found.site.machines[0].device, found.lengths
+    yield "plan of", f"rayward {found.command}"
+    yield "for", found.site.title
+    yield (
+        "device",
+        f"{device.name}: {device.flops / 1e12:.3g} Tflop/s in bfloat16, {device.bandwidth / 1e9:,.0f} GB/s, "
+        f"{device.memory / GIB:.1f} GiB ({device.source})",
+    )
+    yield "model", f"{models.policy.name}: {models.policy.parameters:,} parameters"
+    if models.reward != models.policy:
+        yield "reward model, critic", f"{models.reward.name}: {models.reward.value_parameters:,}"
+    each = f"{lengths.prompt:,} of a prompt, {lengths.response:,} of a response on average, {lengths.longest:,} at most"
+    yield "tokens", f"{each} ({lengths.source})"
+
+
+def _processes(found: Forecast) -> Iterator[Sequence[str]]:
+    """Neighbours that differ in their number alone are one row: `learner-0 .. 5`."""
+    rows = []
+    for one in found.plan.processes:
+        at = found.placed.at.get(one.name)
+        rows.append((one.name, at[1].name if at else "no place", f"{one.gpus:g}", f"{one.cpus:g}", str(one.threads)))
+    for _, alike in groupby(rows, lambda row: (row[0].partition("-")[0], row[1:])):
+        (first, *more), *rest = alike
+        yield (f"{first} .. {rest[-1][0].partition('-')[2]}" if rest else first, *more)
+    yield "the command itself", found.site.machines[0].name, "0", "0", "1"
+
+
+def _memory(found: Forecast, step: Step) -> Iterator[Sequence[str]]:
+    """A column a kind of process, a row an item: a rank's networks are many, its twins are alike."""
+    columns = [(held, *found.placed.at[name]) for name, held in step.memory.items() if name.endswith("-0")]
+    gpu = any(process.gpus for _, process, _ in columns)
+    for where, title in (("device", "on a GPU"), ("host", "in main memory"))[not gpu :]:
+        for item in dict.fromkeys(item for held, _, _ in columns for item in held):
+            sizes = [getattr(held[item], where) if item in held else 0 for held, _, _ in columns]
+            if any(sizes):
+                yield item, *map(_gib, sizes)
+        yield f"together, {title}", *(_gib(getattr(total(held), where)) for held, _, _ in columns)
+        limits = [
+            machine.memory if where == "host" else machine.device.memory * (process.gpus > 0)
+            for _, process, machine in columns
         ]
-        other = "this machine" if address == "local" else f"the cluster at {address}"
-        title = f"the machines in plan.nodes ({'; '.join(kinds)}); --plan.nodes '[]' plans for {other}"
-        return Site(title=title, machines=tuple(machines), local=len(machines) == 1 and address == "local", pace=pace)
-    if address == "local":
-        machine = this_machine()
-        title = f"this machine: {machine.cpus} cores, {machine.memory / 2**30:.1f} GiB, {machine.gpus} GPUs"
-        return Site(title=title, machines=(machine,), local=True, pace=pace)
-    found = live_machines(address)
-    return Site(title=f"the cluster at {address}: {len(found)} machines", machines=tuple(found), local=False, pace=pace)
+        yield f"there is {title}", *map(_gib, limits)
 
 
-def live_machines(address: str) -> list[Machine]:
-    """The machines of a running cluster. CPUs are those that Ray was told of; a machine's speed is this one's."""
-    with tempfile.TemporaryDirectory() as logs, start_ray(address, cpus=0, log_dir=Path(logs)):
-        nodes = cluster_nodes()
-    cores = None if all(node.gpus for node in nodes) else measured_cores()
-    found = []
-    for node in nodes:
-        device = gpu_named(node.accelerator or "") if node.gpus else cores
-        if device is None:
-            raise ValueError(
-                f"nothing is known of the GPUs of {node.name} ({node.accelerator or 'of no named kind'}): describe "
-                "the machines with --plan.nodes '[{count = 1, cpus = 16, memory_gib = 64, gpus = 1, gpu = \"L4\"}]'"
-            )
-        found.append(
-            Machine(
-                name=node.name,
-                cpus=int(node.cpus),
-                memory=int(node.memory),
-                gpus=int(node.gpus),
-                device=device,
-            )
-        )
-    return found
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size else ""
+
+
+def _times(found: Forecast) -> Iterator[Sequence[str]]:
+    least = expected = 0.0
+    for step in found.steps:
+        for phase in step.phases:
+            yield f"{step.name}: {phase.name}", _span(phase.least), _span(phase.expected)
+        all_of_it = step.times * step.least_s, step.times * step.expected_s
+        if step.times != 1:
+            yield f"{step.name}: once", _span(step.least_s), _span(step.expected_s)
+            yield f"{step.name}: {step.times:g} times", *map(_span, all_of_it)
+        least, expected = least + all_of_it[0], expected + all_of_it[1]
+    yield "all of it", _span(least), _span(expected)
+
+
+def _span(seconds: float) -> str:
+    units = (("days", 86_400), ("h", 3600), ("min", 60))
+    return next((f"{seconds / size:.1f} {unit}" for unit, size in units if seconds >= 2 * size), f"{seconds:.3g} s")
+
+
+def as_json(found: Forecast) -> dict[str, Any]:
+    """The same as data: bytes, seconds, counts."""
+    data, at = asdict(found), {name: machine.name for name, (_, machine) in found.placed.at.items()}
+    for step, fields in zip(found.steps, data["steps"], strict=True):
+        fields["batches"] = step.batches and step.batches.numbers
+    return {
+        "works": not found.problems,
+        **{key: data[key] for key in ("command", "problems", "notes", "site", "models", "lengths")},
+        "processes": [asdict(one) | {"machine": at.get(one.name)} for one in found.plan.processes],
+        "steps": {fields.pop("name"): fields for fields in data["steps"]},
+    }

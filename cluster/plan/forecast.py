@@ -1,72 +1,44 @@
-"""A run before it starts: its batches, processes, memory and time on given machines, and what cannot work."""
+"""A run before it starts: its counts, processes, memory and time on given machines, and what cannot work."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+from cluster.config.load import as_toml
 from cluster.config.schema import Config
-from cluster.plan.batches import Batches, batches_of
-from cluster.plan.counts import Lengths, PPOPlan, SamplingPlan
-from cluster.plan.fitting import misfits
-from cluster.plan.hardware import Machine
-from cluster.plan.lengths import lengths_of
-from cluster.plan.limits import crowded, notes, placement_problems, shape_problems, shared_ranks, shared_with_learner
-from cluster.plan.memory import Held, Models, cached_tokens, generator_memory, learner_memory, reward_memory
-from cluster.plan.remedies import nearest_that_fits
-from cluster.plan.roofline import Clock, Pace, Phase, iteration_seconds
+from cluster.pipeline.stage import Stage
+from cluster.plan.check import setting, too_long
+from cluster.plan.counts import Counts, Lengths, count, divisors, lengths_of, neighbours
+from cluster.plan.machines import Machine, Site
+from cluster.plan.memory import Bytes, cached_tokens, held, kinds, misfits
+from cluster.plan.roofline import Phase, Roofline, together
+from cluster.plan.shapes import Models, Shape, models_of
 from cluster.runtime.fitting import Placed, place_processes, plan_cluster
 from cluster.runtime.resources import Kind, Plan, ResourceError, check, plan_machine, plan_replicas
 
-KINDS: dict[str, tuple[Kind, ...]] = {
-    "sft": ("learner",),
-    "baseline": ("learner",),
-    "sample": ("generator",),
-    "reward": ("learner",),
-    "select": ("generator", "reward"),
-    "ppo": ("generator", "learner", "reward"),
-    "evaluate": ("generator", "learner", "reward"),
-    "serve": ("reward",),
-}
-"""The processes of each step."""
-RUN = ("sft", "sample", "reward", "ppo")
-STEPS = {
-    "plan": RUN,
-    "quickstart": RUN,
-    "rounds": ("sample", "reward", "ppo"),
-    **{step: (step,) for step in KINDS},
-}
-"""The steps of every command that starts processes."""
-_NO_REMEDY = "No change of one or a few settings that this plan knows makes it fit: use more or larger machines"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """Where a run would run."""
-
-    title: str
-    """in words"""
-    machines: tuple[Machine, ...]
-    """what there is"""
-    local: bool
-    """one machine whose processes take turns on its cores"""
-    pace: Pace
-    """what a process reaches of its device's peak"""
+Stages = Sequence[type[Stage]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One step of the run."""
+    """One stage of the run."""
 
     name: str
-    """sft, baseline, sample, reward, select, ppo, evaluate or serve"""
-    batches: Batches | None
+    """of the stage"""
+    batches: Counts | None
     """its arithmetic; None where there is none, or the number of rows is not known"""
-    held: tuple[Held, ...]
-    """what each of its processes holds"""
-    phases: tuple[Phase, ...] = ()
+    memory: Mapping[str, Mapping[str, Bytes]]
+    """what each of its processes holds, by name and item"""
+    phases: Sequence[Phase] = ()
     """what takes time in it; of PPO an iteration's, of `select` those of one epoch's model"""
-    seconds: tuple[float, float] = (0.0, 0.0)
-    """(least, expected) of these phases together"""
+    least_s: float = 0.0
+    """seconds of these phases together at the devices' peak"""
+    expected_s: float = 0.0
+    """seconds of these phases together"""
     times: float = 1.0
     """how often they are gone through"""
 
@@ -87,128 +59,200 @@ class Forecast:
     """processes with their threads, cores and GPUs"""
     placed: Placed[Machine]
     """where each of them goes"""
-    steps: tuple[Step, ...]
+    steps: Sequence[Step]
     """what is done"""
-    problems: tuple[str, ...]
+    problems: Sequence[str]
     """why it cannot work, each with the nearest thing that does; empty when it can"""
-    notes: tuple[str, ...]
+    notes: Sequence[str]
     """what works and is worth a thought"""
 
 
-def forecast(config: Config, site: Site, command: str, run_dir: Path) -> Forecast:
-    """Plan what a command would do. What cannot work is in `problems`.
+def forecast(config: Config, site: Site, command: str, stages: Stages, run_dir: Path) -> Forecast:
+    """Plan what a command would do in its stages. What cannot work is in `problems`.
 
     Raises ValueError (UnknownShape) where the size of a model is not known, so that nothing can be said.
     """
-    names = STEPS[command]
-    serves = command == "serve"
-    models = Models.of(config, run_dir, serves=serves)
-    lengths = lengths_of(config, run_dir)
-    problems = list(shape_problems(config, models, names))
-    plan, placed = processes(config, site, names)
-    works = None if serves else lambda other: _places(other, site, names)
-    problems += placement_problems(plan, placed, site.machines, config, works)
-    steps = []
-    for name in names:
-        holds = held(config, models, plan, placed, name)
-        if text := next(misfits(holds, placed), None):
-            remedy = nearest_that_fits(config, name, lambda other, at=name: fits(other, site, models, at))
-            problems.append(f"{name}: {text}. " + (f"Nearest that fits: {remedy}" if remedy else _NO_REMEDY))
+    rounds, models = command == "rounds", models_of(config, run_dir, serves="serve" in stages[0].sections)
+    lengths, (plan, placed) = lengths_of(config, run_dir), placing(config, site, stages)
+    problems, steps = [*_shape_problems(config, models, stages)], []
+    for text in _placement_problems(config, site, stages):
+        nearest = nearest_that_fits(
+            config, _fewer(config), lambda other: not [*_placement_problems(other, site, stages)]
+        )
+        problems.append(text + (f". Nearest that fits: {nearest}" if nearest else ""))
+    for stage in stages:
+        memory = held(config, models, placed, stage)
+        for text in misfits(memory, placed):
+            works = partial(fits, site=site, models=models, stage=stage)
+            nearest = nearest_that_fits(config, _smaller(config, stage), works)
+            problems.append(f"{text}. Nearest that fits: {nearest or 'none; use more or larger machines'}")
         try:
-            batches = None if serves else batches_of(config, name, lengths, run_dir, command == "rounds")
+            batches = count(config, stage, lengths, run_dir, rounds)
         except ValueError as error:
             problems.append(str(error))
             batches = None
-        step = Step(name=name, batches=batches, held=holds)
-        steps.append(step if placed.unplaced else _timed(step, config, models, lengths, placed, site.pace, command))
-    told = [note for step in steps for note in notes(config, step.batches, step.phases)]
-    told += shared_with_learner(placed.devices) if "ppo" in names else []
-    told += crowded(plan, sum(machine.cpus for machine in site.machines)) if serves else []
-    return Forecast(
-        command=command,
-        site=site,
-        models=models,
-        lengths=lengths,
-        plan=plan,
-        placed=placed,
-        steps=tuple(steps),
-        problems=tuple(dict.fromkeys(problems)),
-        notes=tuple(told),
-    )
+        step = Step(name=stage.name, batches=batches, memory=memory)
+        if not placed.unplaced:
+            engine = memory.get("generator-0")
+            cached = cached_tokens(config, models.policy, engine) if engine else 0
+            roofline = Roofline(config=config, models=models, lengths=lengths, at=placed.at, cached=cached)
+            phases, times = roofline.phases(stage, batches), float(batches.times) if batches else 1.0
+            if rounds:  # comparisons add up: the batches are those of the last round, and the others have fewer
+                growing = stage.name == "reward" and config.rounds.comparisons == "all"
+                times *= (config.rounds.count + 1) / 2 if growing else config.rounds.count
+            least, expected = together(phases, config.ppo.max_staleness)
+            step = replace(step, phases=phases, least_s=least, expected_s=expected, times=times)
+        steps.append(step)
+    told = {
+        "problems": [*dict.fromkeys(problems)],
+        "notes": [*_notes(config, plan, placed, site, steps)],
+        "steps": steps,
+    }
+    return Forecast(command=command, site=site, models=models, lengths=lengths, plan=plan, placed=placed, **told)
 
 
-def processes(config: Config, site: Site, steps: Sequence[str]) -> tuple[Plan, Placed[Machine]]:
-    """The processes of some steps at a site, and where they go."""
+def placing(config: Config, site: Site, stages: Stages) -> tuple[Plan, Placed[Machine]]:
+    """The processes of some stages at a site, and where they go."""
     machine = site.machines[0]
-    if "serve" in steps:
+    wanted: list[Kind] = [kind for stage in stages for kind in kinds(stage)]
+    if set(wanted) == {"reward"}:
         plan = plan_replicas(config.serve, machine.gpus)
     else:
         whole = plan_machine(config, machine.cpus, machine.gpus) if site.local else plan_cluster(config, site.machines)
-        plan = whole.of([kind for step in steps for kind in KINDS[step]])
+        plan = whole.of(wanted)
     return plan, place_processes(plan.processes, site.machines, by_cpus=not site.local)
 
 
-def held(config: Config, models: Models, plan: Plan, placed: Placed[Machine], step: str) -> tuple[Held, ...]:
-    """What every process of a step holds; those without a place are left out."""
-    found = []
-    for process in plan.processes:
-        kind = process.name.partition("-")[0]
-        if process.name not in placed.at or kind not in KINDS[step]:
-            continue
-        machine, gpu = placed.at[process.name][1], process.gpus > 0
-        if kind == "generator":
-            items = generator_memory(config, models.policy, machine)
-        elif kind == "learner":
-            items = learner_memory(config, models, step, gpu)
-        else:
-            items = reward_memory(config, models.reward, gpu)
-        found.append(Held(process=process, items=items))
-    return tuple(found)
-
-
-def fits(config: Config, site: Site, models: Models, step: str) -> bool:
-    """Whether a step's processes all have a place and enough memory."""
-    if not _places(config, site, (step,)) or list(shape_problems(config, models, (step,))):
-        return False
-    plan, placed = processes(config, site, (step,))
-    return not any(misfits(held(config, models, plan, placed, step), placed))
-
-
-def _places(config: Config, site: Site, steps: Sequence[str]) -> bool:
-    """Whether the processes of some steps all have a place and the threads, and no two ranks a GPU."""
-    try:
-        plan, placed = processes(config, site, steps)
-        if len(site.machines) == 1:
+def _placement_problems(config: Config, site: Site, stages: Stages) -> Iterator[str]:
+    """Threads, GPUs and bundles that are too many; copies of `rayward serve` only get slower with more threads."""
+    plan, placed = placing(config, site, stages)
+    if placed.unplaced:
+        more = len(placed.unplaced) - 1
+        yield placed.unplaced[0] + (f". So it is with {more} more bundles" if more else "")
+    elif len(site.machines) == 1 and "serve" not in stages[0].sections:
+        try:
             check(plan, cores=site.machines[0].cpus, gpus=site.machines[0].gpus)
-    except ResourceError:
+        except ResourceError as error:
+            yield str(error)
+    ranks = {name: at for name, at in placed.devices.items() if name.startswith("learner-")}
+    shared = [gpu for gpu, number in Counter(gpu for at in ranks.values() for gpu in at).items() if number > 1]
+    if shared:
+        names = ", ".join(name for name, at in ranks.items() if shared[0] in at)
+        yield f"{names} would share {shared[0]}, and NCCL lets every rank of a group have a GPU of its own only"
+
+
+def fits(config: Config, site: Site, models: Models, stage: type[Stage]) -> bool:
+    """Whether a stage's processes all have a place and enough memory."""
+    if [*_placement_problems(config, site, (stage,)), *_shape_problems(config, models, (stage,))]:
         return False
-    return not placed.unplaced and not shared_ranks(placed.devices)
+    _, placed = placing(config, site, (stage,))
+    return not [*misfits(held(config, models, placed, stage), placed)]
 
 
-def _timed(
-    step: Step, config: Config, models: Models, lengths: Lengths, placed: Placed[Machine], pace: Pace, command: str
-) -> Step:
-    """The same step with the seconds of its phases."""
-    engine = next((one for one in step.held if one.process.name == "generator-0"), None)
-    cached = cached_tokens(config, models.policy, engine.items) if engine else 0
-    clock = Clock(config, models, lengths, placed.at, cached, pace)
-    if step.name == "serve":
-        phases = clock.batch_of_scores()
-    else:
-        phases = clock.phases(step.name, step.batches) if step.batches else []
-    overlap = config.ppo.max_staleness if isinstance(step.batches, PPOPlan) else 0
-    times = float(step.batches.times) if isinstance(step.batches, SamplingPlan) else 1.0
-    if isinstance(step.batches, PPOPlan):
-        times = float(step.batches.iterations)
-    if command == "rounds":
-        count, everything = config.rounds.count, config.rounds.comparisons == "all"
-        # Comparisons add up: the batches are those of the last round, and the others have fewer.
-        times *= (count + 1) / 2 if step.name == "reward" and everything else count
-    return Step(
-        name=step.name,
-        batches=step.batches,
-        held=step.held,
-        phases=tuple(phases),
-        seconds=iteration_seconds(phases, overlap),
-        times=times,
-    )
+def _shape_problems(config: Config, models: Models, stages: Stages) -> Iterator[str]:
+    """What the shapes of the models do not allow."""
+    policy, reward, size = models.policy, models.reward, config.generator.tensor_parallel_size
+    limits = {"base": policy, "policy": policy, "reward": reward, "critic": reward}
+    for stage in stages:
+        named = {key: (shape.name, shape.positions) for key, shape in limits.items()}
+        yield from too_long(config, stage.sections, named)
+        for key, (network, _) in stage.trained(config).items():
+            if network.last_layers > policy.layers:
+                section = key.partition(".")[0]
+                yield (
+                    f"{section}.network.last_layers = {network.last_layers}, and {policy.name} has {policy.layers} "
+                    f"layers. Nearest: {section}.network.last_layers = {policy.layers}, or 0 for all"
+                )
+        if "generator" in stage.processes and not _parallel(policy, size):
+            near = neighbours([n for n in divisors(policy.heads) if _parallel(policy, n)], size)
+            yield (
+                f"generator.tensor_parallel_size = {size} cannot share the {policy.heads} attention heads and "
+                f"{policy.kv_heads} heads of keys and values of {policy.name}. Nearest: "
+                f"generator.tensor_parallel_size = {near}"
+            )
+
+
+def _parallel(shape: Shape, size: int) -> bool:
+    """Whether vLLM can share the heads of a model over so many devices."""
+    return shape.heads % size == 0 and (shape.kv_heads % size == 0 or size % shape.kv_heads == 0)
+
+
+def nearest_that_fits(config: Config, changes: Sequence[tuple[str, Any]], fits: Callable[[Config], bool]) -> str | None:
+    """The first of `changes`, the mildest first, that make `fits` true, without what is not needed; None for none."""
+    taken: dict[str, Any] = {}
+    for key, value in changes:
+        taken[key] = value
+        if fits(changed(config, taken)):
+            for name in list(taken)[:-1]:
+                rest = {other: value for other, value in taken.items() if other != name}
+                taken = rest if fits(changed(config, rest)) else taken
+            return ", ".join(f"{name} = {as_toml(value)}" for name, value in taken.items())
+    return None
+
+
+def _fewer(config: Config) -> list[tuple[str, int]]:
+    """Fewer processes, or GPUs of one."""
+    keys = ("cluster.generators", "cluster.max_generators", "generator.tensor_parallel_size", "cluster.learner_ranks")
+    return [(key, value) for key in keys for value in range((setting(config, key) or 0) - 1, 0, -1)]
+
+
+def _smaller(config: Config, stage: type[Stage]) -> list[tuple[str, Any]]:
+    """Settings that save memory in a stage, the cheapest first."""
+    trained, generator, found = stage.trained(config), config.generator, list[tuple[str, Any]]()
+    if "generator" in stage.processes:
+        found += [("generator.gpu_memory_utilization", generator.gpu_memory_utilization * part) for part in (0.7, 0.4)]
+        found += [("generator.kv_cache_gib", generator.kv_cache_gib * part) for part in (0.5, 0.25)]
+    sections = dict.fromkeys(key.partition(".")[0] for key in trained)
+    for section in sections:
+        tokens = getattr(config, section).max_tokens_per_microbatch
+        found += [(f"{section}.max_tokens_per_microbatch", tokens // part) for part in (2, 4, 8) if tokens // part]
+        found.append((f"{section}.network.gradient_checkpointing", True))
+    sharded = (2, 3) if config.cluster.learner_ranks > 1 else ()
+    found += [(f"{key}.zero_stage", n) for n in sharded for key, (_, one) in trained.items() if one.zero_stage < n]
+    found += [(f"{key}.offload_optimizer", "cpu") for key in trained]
+    found += [(f"{section}.network.lora_rank", 16) for section in sections]
+    if "serve" in stage.sections:
+        found += [("scoring.max_batch_tokens", config.scoring.max_batch_tokens // part) for part in (2, 4, 8)]
+        found += [("serve.replicas", count) for count in range(config.serve.replicas - 1, 0, -1)]
+    if "generator" in stage.processes:
+        found += [("generator.tensor_parallel_size", generator.tensor_parallel_size * part) for part in (2, 4, 8)]
+        found += [("cluster.generators", count) for count in range(config.cluster.generators - 1, 0, -1)]
+    return found
+
+
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values at dotted keys."""
+    for key, value in values.items():
+        *path, last = key.split(".")
+        sections = [*accumulate(path, getattr, initial=config)]
+        for name, section in zip((last, *reversed(path)), reversed(sections), strict=True):
+            value = section.model_copy(update={name: value})
+        config = value
+    return config
+
+
+def _notes(config: Config, plan: Plan, placed: Placed[Machine], site: Site, steps: Sequence[Step]) -> Iterator[str]:
+    """What works, but not as somebody may think."""
+    threads, cores = sum(one.threads for one in plan.processes), sum(machine.cpus for machine in site.machines)
+    if steps[0].name == "serve" and threads > cores:
+        yield f"the copies have {threads} threads on {cores} cores: beyond the cores all of them run slower"
+    sender = set(placed.devices.get("learner-0", ()))
+    beside = [name for name, at in placed.devices.items() if name.startswith("generator-") and sender & set(at)]
+    if beside:
+        yield (
+            f"learner-0 and {', '.join(beside)} share {min(sender)}: weights are published through main memory "
+            "(gloo), as NCCL takes no two members of a group on one GPU"
+        )
+    for step in steps:
+        seconds = {phase.name: phase.expected for phase in step.phases}
+        if not step.batches or "publish" not in seconds:
+            continue
+        waits = {
+            "rollout.wave_deadline_s": seconds["generate"] / step.batches.waves,
+            "ppo.rollout_deadline_s": seconds["generate"] + seconds.get("score", 0.0),
+            "cluster.step_deadline_s": max(seconds["update policy"], seconds["update critic"]),
+            "publish.deadline_s": seconds["publish"],
+        }
+        for key, expected in waits.items():
+            if expected > (limit := setting(config, key)) / 2:
+                yield f"{key} = {limit:g} ends a wait that is expected to take {expected:.0f} s: raise it"

@@ -1,36 +1,34 @@
-"""How long each phase of a step takes at least, and about how long to expect."""
+"""How long each phase of a stage takes: operations over the peak rate, bytes over the bandwidth, and one efficiency.
+
+N are parameters, b bytes of a weight, T tokens, F operations and W bytes a second of a device. Of the peak a GPU is
+expected to reach `plan.efficiency`, of which nothing has been measured, and cores reach CPU_EFFICIENCY.
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.config.schema import Config
-from cluster.plan.batches import Batches
-from cluster.plan.counts import Lengths, PPOPlan, StepsPlan
-from cluster.plan.estimates import (
-    ADAM_TRAFFIC,
-    PUBLISH_CPU,
-    Rates,
-    Training,
-    decode_seconds,
-    forward_seconds,
-    ring_seconds,
-    training_seconds,
-    transfer_seconds,
-)
-from cluster.plan.hardware import Machine
-from cluster.plan.memory import Models, networks
-from cluster.plan.shapes import Shape
+from cluster.pipeline.stage import Stage
+from cluster.plan.counts import Counts, Lengths, section_of
+from cluster.plan.machines import Machine
+from cluster.plan.memory import Network, networks, width
+from cluster.plan.shapes import Models
 from cluster.runtime.resources import Process
-from learner.config import NetworkConfig
 
-Pace = Callable[[Shape, Process, Machine, bool], Rates]
-"""(shape, process, machine, wide) -> what the process reaches of its peak with such a model; wide: in float32"""
+CPU_EFFICIENCY = 0.2
+"""Of a matrix product's rate, for whole phases: set so that those of a quickstart on two cores of an AMD EPYC take 0.5
+to 1.8 times as long as expected (docs/cluster.md). Training reaches less of it, sampling more."""
+CPU_PUBLISH = 1e8
+"""Bytes of published weights a second that CPUs handle: checksums on both sides, loading and packing, the parity
+probe. From 2.9 s for 269 MB to two engines on two cores (docs/quickstart.md)."""
+ADAM_TRAFFIC = 28
+"""Bytes of memory traffic a parameter in an Adam step: gradient, master weight and two means read, three written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """One phase of a step."""
+    """One phase of a stage."""
 
     name: str
     """what happens"""
@@ -38,234 +36,151 @@ class Phase:
     """seconds at the device's peak"""
     expected: float
     """seconds at the share of the peak that a run is expected to reach"""
-    formula: str
-    """what it was computed from, in the words of cluster.estimates"""
+
+
+def together(phases: Sequence[Phase], max_staleness: int) -> tuple[float, float]:
+    """(least, expected) seconds: the sum, or where PPO's rollout and learning overlap the longer of both."""
+    found = []
+    for which in ("least", "expected"):
+        seconds = {phase.name: getattr(phase, which) for phase in phases}
+        rollout = seconds.get("generate", 0.0) + seconds.get("score", 0.0)
+        rest = sum(seconds.values()) - rollout
+        found.append(max(rollout, rest) if max_staleness and "publish" in seconds else rollout + rest)
+    return found[0], found[1]
+
+
+def speed(process: Process, machine: Machine, dtype: str) -> tuple[float, float]:
+    """(operations, bytes) a second of a process: its whole GPUs (those that share one take turns), or its threads'
+    part of the cores. float32 has half of the rate of bfloat16 (TF32 on GPUs; a CPU with avx512_bf16 measured 0.43).
+    """
+    part = max(1, math.floor(process.gpus)) if machine.gpus else min(1.0, process.threads / machine.cpus)
+    return machine.device.flops * part * 2 / width(dtype), machine.device.bandwidth * part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
-    """What one process computes with."""
+class Roofline:
+    """What the seconds of a stage's phases depend on."""
 
-    flops: float
-    """operations a second"""
-    bandwidth: float
-    """bytes a second from memory"""
+    config: Config
+    """the run's settings"""
+    models: Models
+    """its models"""
+    lengths: Lengths
+    """of prompts and responses"""
+    at: Mapping[str, tuple[Process, Machine]]
+    """where each process is"""
+    cached: int
+    """tokens whose keys and values an engine can hold"""
 
-
-def speed(process: Process, machine: Machine, wide: bool) -> Speed:
-    """A process' whole GPUs (those that share one take turns), or its threads' part of the cores.
-
-    `wide`: float32, at half of the rate of bfloat16 (TF32 on GPUs; a CPU with avx512_bf16 measured 0.43).
-    """
-    device = machine.device
-    part = max(1, math.floor(process.gpus)) if machine.gpus else min(1.0, process.threads / machine.cpus)
-    return Speed(flops=device.flops * part / (2 if wide else 1), bandwidth=device.bandwidth * part)
-
-
-def iteration_seconds(phases: Sequence[Phase], max_staleness: int) -> tuple[float, float]:
-    """(least, expected) seconds of an iteration: the sum, or where rollout and learning overlap the longer of both."""
-
-    def total(which: str) -> float:
-        rollout = sum(getattr(phase, which) for phase in phases if phase.name in ("generate", "score"))
-        rest = sum(getattr(phase, which) for phase in phases) - rollout
-        return max(rollout, rest) if max_staleness else rollout + rest
-
-    return total("least"), total("expected")
-
-
-class Clock:
-    """What the seconds of a run's phases depend on."""
-
-    def __init__(
-        self,
-        config: Config,
-        models: Models,
-        lengths: Lengths,
-        at: Mapping[str, tuple[Process, Machine]],
-        cached: int,
-        pace: Pace,
-    ) -> None:
-        """`at`: where each process is; `cached`: tokens whose keys and values an engine can hold."""
-        self.config = config
-        self.models = models
-        self.lengths = lengths
-        self.at = at
-        self.cached = cached
-        self.pace = pace
-
-    def phases(self, step: str, batches: Batches) -> list[Phase]:
-        """The phases of a step, in order: of one PPO iteration, of one model's turn in `select`, else of all of it."""
-        if isinstance(batches, PPOPlan):
-            return self._iteration(batches)
-        if isinstance(batches, StepsPlan):
-            return [self._tuning(step, batches)]
-        scored = self._score(batches.sequence_tokens) if step != "sample" else []
-        found = [self._generate(batches.episodes, batches.samples), *scored]
-        if step == "evaluate":
-            found.append(self._read("log-probs", "evaluate", batches.sequence_tokens, 1))
+    def phases(self, stage: type[Stage], counts: Counts | None) -> list[Phase]:
+        """In order, those of `Counts`; of a stage that only scores, one full batch. None where nothing is counted."""
+        if counts is None:
+            return self._score(self.config.scoring.max_batch_tokens) if "serve" in stage.sections else []
+        found = self._generate(counts) if "generator" in stage.processes else []
+        if "reward" in stage.processes:
+            found += self._score(counts.tokens)
+        if "learner" in stage.processes:
+            used = networks(self.config, self.models, stage)
+            if "generator" in stage.processes:
+                found.append(self._read(used, counts))
+            found += [self._update(one, stage, counts) for one in used if not one.frozen]
+            if "generator" in stage.processes and counts.steps:
+                found.append(self._publish(used[0]))
         return found
 
-    def batch_of_scores(self) -> list[Phase]:
-        """A full batch of the reward service; nothing where no model computes."""
-        return self._score(self.config.scoring.max_batch_tokens)
+    def _phase(self, name: str, machine: Machine, computing: float, moving: float = 0.0) -> Phase:
+        """Of seconds at the peak, and seconds on links."""
+        share = self.config.plan.efficiency if machine.gpus else CPU_EFFICIENCY
+        return Phase(name=name, least=computing + moving, expected=computing / share + moving)
 
-    def _iteration(self, batches: PPOPlan) -> list[Phase]:
-        policy, _, critic = networks(self.config, self.models, "ppo")
-        ppo = self.config.ppo
-        text = batches.pretraining_microbatches if batches.pretraining_sequences else 0
-        tokens = batches.episode_tokens * batches.epochs
-        return [
-            self._generate(batches.episodes, batches.samples),
-            *self._score(batches.episode_tokens),
-            self._read("evaluate", "ppo", batches.episode_tokens, batches.minibatches * batches.microbatches),
-            self._update(
-                policy,
-                self.models.policy,
-                ppo.network,
-                tokens + batches.pretraining_tokens,
-                (self._asked * tokens + batches.pretraining_tokens) / (tokens + batches.pretraining_tokens),
-                batches.steps,
-                batches.steps * (batches.microbatches + text),
-            ),
-            self._update(
-                critic, self.models.reward, ppo.critic, tokens, 0, batches.steps, batches.steps * batches.microbatches
-            ),
-            self._publish(),
-        ]
+    def _generate(self, counts: Counts) -> list[Phase]:
+        """Rounds of prefill, 2 N T / F, and decoding: as many sequences at once as waves, engine and cache allow.
 
-    def _tuning(self, step: str, batches: StepsPlan) -> Phase:
-        section = getattr(self.config, step)
-        (network,) = networks(self.config, self.models, step)
-        shape = self.models.reward if step == "reward" else self.models.policy
-        passes = batches.steps * batches.microbatches
-        asked = self._asked + (1 - self._asked) * batches.pretraining  # all of a text is learnt, of a reply the reply
-        return self._update(network, shape, section.network, batches.total_tokens, asked, batches.steps, passes)
-
-    def _generate(self, episodes: int, samples: int) -> Phase:
-        """Rounds of prefill and decoding: as many sequences at once as waves, engine and its cache allow."""
+        A step of B sequences with a context of c tokens: max((N b + B c kv) / W, 2 N B / F).
+        """
         config, shape, lengths = self.config, self.models.policy, self.lengths
         process, machine = self.at["generator-0"]
-        wide = config.generator.dtype == "float32"
-        device, rates = speed(process, machine, wide), self.pace(shape, process, machine, wide)
-        each = -(-episodes // config.cluster.generators)
-        wave = config.rollout.prompts_per_wave * samples * config.rollout.waves_in_flight
+        flops, bandwidth = speed(process, machine, config.generator.dtype)
+        each = -(-counts.rows * counts.samples // config.cluster.generators)
+        wave = config.rollout.prompts_per_wave * counts.samples * config.rollout.waves_in_flight
         room = self.cached // max(1, lengths.prompt + lengths.longest)
         at_once = max(1, min(wave, config.generator.max_num_seqs, each, room))
-        rounds = math.ceil(each / at_once)
-        context, width = lengths.prompt + lengths.response / 2, 4 if wide else 2
         # Responses end one by one, so fewer sequences are decoded in a step on average than at first.
-        running = at_once * lengths.response / lengths.longest
-        prefill = forward_seconds(shape.body, at_once * lengths.prompt, device.flops)
-
-        def seconds(flops: float, bandwidth: float) -> float:
-            return lengths.longest * decode_seconds(shape, width, running, context, flops, bandwidth)
-
-        least = rounds * (prefill + seconds(device.flops, device.bandwidth))
-        decode = seconds(device.flops * rates.decode, device.bandwidth * rates.read)
-        beside = lengths.longest * rates.step_s(running)
-        return Phase(
-            name="generate",
-            least=least,
-            expected=rounds * (prefill / rates.forward + decode + beside),
-            formula=f"{rounds} x ({at_once} prompts, {lengths.longest} steps)",
-        )
+        running, context = at_once * lengths.response / lengths.longest, lengths.prompt + lengths.response / 2
+        read = width(config.generator.dtype) * (shape.parameters + running * context * shape.kv_elements)
+        step = max(read / bandwidth, 2 * shape.parameters * running / flops)
+        prefill = 2 * shape.body * at_once * lengths.prompt / flops
+        return [self._phase("generate", machine, math.ceil(each / at_once) * (prefill + lengths.longest * step))]
 
     def _score(self, tokens: int) -> list[Phase]:
-        scoring, shape = self.config.scoring, self.models.reward
-        size = sum(part.kind == "model" for part in scoring.parts) * shape.body
+        """2 N T / F of every reward model; nothing where none computes, or on cores of which nobody knows the speed."""
+        size = sum(part.kind == "model" for part in self.config.scoring.parts) * self.models.reward.body
         process, machine = self.at["reward-0"]
-        if not size or (machine.gpus and not process.gpus):  # how fast the cores of such a machine are, nobody knows
+        if not size or (machine.gpus and not process.gpus):
             return []
-        wide = scoring.dtype == "float32"
-        seconds = forward_seconds(size, tokens, speed(process, machine, wide).flops) / self._replicas()
-        share = self.pace(shape, process, machine, wide).forward
-        return [Phase(name="score", least=seconds, expected=seconds / share, formula="2 N T / F: reward model")]
-
-    def _replicas(self) -> int:
-        """Reward replicas that compute at once: each scores a wave of its own; 1 without generators."""
+        # Each replica scores a wave of its own.
         replicas, generators = (sum(name.startswith(kind) for name in self.at) for kind in ("reward-", "generator-"))
-        return min(replicas, generators * self.config.rollout.waves_in_flight) or 1
+        busy = min(replicas, generators * self.config.rollout.waves_in_flight) or 1
+        flops, _ = speed(process, machine, self.config.scoring.dtype)
+        return [self._phase("score", machine, 2 * size * tokens / flops / busy)]
 
-    def _read(self, name: str, step: str, tokens: int, passes: int) -> Phase:
-        """A forward pass of all networks on the learner, without gradients."""
-        found = networks(self.config, self.models, step)
-        ranks, link = self.config.cluster.learner_ranks, self._learner_link()
+    def _read(self, used: Sequence[Network], counts: Counts) -> Phase:
+        """Log-probs and values, without gradients: 2 N T / F of all networks on the learner."""
         process, machine = self.at["learner-0"]
-        wide = self.config.ppo.network.dtype == "float32"
-        flops = speed(process, machine, wide).flops
-        sizes = [self._computing(one.name, self._asked) for one in found]
-        seconds = forward_seconds(sum(sizes), tokens / ranks, flops)
-        moved = sum(_gathering(one, passes, link) for one in found)
-        share = self.pace(self.models.policy, process, machine, wide).forward
-        formula = f"2 N T / F: {', '.join(one.name for one in found)}"
-        return Phase(name=name, least=seconds + moved, expected=seconds / share + moved, formula=formula)
+        flops, _ = speed(process, machine, self.config.ppo.network.dtype)
+        passes = counts.steps // max(1, counts.epochs) * counts.microbatches or 1
+        size = sum(self._computing(one, self._asked) for one in used)
+        seconds = 2 * size * counts.tokens / self.config.cluster.learner_ranks / flops
+        return self._phase("evaluate", machine, seconds, sum(self._gathering(one, passes) for one in used))
 
-    def _update(
-        self,
-        network: Training,
-        shape: Shape,
-        trains: NetworkConfig,
-        tokens: float,
-        asked: float,
-        steps: int,
-        passes: int,
-    ) -> Phase:
-        """`asked`: share of the tokens for which the output head computes."""
-        ranks, link = self.config.cluster.learner_ranks, self._learner_link()
-        process, machine = self.at["learner-0"]
-        wide = trains.dtype == "float32"
-        device, rates = speed(process, machine, wide), self.pace(shape, process, machine, wide)
-        size = self._computing(network.name, asked)
-        reached = size - shape.body * (1 - (trains.last_layers or shape.layers) / shape.layers)
-        trained, share = min(network.trained, size), tokens / ranks
-        below = forward_seconds(size - reached, share, device.flops)  # layers that are only read
-        seconds = training_seconds(reached, trained, share, device.flops)
-        if trains.gradient_checkpointing:
-            seconds += forward_seconds(reached, share, device.flops)
-        expected = below / rates.forward + seconds / rates.training * (1 + rates.sharding * trained / size)
-        adam = steps * ADAM_TRAFFIC * network.trained / (ranks if network.stage else 1) / device.bandwidth
-        moved = steps * ring_seconds(4 * network.trained, ranks, link) + _gathering(network, 2 * passes, link)
-        return Phase(
-            name=f"update {network.name}",
-            least=below + seconds + adam + moved,
-            expected=expected + adam / rates.read + moved,
-            formula="up to 6 N T / F, and Adam's memory",
-        )
+    def _update(self, network: Network, stage: type[Stage], counts: Counts) -> Phase:
+        """2 N T / F forward, 2 N T / F and 2 N' T / F backward, N' with a gradient: 6 N T where all is trained.
+
+        (Kaplan et al. 2020, section 2.1.) Then Adam's memory, a ring all-reduce of the gradients, whose 2 (n - 1) / n
+        cross every link (Patarasuk & Yuan 2009), and what ZeRO-3 gathers.
+        """
+        ranks, (process, machine) = self.config.cluster.learner_ranks, self.at["learner-0"]
+        flops, bandwidth = speed(process, machine, network.config.dtype)
+        text = counts.pretraining_sequences * self.config.ppo.pretraining.sequence_tokens
+        passes, tokens = counts.steps * counts.microbatches, counts.step_tokens
+        asked = self._asked + (1 - self._asked) * getattr(section_of(self.config, stage), "pretraining_share", 0.0)
+        if network.name == "critic":
+            tokens -= text
+        elif text:  # all of a text is learnt, of a response's sequence the response
+            passes += counts.steps * counts.pretraining_microbatches
+            asked = (asked * (tokens - text) + text) / tokens
+        size = self._computing(network, asked)
+        reached = size - network.shape.body * (1 - network.layers / network.shape.layers)
+        trained, again = min(network.trained, size), reached * network.config.gradient_checkpointing
+        computing = 2 * (size + reached + again + trained) * counts.steps * tokens / ranks / flops
+        sharing = ranks if network.optimizer.zero_stage else 1
+        adam = counts.steps * ADAM_TRAFFIC * network.trained / sharing / bandwidth
+        reduced = counts.steps * 2 * (ranks - 1) / ranks * 4 * network.trained / self._link("learner-")
+        moving = reduced + self._gathering(network, 2 * passes)
+        return self._phase(f"update {network.name}", machine, computing + adam, moving)
+
+    def _publish(self, policy: Network) -> Phase:
+        """N b over a link; a broadcast costs its slowest receiver little more than one transfer."""
+        size, (_, machine) = policy.shape.parameters * width(policy.config.dtype), self.at["learner-0"]
+        moving = size / self._link("generator-", "learner-0")
+        handling = 0.0 if machine.gpus else size / CPU_PUBLISH
+        return Phase(name="publish", least=moving, expected=moving + handling)
 
     @property
     def _asked(self) -> float:
         """Share of the tokens of a prompt with its response whose log-probs are asked for."""
         return self.lengths.response / self.lengths.sequence
 
-    def _computing(self, name: str, asked: float) -> float:
-        """Parameters of a network that compute for a token, its output head counted where it is asked for."""
-        if name in ("critic", "reward"):
-            return self.models.reward.body
-        return self.models.policy.body + asked * self.models.policy.output
+    def _computing(self, network: Network, asked: float) -> float:
+        """Parameters that compute for a token, the output head counted where it is asked for."""
+        return network.shape.body + (0 if network.scalar else asked * network.shape.output)
 
-    def _publish(self) -> Phase:
-        size = self.models.policy.parameters * (4 if self.config.ppo.network.dtype == "float32" else 2)
-        least = transfer_seconds(size, self._publish_link())
-        _, machine = self.at["learner-0"]
-        handled = 0.0 if machine.gpus else PUBLISH_CPU * size
-        formula = "N b / link" + (", and a CPU's work on it" if handled else "")
-        return Phase(name="publish", least=least, expected=least + handled, formula=formula)
+    def _gathering(self, network: Network, passes: int) -> float:
+        """ZeRO-3 gathers the weights in every pass: all but a rank's own part cross its link."""
+        ranks, size = self.config.cluster.learner_ranks, width(network.config.dtype) * network.parameters
+        return passes * size * (1 - 1 / ranks) / self._link("learner-") if network.optimizer.zero_stage == 3 else 0.0
 
-    def _learner_link(self) -> float:
-        return self._link([machine for name, (_, machine) in self.at.items() if name.startswith("learner-")])
-
-    def _publish_link(self) -> float:
-        names = ("generator-", "learner-0")
-        return self._link([machine for name, (_, machine) in self.at.items() if name.startswith(names)])
-
-    def _link(self, machines: Sequence[Machine]) -> float:
+    def _link(self, *names: str) -> float:
         """Bytes a second between neighbours of one machine, or over the network where there are several."""
-        alone = len({machine.name for machine in machines}) == 1
-        return machines[0].device.link if alone else self.config.plan.network_gb_s * 1e9
-
-
-def _gathering(network: Training, passes: int, link: float) -> float:
-    """ZeRO-3 gathers the weights in every pass: all but a rank's own part cross its link."""
-    if network.stage < 3 or network.ranks == 1:
-        return 0.0
-    return passes * transfer_seconds(network.weight_bytes * network.parameters * (1 - 1 / network.ranks), link)
+        machines = {machine.name: machine for name, (_, machine) in self.at.items() if name.startswith(names)}
+        return next(iter(machines.values())).device.link if len(machines) == 1 else self.config.plan.network_gb_s * 1e9

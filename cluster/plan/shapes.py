@@ -1,4 +1,7 @@
-"""The size of a model before it is loaded: exact parameter counts from torch's meta device, keys and values a token."""
+"""The size of a model before it is loaded: exact parameter counts from torch's meta device, keys and values a token.
+
+torch and transformers are imported by whoever counts, so that checks can import this file at no cost.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,74 +10,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
+from cluster.config.schema import Config
 
-_LLAMA3 = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
-_GPT3 = {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 2048}
+_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MORE = ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
 SIZES: dict[str, dict[str, Any]] = {
-    # config.json of the models on the hub; those of GPT-3 from Brown et al. 2020, table 2.1 (InstructGPT's sizes),
-    # where the heads of the 1.3 B are 16, as its 24 do not divide 2048.
-    "smollm2-135m": {
-        "model_type": "llama",
-        "vocab_size": 49_152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151_936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32_768,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        **_LLAMA3,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        **_LLAMA3,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "llama-3.1-70b": {
-        **_LLAMA3,
-        "hidden_size": 8192,
-        "intermediate_size": 28_672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2",
-        "vocab_size": 152_064,
-        "hidden_size": 3584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131_072,
-    },
-    "gpt3-1.3b": {**_GPT3, "n_embd": 2048, "n_layer": 24, "n_head": 16},
-    "gpt3-6.7b": {**_GPT3, "n_embd": 4096, "n_layer": 32, "n_head": 32},
-    "gpt3-175b": {**_GPT3, "n_embd": 12_288, "n_layer": 96, "n_head": 96},
+    # As in config.json on the hub; GPT-3 from Brown et al. 2020, table 2.1 (InstructGPT's sizes), where the heads of
+    # the 1.3 B are 16, as its 24 do not divide 2048.
+    name: {"model_type": kind, **dict(zip((*_FIELDS, *_MORE), numbers, strict=True))}
+    for name, kind, *numbers in (
+        ("smollm2-135m", "llama", 49_152, 576, 1536, 30, 9, 3, 8192, True),
+        ("qwen2.5-0.5b", "qwen2", 151_936, 896, 4864, 24, 14, 2, 32_768, True),
+        ("llama-3.2-1b", "llama", 128_256, 2048, 8192, 16, 32, 8, 131_072, True),
+        ("llama-3.1-8b", "llama", 128_256, 4096, 14_336, 32, 32, 8, 131_072, False),
+        ("llama-3.1-70b", "llama", 128_256, 8192, 28_672, 80, 64, 8, 131_072, False),
+        ("qwen2.5-7b", "qwen2", 152_064, 3584, 18_944, 28, 28, 4, 131_072, False),
+        ("gpt3-1.3b", "gpt2", 50_257, 2048, 8192, 24, 16, 16, 2048, True),
+        ("gpt3-6.7b", "gpt2", 50_257, 4096, 16_384, 32, 32, 32, 2048, True),
+        ("gpt3-175b", "gpt2", 50_257, 12_288, 49_152, 96, 96, 96, 2048, True),
+    )
 }
 """Sizes that can be named where no config.json is at hand."""
 
@@ -137,84 +91,113 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-NO_MODEL = Shape(
-    name="none",
-    **dict.fromkeys(
-        ("parameters", "head", "layer", "adapter_width", "layers", "hidden", "inner", "heads", "kv_heads"), 0
-    ),
-    gated=False,
-    head_dim=0,
-    vocabulary=0,
-    positions=0,
-)
+NO_MODEL = Shape(name="none", gated=False, **dict.fromkeys(set(Shape.__slots__) - {"name", "gated"}, 0))
 """Where no model is needed."""
 
 
-def shape_of(source: str | Path | Mapping[str, Any], name: str | None = None) -> Shape:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The shapes of a run's models."""
+
+    policy: Shape
+    """base, SFT model, policy and reference"""
+    reward: Shape
+    """reward model and critic"""
+
+
+def models_of(config: Config, run_dir: Path, serves: bool = False) -> Models:
+    """Shapes of the configured or the run's own folders; where those are not here, of the sizes in `plan`.
+
+    `serves`: a reward model is all that is needed, and none where no part of the score is one. Raises UnknownShape.
+    """
+    models, plan = config.models, config.plan
+    sft, reward = (run_dir / name if (run_dir / name / "config.json").is_file() else None for name in ("sft", "reward"))
+    parts = [part.target for part in config.scoring.parts if part.kind == "model"]
+    if serves and not parts:
+        return Models(policy=NO_MODEL, reward=NO_MODEL)
+    rewards = (models.reward, reward, plan.reward_model)
+    first = (
+        _first_known(*parts, *rewards, plan.model) if serves else _first_known(models.sft, sft, models.base, plan.model)
+    )
+    if first is None:
+        what, key, size = ("reward ", "reward", "reward_model") if serves else ("", "base", "model")
+        raise UnknownShape(
+            f"the size of the {what}model is not known: set models.{key} to a folder, or plan.{size} to a size "
+            f"({', '.join(SIZES)})"
+        )
+    return Models(policy=first, reward=first if serves else _first_known(*rewards) or first)
+
+
+def _first_known(*sources: Any) -> Shape | None:
+    """The shape of the first source that has one; None without any source. Raises UnknownShape for none of several."""
+    unknown: UnknownShape | None = None
+    for source in filter(None, sources):
+        try:
+            return shape_of(source)
+        except UnknownShape as error:
+            unknown = unknown or error
+    if unknown is not None:
+        raise unknown
+    return None
+
+
+def shape_of(source: str | Path | Mapping[str, Any]) -> Shape:
     """The shape of a Hugging Face folder or hub id in the cache, a named size, or the fields of a config.json.
 
     Raises UnknownShape for what is none of these. Nothing is downloaded.
     """
-    if not isinstance(source, Mapping):
-        text = str(source)
-        named = SIZES.get(text.rpartition("/")[2].lower())
-        if named is None or (Path(source) / "config.json").is_file():
-            return _measured(_config(text), name or text)
-        source, name = named, name or text
-    fields = dict(source)
-    kind = fields.pop("model_type", None)
-    if not isinstance(kind, str):
-        raise UnknownShape(f"the shape {fields} has no model_type: give one, such as 'llama', as in a config.json")
-    try:
-        return _measured(AutoConfig.for_model(kind, **fields), name or kind)
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UnknownShape(f"transformers makes no language model of {dict(source)}: {error}") from error
+    from transformers import AutoConfig
 
-
-def _config(path: str) -> PretrainedConfig:
+    fields, name = (source, "model") if isinstance(source, Mapping) else (None, str(source))
+    if fields is None and not (Path(name) / "config.json").is_file():
+        fields = SIZES.get(name.rpartition("/")[2].lower())
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        if fields is not None:
+            return _counted(json.dumps(dict(fields)), name)
+        return _counted(AutoConfig.from_pretrained(name, local_files_only=True).to_json_string(), name)
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UnknownShape(
-            f"the size of {path} is not known: it is no folder with a config.json, not in the local Hugging Face "
-            "cache, and no size known by name. Set plan.model to the fields of a config.json, or to one of "
-            f"{', '.join(SIZES)}"
+            f"the size of {source} is not known: it is no folder with a config.json, not in the local Hugging Face "
+            f"cache, and no size known by name. Set plan.model to one of {', '.join(SIZES)}, or to the fields of a "
+            f"config.json with a model_type ({error})"
         ) from error
 
 
-def _measured(config: PretrainedConfig, name: str) -> Shape:
-    return _counted(config.to_json_string(use_diff=False), type(config), name)
-
-
 @lru_cache(maxsize=32)
-def _counted(fields: str, kind: type[PretrainedConfig], name: str) -> Shape:
+def _counted(fields: str, name: str) -> Shape:
     """Build the network without memory for its weights, and count them; `fields`: a config.json."""
-    config = kind(**json.loads(fields))
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    given = json.loads(fields)
+    config = AutoConfig.for_model(given.pop("model_type"), **given)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     text: Any = config.get_text_config()
-    layers = int(text.num_hidden_layers)
-    first: nn.Module = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
-    maps = [module for module in first.modules() if isinstance(module, nn.Linear | Conv1D)]
-    language_model: Any = model
-    head, embeddings = language_model.get_output_embeddings(), language_model.get_input_embeddings()
+    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
+    first = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))[0]
+    maps = [module for module in first.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is None or head.weight is embeddings.weight
-    heads = int(text.num_attention_heads)
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * int(text.hidden_size)
+
+    def numbers(module: Any) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
     return Shape(
         name=name,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        head=0 if tied or head is None else sum(parameter.numel() for parameter in head.parameters()),
-        layer=sum(parameter.numel() for parameter in first.parameters()),
+        parameters=numbers(model),
+        head=0 if tied else numbers(head),
+        layer=numbers(first),
         adapter_width=sum(sum(one.weight.shape) for one in maps),
-        layers=layers,
-        hidden=int(text.hidden_size),
-        inner=int(inner),
+        layers=int(text.num_hidden_layers),
+        hidden=hidden,
+        inner=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden),
         gated=any("gate" in module_name for module_name, _ in first.named_modules()),
         heads=heads,
         kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(text, "head_dim", None) or int(text.hidden_size) // heads),
+        head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
         vocabulary=int(text.vocab_size),
         positions=int(text.max_position_embeddings),
     )

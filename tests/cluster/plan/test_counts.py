@@ -1,105 +1,134 @@
-"""The arithmetic by hand, and beside what the loops themselves do."""
+"""The arithmetic by hand, and beside what the loops themselves do; lengths from files where there are any."""
 
+import gzip
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from actors.chat import ChatExample
-from cluster.plan.counts import (
-    Lengths,
-    either,
-    indivisible,
-    nearest_divisors,
-    nearest_multiples,
-    plan_ppo,
-    plan_reward,
-    plan_sft,
-    rank_microbatches,
-)
+from cluster.config.schema import Config
+from cluster.pipeline.stages import STAGES
+from cluster.plan.counts import Counts, Lengths, count, divisors, lengths_of, neighbours, rows_of
+from cluster.plan.forecast import changed
 from learner.config import SFTConfig
 from learner.data.batch import minibatches
 from learner.sft import sft_batches
+from reward_server.encoding import ChatEncoding
+from reward_server.schema import Message
+from tests.tiny_models import tiny_causal_lm
 
-PPO: dict[str, Any] = {
-    "iterations": 500,
-    "prompts": 512,
-    "samples": 1,
-    "minibatch": 64,
-    "epochs": 1,
-    "generators": 4,
-    "prompts_per_wave": 32,
-    "ranks": 2,
-    "max_tokens": 4096,
-    "pretraining_per_episode": 8.0,
-    "pretraining_tokens": 2048,
-    "lengths": Lengths(prompt=512, response=512, longest=512),
+LENGTHS = Lengths(prompt=512, response=512, longest=512)
+NOWHERE = Path("nowhere")
+PAPER = {
+    "cluster.generators": 4,
+    "cluster.learner_ranks": 2,
+    "rollout.prompts_per_wave": 32,
+    "ppo.pretraining.sequence_tokens": 2048,
+    "ppo.pretraining.sequences_per_episode": 8.0,
+    "ppo.max_tokens_per_microbatch": 4096,
 }
 
 
+def counted(stage: str, values: dict[str, Any], lengths: Lengths = LENGTHS, **options: Any) -> Counts:
+    found = count(changed(Config(), values), STAGES[stage], lengths, NOWHERE, **options)
+    assert found is not None
+    return found
+
+
 def test_the_papers_batch():
-    plan = plan_ppo(**PPO)
-    assert (plan.episodes, plan.minibatches, plan.steps, plan.total_steps) == (512, 8, 8, 4000)
-    assert plan.total_episodes == 256_000  # InstructGPT, appendix C.4
-    assert plan.waves == 4  # 512 prompts in waves of 32 to 4 generators
-    assert plan.microbatches == 8  # 64 of 1,024 tokens, 4 at a time, on 2 ranks
-    assert plan.pretraining_sequences == 512
-    assert plan.pretraining_microbatches == 128
-    assert plan.episode_tokens == 512 * 1024
-    assert plan.response_tokens == 512 * 512
-    assert plan.pretraining_tokens == 8 * 512 * 2048
-    assert plan.total_tokens == 500 * (512 * 1024 + 8 * 512 * 2048)
+    found = counted("ppo", PAPER)
+    assert (found.minibatch, found.steps, found.times) == (64, 8, 500)
+    assert found.numbers["total_steps"] == 4000
+    assert found.numbers["total_episodes"] == 256_000  # InstructGPT, appendix C.4
+    assert found.waves == 4  # 512 prompts in waves of 32 to 4 generators
+    assert found.microbatches == 8  # 64 of 1,024 tokens, 4 at a time, on 2 ranks
+    assert (found.pretraining_sequences, found.pretraining_microbatches) == (512, 128)
+    assert (found.tokens, found.response_tokens) == (512 * 1024, 512 * 512)
+    assert found.numbers["total_tokens"] == 500 * (512 * 1024 + 8 * 512 * 2048)
 
 
 def test_samples_and_epochs_multiply():
-    changes = {"prompts": 10, "samples": 6, "minibatch": 15, "epochs": 3, "pretraining_per_episode": 0.0}
-    plan = plan_ppo(**{**PPO, **changes})
-    assert (plan.episodes, plan.minibatches, plan.steps) == (60, 4, 12)
-    assert (plan.pretraining_sequences, plan.pretraining_microbatches, plan.pretraining_tokens) == (0, 0, 0)
-    assert plan.total_tokens == 500 * 60 * 1024 * 3
-    assert len(minibatches(60, 15, seed=0)) == plan.minibatches
+    values = {
+        "ppo.prompts_per_batch": 10,
+        "rollout.samples_per_prompt": 6,
+        "ppo.minibatch_size": 15,
+        "ppo.epochs": 3,
+        "ppo.pretraining.coef": 0.0,
+    }
+    found = counted("ppo", PAPER | values)
+    assert (found.numbers["episodes"], found.steps) == (60, 12)
+    assert (found.pretraining_sequences, found.pretraining_microbatches) == (0, 0)
+    assert found.numbers["total_tokens"] == 500 * 60 * 1024 * 3
+    assert len(minibatches(60, 15, seed=0)) * 3 == found.steps
 
 
 def test_an_indivisible_batch_is_refused_with_its_neighbours():
-    with pytest.raises(
-        ValueError,
-        match=r"ppo.minibatch_size = 60 .* 512 responses.*= 32 or 64, or ppo.prompts_per_batch = 480 or 540$",
-    ):
-        plan_ppo(**{**PPO, "minibatch": 60})
+    with pytest.raises(ValueError, match=r"= 60 .* 512 responses.*= 32 or 64, or ppo.prompts_per_batch = 480 or 540$"):
+        counted("ppo", {"ppo.minibatch_size": 60})
+    assert neighbours(divisors(7), 100) == "7"
+    assert neighbours(divisors(12), 6) == "4 or 12"
 
 
 @pytest.mark.parametrize(("rows", "batch", "share"), [(100, 32, 0.1), (7, 8, 0.0), (1, 2, 0.4), (65, 16, 0.5)])
 def test_sft_steps_are_those_that_the_loop_takes(rows: int, batch: int, share: float):
+    section = SFTConfig(epochs=2, batch_size=batch, pretraining_share=share)
+    found = counted("sft", {"sft": section, "plan.demonstrations": rows})
     examples = [ChatExample(ids=(1, 2), loss_mask=(False, True))] * rows
-    config = SFTConfig(epochs=2, batch_size=batch, pretraining_share=share)
-    plan = plan_sft(rows=rows, epochs=2, batch=batch, pretraining_share=share, tokens=64, max_tokens=128, ranks=1)
-    found = sft_batches(examples, examples, config)
-    assert plan.steps == sum(map(len, found))
-    assert plan.batch == batch
+    assert found.steps == sum(map(len, sft_batches(examples, examples, section)))
+    assert (found.minibatch, found.step_tokens) == (batch, batch * 1024)
 
 
 def test_reward_modelling_holds_prompts_out_and_keeps_completions_together():
-    plan = plan_reward(
-        rows=1000, valid_share=0.15, epochs=1, batch=64, completions=4, tokens=100, max_tokens=1000, ranks=1
-    )
-    assert (plan.rows, plan.steps) == (850, 14)
-    assert plan.microbatches == 32  # two prompts of 400 tokens each
-    assert plan.total_tokens == 14 * 64 * 400
-    with pytest.raises(ValueError, match="1 ranked prompts are too few"):
-        plan_reward(rows=1, valid_share=0.15, epochs=1, batch=4, completions=4, tokens=9, max_tokens=99, ranks=1)
+    values = {"plan.ranked_prompts": 1000, "reward.max_tokens_per_microbatch": 1000}
+    found = counted("reward", values, Lengths(prompt=50, response=50, longest=50))
+    assert (found.rows, found.steps) == (850, 14)
+    assert found.microbatches == 32  # two prompts of 400 tokens each
+    assert found.numbers["total_tokens"] == 14 * 64 * 400
+    with pytest.raises(ValueError, match="too few"):
+        counted("reward", {"plan.ranked_prompts": 1})
 
 
-def test_microbatches_are_those_of_the_learner():
-    assert rank_microbatches([100] * 10, 250, 1) == 5
-    assert rank_microbatches([100] * 10, 250, 4) == 2
-    assert rank_microbatches([100] * 2, 50, 1) == 2  # what is longer than the budget stands alone
-    assert rank_microbatches([], 50, 3) == 0
+def test_sampling_of_each_kind(tmp_path: Path):
+    values = {"plan.ranked_prompts": 100, "rollout.prompts_per_wave": 10, "cluster.generators": 4}
+    sample = counted("sample", values)
+    assert (sample.numbers["episodes"], sample.waves, sample.response_tokens) == (400, 3, 400 * 512)
+    assert counted("evaluate", values).rows == 128
+    assert count(Config(), STAGES["select"], LENGTHS, NOWHERE) is None  # nobody knows how many prompts there are
+    assert count(Config(), STAGES["sft"], LENGTHS, NOWHERE) is None
+    rounds = {"rounds.count": 3, "rounds.prompts": 100}
+    assert counted("reward", rounds, rounds=True).rows == 300 - 45  # the last round has the comparisons of all
+    assert counted("sample", rounds, rounds=True).rows == 100
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": 2}\n'))
+    assert rows_of(changed(Config(), {"data.demonstrations": packed}), "demonstrations", NOWHERE) == 2
 
 
-def test_what_is_nearest():
-    assert nearest_divisors(512, 60) == [32, 64]
-    assert nearest_divisors(7, 100) == [7]
-    assert nearest_divisors(12, 6) == [4, 12]
-    assert nearest_multiples(8, 20) == [16, 24]
-    assert nearest_multiples(8, 3) == [8]
-    assert either([32, 64]) == "32 or 64"
-    assert indivisible("k", 5, 12, "things") == "k = 5 does not divide the 12 things. Nearest: k = 4 or 6"
+def test_lengths_without_files_are_those_of_the_settings():
+    config = changed(Config(), {"rollout.max_prompt_tokens": 50, "rollout.max_new_tokens": 30})
+    found = lengths_of(config, NOWHERE)
+    assert (found.prompt, found.response, found.longest) == (50, 30, 30)
+    stated = lengths_of(changed(config, {"plan.prompt_tokens": 7, "plan.response_tokens": 5}), NOWHERE)
+    assert (stated.prompt, stated.response, stated.longest, stated.sequence) == (7, 5, 30, 12)
+    assert "plan.prompt_tokens" in stated.source
+
+
+def test_lengths_of_files_by_the_models_tokenizer_come_first(tmp_path: Path):
+    def write(name: str, *rows: str) -> None:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+
+    tiny_causal_lm(tmp_path / "sft")
+    encoding = ChatEncoding.load(tmp_path / "sft")
+    write("prompts", "not JSON")
+    assert lengths_of(Config(), tmp_path).prompt == Config().rollout.max_prompt_tokens
+    long = "a much longer prompt that nobody will ever sample from, since it is left out of the run"
+    write("prompts", '{"prompt": "Hi there"}', f'{{"prompt": "{long}"}}')
+    write("demonstrations", '{"prompt": "Hi", "response": "yes"}')
+    length = len(encoding.prompt([Message(role="user", content="Hi there")]))
+    config = changed(Config(), {"plan.prompt_tokens": 7, "rollout.max_prompt_tokens": length + 1})
+    found = lengths_of(config, tmp_path)
+    assert (found.prompt, found.response) == (length, len(encoding.response("yes", ended=True)))
+    assert "own prompts" in found.source
+    write("completions", '{"id": "c", "prompt": "Hi", "completions": [{"text": "no, not at all", "ended": false}]}')
+    assert lengths_of(changed(config, {"rollout.max_new_tokens": 3}), tmp_path).response == 3  # sampling would cut it

@@ -1,27 +1,77 @@
-from cluster.plan.hardware import GIB, GPUS, Device, Machine
-from cluster.plan.roofline import Phase, iteration_seconds, speed
+"""Seconds by hand: operations over the peak, bytes over the bandwidth."""
+
+from typing import Any
+
+import pytest
+
+from cluster.config.schema import Config
+from cluster.pipeline.stages import STAGES
+from cluster.plan.counts import Counts, Lengths
+from cluster.plan.forecast import changed
+from cluster.plan.machines import GIB, GPUS, Device, Machine
+from cluster.plan.roofline import CPU_EFFICIENCY, Phase, Roofline, speed, together
+from cluster.plan.shapes import Models, shape_of
 from cluster.runtime.resources import Process
 
 CORES = Device(name="8 cores", flops=8e11, bandwidth=4e10, memory=GIB, link=1e10, source="given")
+CPU = Machine(name="a", cpus=8, memory=GIB, gpus=0, device=CORES)
+H100 = Machine(name="b", cpus=8, memory=GIB, gpus=8, device=GPUS["H100"])
 
 
 def test_a_process_has_its_threads_part_of_the_cores_or_whole_gpus():
-    machine = Machine(name="a", cpus=8, memory=GIB, gpus=0, device=CORES)
-    quarter = speed(Process(name="p", threads=2, cpus=2), machine, wide=False)
-    assert (quarter.flops, quarter.bandwidth) == (2e11, 1e10)
-    assert speed(Process(name="p", threads=2, cpus=2), machine, wide=True).flops == 1e11
-    node = Machine(name="b", cpus=8, memory=GIB, gpus=8, device=GPUS["H100"])
-    four = speed(Process(name="p", threads=8, cpus=8, gpus=4), node, wide=False)
-    assert four.bandwidth == 4 * GPUS["H100"].bandwidth
-    shared = speed(Process(name="p", threads=8, cpus=8, gpus=0.25), node, wide=False)
-    assert shared.flops == GPUS["H100"].flops  # those that share it take turns
+    two = Process(name="p", threads=2, cpus=2)
+    assert speed(two, CPU, "bfloat16") == (2e11, 1e10)
+    assert speed(two, CPU, "float32") == (1e11, 1e10)
+    assert speed(Process(name="p", threads=8, cpus=8, gpus=4), H100, "bfloat16")[1] == 4 * GPUS["H100"].bandwidth
+    # those that share it take turns
+    assert speed(Process(name="p", threads=8, cpus=8, gpus=0.25), H100, "bfloat16")[0] == GPUS["H100"].flops
 
 
 def test_an_iteration_is_the_sum_or_where_phases_overlap_the_longer_side():
     phases = [
-        Phase(name=name, least=least, expected=2 * least, formula="")
-        for name, least in (("generate", 5.0), ("score", 1.0), ("evaluate", 1.0), ("update policy", 2.0))
+        Phase(name=name, least=least, expected=2 * least)
+        for name, least in (("generate", 5.0), ("score", 1.0), ("update policy", 2.0), ("publish", 1.0))
     ]
-    assert iteration_seconds(phases, max_staleness=0) == (9.0, 18.0)
-    assert iteration_seconds(phases, max_staleness=1) == (6.0, 12.0)
-    assert iteration_seconds([], max_staleness=0) == (0.0, 0.0)
+    assert together(phases, max_staleness=0) == (9.0, 18.0)
+    assert together(phases, max_staleness=1) == (6.0, 12.0)
+    assert together(phases[:3], max_staleness=1) == (8.0, 16.0)  # only PPO overlaps
+    assert together([], max_staleness=0) == (0.0, 0.0)
+
+
+def phases(stage: str, machine: Machine, counts: dict[str, int], **values: Any) -> dict[str, Phase]:
+    shape, gpus = shape_of("llama-3.1-8b"), 1 if machine.gpus else 0
+    kinds = ("learner-0", "generator-0", "reward-0")
+    at = {name: (Process(name=name, threads=8, cpus=8, gpus=gpus), machine) for name in kinds}
+    lengths = Lengths(prompt=1, response=999, longest=999)
+    config = changed(Config(), {key.replace("__", "."): value for key, value in values.items()})
+    models = Models(policy=shape, reward=shape)
+    roofline = Roofline(config=config, models=models, lengths=lengths, at=at, cached=10**9)
+    none = dict.fromkeys(Counts.__dataclass_fields__, 0)
+    return {phase.name: phase for phase in roofline.phases(STAGES[stage], Counts(**none | counts))}
+
+
+def test_decoding_reads_the_weights_until_it_computes_longer():
+    def step(sequences: int) -> float:
+        values = {"rollout__prompts_per_wave": sequences, "generator__max_num_seqs": sequences}
+        found = phases("sample", H100, {"rows": sequences, "samples": 1}, **values)["generate"]
+        assert found.expected == pytest.approx(found.least / 0.4)
+        return found.least / 999
+
+    shape, context = shape_of("llama-3.1-8b"), 500.5
+    cached = 2 * shape.kv_elements * context
+    assert step(1) == pytest.approx((2 * shape.parameters + cached) / 3.35e12, rel=1e-3)
+    assert step(100) == pytest.approx((2 * shape.parameters + 100 * cached) / 3.35e12, rel=1e-2)
+    assert step(4000) > 2 * shape.parameters * 4000 / 989e12
+
+
+def test_an_update_is_six_operations_a_parameter_and_token_and_lora_four():
+    counts = {"rows": 1, "samples": 1, "steps": 10, "step_tokens": 1000, "microbatches": 1}
+    shape = shape_of("llama-3.1-8b")
+    size = shape.body + 0.999 * shape.output
+    whole = phases("sft", CPU, counts, sft__pretraining_share=0.0)["update policy"]
+    assert whole.least == pytest.approx(6 * size * 1e4 / 8e11 + 10 * 28 * shape.parameters / 4e10, rel=0.02)
+    assert whole.expected == pytest.approx(whole.least / CPU_EFFICIENCY)
+    lora = phases("sft", CPU, counts, sft__pretraining_share=0.0, sft__network__lora_rank=1)["update policy"]
+    assert lora.least == pytest.approx(4 * size * 1e4 / 8e11, rel=0.01)
+    again = {"sft__network__lora_rank": 1, "sft__network__gradient_checkpointing": True}
+    assert phases("sft", CPU, counts, **again)["update policy"].least == pytest.approx(1.5 * lora.least, rel=0.02)

@@ -1,10 +1,7 @@
 import pytest
 
 from cluster.config.schema import ClusterConfig, Config
-from cluster.plan.estimates import Bytes
-from cluster.plan.fitting import misfits
-from cluster.plan.hardware import GIB, GPUS, Machine
-from cluster.plan.memory import Held
+from cluster.plan.machines import GIB, GPUS, Machine
 from cluster.runtime.fitting import place_processes, plan_cluster
 from cluster.runtime.resources import Process
 
@@ -87,26 +84,3 @@ def test_processes_of_several_machines_have_cores_of_their_own(
     assert {(p.threads, p.cpus, p.pin) for p in plan.processes} == {(threads, cpus, None)}
     fits = sum(p.cpus for p in plan.processes) <= sum(machine.cpus for machine in there)
     assert fits == (not place_processes(plan.processes, there, by_cpus=True).unplaced)
-
-
-@pytest.mark.parametrize(
-    ("device", "host", "said"), [(41, 1, "a/gpu-0 (A100) has 79.2 GiB and needs 82.0"), (1, 40, "main memory of a")]
-)
-def test_what_does_not_fit_is_named_with_its_largest_item(device: int, host: int, said: str):
-    shared = [process("generator-0", 0.5), process("learner-0", 0.5)]
-    placed = place_processes(shared, [machine("a", 1)], by_cpus=False)
-    items = {"weights": Bytes(device=device * GIB, host=host * GIB)}
-    (text,) = misfits([Held(process=one, items=items) for one in shared], placed)
-    assert said in text
-    assert "generator-0: " in text
-    assert "weights" in text
-
-
-def test_weights_beyond_the_engines_share_leave_nothing_to_cache():
-    alone = [process("generator-0", 1)]
-    held = Held(
-        process=alone[0],
-        items={"weights": Bytes(device=50 * GIB), "keys and values": Bytes(device=-3 * GIB)},
-    )
-    (text,) = misfits([held], place_processes(alone, [machine("a", 1)], by_cpus=False))
-    assert "3.0 GiB are missing before any key or value is cached" in text

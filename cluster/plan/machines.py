@@ -1,0 +1,211 @@
+"""Machines to plan for: described ones, the cluster's, or this one, and how fast their devices are."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.config.schema import Config, NodeConfig
+from cluster.rundir.environment import gpu_lines
+from cluster.runtime.resources import machine_cores, machine_gpus, machine_memory
+
+GIB = 2**30
+_PRODUCT = 1024  # rows of the matrices whose product is timed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What computes in a process: a GPU, or the cores of a machine."""
+
+    name: str
+    """as it is called in tables"""
+    flops: float
+    """dense bfloat16 operations a second, a multiplication and an addition being two"""
+    bandwidth: float
+    """bytes a second that it reads from its memory"""
+    memory: int
+    """bytes of its memory; of cores, the machine's"""
+    link: float
+    """bytes a second, one way, to another device of the same machine"""
+    source: str
+    """where the figures are from"""
+
+
+# NVIDIA's data sheets: dense bf16 tensor-core Tflop/s (float16 of V100 and T4), memory GB/s, memory a program sees in
+# GiB, and to a neighbour half of NVLink's two-way GB/s, or of PCIe's where there is no NVLink.
+GPUS = {
+    name: Device(
+        name=name,
+        flops=teraflops * 1e12,
+        bandwidth=bandwidth * 1e9,
+        memory=int(memory * GIB),
+        link=link * 1e9,
+        source="data sheet",
+    )
+    for name, teraflops, bandwidth, memory, link in (
+        ("V100", 125, 900, 31.7, 150),
+        ("T4", 65, 320, 14.6, 16),
+        ("A10G", 70, 600, 22.0, 32),
+        ("L4", 121, 300, 22.0, 32),
+        ("RTX3090", 71, 936, 23.5, 32),
+        ("RTX4090", 165, 1008, 23.5, 32),
+        ("L40S", 362, 864, 44.5, 32),
+        ("A100-40G", 312, 1555, 39.4, 300),
+        ("A100", 312, 2039, 79.2, 300),
+        ("H100", 989, 3350, 79.2, 450),
+        ("H200", 989, 4800, 139.7, 450),
+        ("B200", 2250, 8000, 178.0, 900),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One machine that processes can be put on."""
+
+    name: str
+    """address, or a name of our own"""
+    cpus: int
+    """cores"""
+    memory: int
+    """bytes of main memory"""
+    gpus: int
+    """GPUs"""
+    device: Device
+    """one of its GPUs; without any, all of its cores together"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a run would run."""
+
+    title: str
+    """in words"""
+    machines: tuple[Machine, ...]
+    """what there is"""
+    local: bool
+    """one machine whose processes take turns on its cores"""
+
+
+def site_of(config: Config, local: bool = False) -> Site:
+    """The described machines, else the cluster, else (or `local`) this machine. Raises ValueError for unknown GPUs."""
+    nodes, address = config.plan.nodes, "local" if local else config.cluster.address
+    where = "this machine" if address == "local" else f"the cluster at {address}"
+    if nodes:
+        machines = described(nodes)
+        where = f"the {len(machines)} machines in plan.nodes; --plan.nodes '[]' plans for {where}"
+    else:
+        machines = [this_machine()] if address == "local" else _live_machines(address)
+    first, count = machines[0], len(machines)
+    title = f"{where}: {count} x {first.cpus} cores, {first.memory / GIB:.1f} GiB, {first.gpus} GPUs"
+    return Site(title=title, machines=tuple(machines), local=count == 1 and address == "local")
+
+
+def gpu_named(text: str) -> Device | None:
+    """The GPU that a name means, such as "NVIDIA H100 80GB HBM3"; the longest match wins."""
+    plain = "".join(letter for letter in text.upper() if letter.isalnum())
+    if "A100" in plain and "40G" in plain:
+        return GPUS["A100-40G"]
+    found = [name for name in GPUS if name.replace("-", "") in plain]
+    return GPUS[max(found, key=len)] if found else None
+
+
+def _known(text: str) -> Device:
+    if found := gpu_named(text):
+        return found
+    raise ValueError(
+        f"nothing is known of the GPU {text!r}. Describe the machines with --plan.nodes '[{{cpus = 16, memory_gib = "
+        f'64, gpus = 1, gpu = "L4"}}]\': one of {", ".join(GPUS)}, or with device_memory_gib, device_tflops and '
+        "device_gb_s"
+    )
+
+
+def described(nodes: Sequence[NodeConfig]) -> list[Machine]:
+    """The machines of a description; one without GPUs has this machine's cores where it does not say.
+
+    Raises ValueError for a GPU of which nothing is known.
+    """
+    kinds = [(node, _device(node)) for node in nodes for _ in range(node.count)]
+    return [
+        Machine(name=f"node-{number}", cpus=node.cpus, memory=int(node.memory_gib * GIB), gpus=node.gpus, device=device)
+        for number, (node, device) in enumerate(kinds)
+    ]
+
+
+def _device(node: NodeConfig) -> Device:
+    memory = node.device_memory_gib if node.gpus else node.memory_gib
+    tflops, gb_s, base = node.device_tflops, node.device_gb_s, gpu_named(node.gpu or "") if node.gpus else None
+    if base is None and tflops and gb_s and memory:
+        base = Device(name=node.gpu or "cores", flops=0, bandwidth=0, memory=0, link=16e9, source="given")
+    elif base is None:
+        base = _known(node.gpu or "") if node.gpus else measured_cores()
+    return replace(
+        base,
+        memory=int(memory * GIB) if memory else base.memory,
+        flops=tflops * 1e12 if tflops else base.flops,
+        bandwidth=gb_s * 1e9 if gb_s else base.bandwidth,
+        source="given" if tflops and gb_s else base.source,
+    )
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on, its memory within the control group's limit, its speed measured."""
+    gpus, lines = machine_gpus(), gpu_lines()
+    device = _known(lines[0] if lines else "") if gpus else measured_cores()
+    return Machine(name="this machine", cpus=machine_cores(), memory=machine_memory(), gpus=gpus, device=device)
+
+
+def _live_machines(address: str) -> list[Machine]:
+    """The machines of a running cluster. CPUs are those that Ray was told of; a machine's speed is this one's."""
+    from cluster.runtime.placement import cluster_nodes
+    from cluster.runtime.session import start_ray
+
+    with tempfile.TemporaryDirectory() as logs, start_ray(address, cpus=0, log_dir=Path(logs)):
+        nodes = cluster_nodes()
+    cores = measured_cores()
+    return [
+        Machine(
+            name=node.name,
+            cpus=int(node.cpus),
+            memory=int(node.memory),
+            gpus=int(node.gpus),
+            device=_known(node.accelerator or "") if node.gpus else cores,
+        )
+        for node in nodes
+    ]
+
+
+def measured_cores(seconds: float = 0.25) -> Device:
+    """All cores that this process may use: the best bf16 matrix product, read and copy of about `seconds` each."""
+    import torch
+
+    before, cores = torch.get_num_threads(), machine_cores()
+    torch.set_num_threads(cores)
+    try:
+        left, right = (torch.randn(_PRODUCT, _PRODUCT).bfloat16() for _ in range(2))
+        block = torch.ones(2**26)  # 256 MiB: no cache holds it
+        product, read, copy = (
+            _best_seconds(work, seconds) / cores for work in (lambda: left @ right, block.sum, block.clone)
+        )
+    finally:
+        torch.set_num_threads(before)
+    return Device(
+        name=f"{cores} cores",
+        flops=2 * _PRODUCT**3 / product,
+        bandwidth=block.nbytes / read,
+        memory=machine_memory(),
+        link=block.nbytes / copy,
+        source="measured here",
+    )
+
+
+def _best_seconds(work: Callable[[], object], seconds: float) -> float:
+    """The processor's seconds of the fastest call within about `seconds`: what else the machine does takes none."""
+    work()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.process_time()
+        work()
+        best = min(best, time.process_time() - started)
+    return best
