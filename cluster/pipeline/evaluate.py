@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from actors.prompts import Prompt, check_prompts, read_prompts
 from actors.trajectory import Completion, SampleKey, Trajectory
@@ -18,7 +18,7 @@ from cluster.pipeline.job import Job
 from cluster.pipeline.sft import packed_text
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
 from cluster.rundir.files import Run, number, read_run
-from cluster.runtime.resources import KINDS, Kind
+from cluster.runtime.resources import KINDS
 from learner.config import PPOConfig
 from reward_server.preferences.labeling import Labeler, load_labeler
 from reward_server.preferences.records import write_whole
@@ -40,13 +40,13 @@ log = logging.getLogger(__name__)
 class Evaluate(Stage):
     """Answers held-out prompts with a model and scores the answers; writes RUN/evaluations/<model>.jsonl."""
 
-    name: ClassVar[str] = "evaluate"
-    purpose: ClassVar[str] = "Answer held-out prompts with a model, and score the answers."
-    files: ClassVar[str] = "Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/."
-    example: ClassVar[str] = "rayward evaluate --run runs/mine --data.prompts_heldout heldout.jsonl"
-    sections: ClassVar[tuple[str, ...]] = (*(*SECTIONS, "evaluation", *SAMPLING, "scoring", "labeler", "tracking"),)
-    processes: ClassVar[tuple[Kind, ...]] = KINDS
-    resumes: ClassVar[bool] = False
+    name = "evaluate"
+    purpose = "Answer held-out prompts with a model, and score the answers."
+    files = "Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/."
+    example = "rayward evaluate --run runs/mine --data.prompts_heldout heldout.jsonl"
+    sections = (*(*SECTIONS, "evaluation", *SAMPLING, "scoring", "labeler", "tracking"),)
+    processes = KINDS
+    resumes = False
 
     @classmethod
     def models(cls, config: Config) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from actors.prompts import Prompt, PromptStream, check_prompts, read_prompts
 from cluster.config.schema import Config
@@ -19,7 +19,7 @@ from cluster.pipeline.preferences import sampling_settings
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage, Trained
 from cluster.rundir.inputs import Model
 from cluster.rundir.record import ResumeRefused
-from cluster.runtime.resources import KINDS, Kind
+from cluster.runtime.resources import KINDS
 from learner.config import PPOConfig
 
 if TYPE_CHECKING:
@@ -55,19 +55,15 @@ class PPO(Stage):
     It measures held-out prompts before, on the way and after. One that was stopped goes on from its newest checkpoint.
     """
 
-    name: ClassVar[str] = "ppo"
-    purpose: ClassVar[str] = "Step 3: train the SFT model against the reward model by PPO-ptx."
-    files: ClassVar[str] = (
-        "Reads RUN/sft, RUN/reward, data.prompts, data.pretraining. Writes RUN/policy, RUN/policy_ema."
-    )
-    example: ClassVar[str] = "rayward ppo --run runs/mine --data.prompts prompts.jsonl --ppo.kl.coef 0.05"
-    sections: ClassVar[tuple[str, ...]] = (
-        *(*SECTIONS, "ppo", *SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),
-    )
-    processes: ClassVar[tuple[Kind, ...]] = KINDS
-    writes: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")
-    results: ClassVar[tuple[str, ...]] = ("policy", "policy_ema", "evaluations/ppo.jsonl")
-    traces: ClassVar[tuple[str, ...]] = ("ledger-ppo.jsonl", "checkpoints/ppo")
+    name = "ppo"
+    purpose = "Step 3: train the SFT model against the reward model by PPO-ptx."
+    files = "Reads RUN/sft, RUN/reward, data.prompts, data.pretraining. Writes RUN/policy, RUN/policy_ema."
+    example = "rayward ppo --run runs/mine --data.prompts prompts.jsonl --ppo.kl.coef 0.05"
+    sections = (*(*SECTIONS, "ppo", *SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),)
+    processes = KINDS
+    writes = ("policy", "policy_ema")
+    results = ("policy", "policy_ema", "evaluations/ppo.jsonl")
+    traces = ("ledger-ppo.jsonl", "checkpoints/ppo")
 
     @classmethod
     def models(cls, config: Config) -> tuple[str, ...]:

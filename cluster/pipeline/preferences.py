@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from actors.prompts import Prompt, check_prompts, read_prompts
 from actors.trajectory import Completion
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
-from cluster.runtime.resources import Kind
 from reward_server.preferences.labeling import (
     Comparison,
     Labeler,
@@ -26,15 +25,13 @@ if TYPE_CHECKING:
 class Sample(Stage):
     """Samples K completions a prompt from the SFT policy; writes RUN/data/completions.jsonl."""
 
-    name: ClassVar[str] = "sample"
-    purpose: ClassVar[str] = "Step 2a: sample completions to be compared."
-    files: ClassVar[str] = (
-        "Reads RUN/sft (or models.sft) and data.preference_prompts. Writes RUN/data/completions.jsonl."
-    )
-    example: ClassVar[str] = "rayward sample --run runs/mine --data.preference_prompts prompts.jsonl"
-    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, "sample", *SAMPLING, "tracking")
-    processes: ClassVar[tuple[Kind, ...]] = ("generator",)
-    results: ClassVar[tuple[str, ...]] = ("data/completions.jsonl",)
+    name = "sample"
+    purpose = "Step 2a: sample completions to be compared."
+    files = "Reads RUN/sft (or models.sft) and data.preference_prompts. Writes RUN/data/completions.jsonl."
+    example = "rayward sample --run runs/mine --data.preference_prompts prompts.jsonl"
+    sections = (*SECTIONS, "sample", *SAMPLING, "tracking")
+    processes = ("generator",)
+    results = ("data/completions.jsonl",)
 
     @classmethod
     def models(cls, config: Config) -> tuple[str, ...]:
@@ -62,12 +59,12 @@ class Sample(Stage):
 class Rank(Stage):
     """Has the configured labeler rank the completions; writes RUN/data/comparisons.jsonl."""
 
-    name: ClassVar[str] = "rank"
-    purpose: ClassVar[str] = "Step 2b: rank the completions with a labeler, by default a simulated one (VADER)."
-    files: ClassVar[str] = "Reads RUN/data/completions.jsonl (or data.completions). Writes RUN/data/comparisons.jsonl."
-    example: ClassVar[str] = "rayward rank --run runs/mine --labeler.name my_module:my_verdicts"
-    sections: ClassVar[tuple[str, ...]] = ("data", "labeler", "tracking")
-    results: ClassVar[tuple[str, ...]] = ("data/comparisons.jsonl",)
+    name = "rank"
+    purpose = "Step 2b: rank the completions with a labeler, by default a simulated one (VADER)."
+    files = "Reads RUN/data/completions.jsonl (or data.completions). Writes RUN/data/comparisons.jsonl."
+    example = "rayward rank --run runs/mine --labeler.name my_module:my_verdicts"
+    sections = ("data", "labeler", "tracking")
+    results = ("data/comparisons.jsonl",)
 
     @classmethod
     def data(cls, config: Config) -> tuple[str, ...]:

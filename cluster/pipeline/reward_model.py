@@ -4,11 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from cluster.config.schema import Config
 from cluster.pipeline.stage import SECTIONS, Stage, Trained
-from cluster.runtime.resources import Kind
 from reward_server.preferences.records import write_whole
 
 if TYPE_CHECKING:
@@ -23,14 +22,14 @@ _SUMMARISED = (
 class RewardModel(Stage):
     """Trains a reward model from the SFT model on the ranked completions; writes RUN/reward."""
 
-    name: ClassVar[str] = "reward"
-    purpose: ClassVar[str] = "Step 2c: train a reward model on ranked completions."
-    files: ClassVar[str] = "Reads RUN/sft, RUN/data/comparisons.jsonl and data.demonstrations. Writes RUN/reward."
-    example: ClassVar[str] = "rayward reward --run runs/mine --data.comparisons comparisons.jsonl"
-    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, "reward", "tracking")
-    processes: ClassVar[tuple[Kind, ...]] = ("learner",)
-    writes: ClassVar[tuple[str, ...]] = ("reward",)
-    results: ClassVar[tuple[str, ...]] = ("reward",)
+    name = "reward"
+    purpose = "Step 2c: train a reward model on ranked completions."
+    files = "Reads RUN/sft, RUN/data/comparisons.jsonl and data.demonstrations. Writes RUN/reward."
+    example = "rayward reward --run runs/mine --data.comparisons comparisons.jsonl"
+    sections = (*SECTIONS, "reward", "tracking")
+    processes = ("learner",)
+    writes = ("reward",)
+    results = ("reward",)
 
     @classmethod
     def models(cls, config: Config) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from actors.prompts import Prompt, Shuffle
 from cluster.config.load import save_toml
@@ -22,7 +22,7 @@ from cluster.pipeline.ppo import PPO
 from cluster.pipeline.preferences import Rank, Sample, preference_prompts, sampled, write_completions
 from cluster.pipeline.reward_model import RewardModel
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage, Trained, advance
-from cluster.runtime.resources import KINDS, Kind
+from cluster.runtime.resources import KINDS
 from reward_server.preferences.labeling import Comparison, read_comparisons, write_comparisons
 from reward_server.preferences.records import RecordError
 from reward_server.preferences.sheets import Rankings, agreement_credit, merge_rankings, read_rankings, write_sheet
@@ -38,22 +38,20 @@ log = logging.getLogger(__name__)
 class Rounds(Stage):
     """The rounds of one run directory."""
 
-    name: ClassVar[str] = "rounds"
-    purpose: ClassVar[str] = (
-        "Steps 2 and 3 in rounds: the policy's completions are ranked, a reward model and a policy trained."
-    )
-    files: ClassVar[str] = (
+    name = "rounds"
+    purpose = "Steps 2 and 3 in rounds: the policy's completions are ranked, a reward model and a policy trained."
+    files = (
         "Reads RUN/sft, data.preference_prompts and what reward and ppo read. Writes RUN/round-1 and on; stops "
         "for people to rank RUN/round-<k>/sheet.csv, and goes on from RUN/round-<k>/rankings when given again."
     )
-    example: ClassVar[str] = "rayward rounds --run runs/mine --rounds.count 3 --rounds.labelers people"
-    sections: ClassVar[tuple[str, ...]] = (
+    example = "rayward rounds --run runs/mine --rounds.count 3 --rounds.labelers people"
+    sections = (
         *(*SECTIONS, "rounds", "sample", "labeler", "reward", "ppo", *SAMPLING),
         *("scoring", "publish", "evaluation", "tracking"),
     )
-    processes: ClassVar[tuple[Kind, ...]] = KINDS
-    resumes: ClassVar[bool] = False
-    parts: ClassVar[tuple[str, ...]] = ("sample", "reward", "ppo")
+    processes = KINDS
+    resumes = False
+    parts = ("sample", "reward", "ppo")
 
     @classmethod
     def models(cls, config: Config) -> tuple[str, ...]:
@@ -259,8 +257,8 @@ class SampleOfRound(Sample):
 class RankByPeople(Stage):
     """The sheets that people filled in become the round's comparisons."""
 
-    name: ClassVar[str] = Rank.name
-    results: ClassVar[tuple[str, ...]] = Rank.results
+    name = Rank.name
+    results = Rank.results
 
     @property
     def folder(self) -> Path:

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from actors.prompts import Prompt, check_prompts, read_prompts
 from cluster.config.schema import Config
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
-from cluster.runtime.resources import Kind
 from reward_server.schema import ScoreRequest
 
 if TYPE_CHECKING:
@@ -57,16 +56,16 @@ class Epochs:
 class Select(Stage):
     """Compares the epochs, writes RUN/selection-NAME.json, and makes the best of them RUN/NAME."""
 
-    name: ClassVar[str] = "select"
-    purpose: ClassVar[str] = "Choose the epoch of an SFT model whose responses the reward model scores highest."
-    files: ClassVar[str] = (
+    name = "select"
+    purpose = "Choose the epoch of an SFT model whose responses the reward model scores highest."
+    files = (
         "Reads RUN/baseline-epochs (or RUN/sft-epochs), RUN/reward and data.prompts_valid. Writes RUN/baseline "
         "(or RUN/sft) and RUN/selection-baseline.json."
     )
-    example: ClassVar[str] = "rayward select --run runs/mine --data.prompts_valid prompts.jsonl"
-    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, "select", *SAMPLING, "scoring", "tracking")
-    processes: ClassVar[tuple[Kind, ...]] = ("generator", "reward")
-    resumes: ClassVar[bool] = False
+    example = "rayward select --run runs/mine --data.prompts_valid prompts.jsonl"
+    sections = (*SECTIONS, "select", *SAMPLING, "scoring", "tracking")
+    processes = ("generator", "reward")
+    resumes = False
 
     @classmethod
     def data(cls, config: Config) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from cluster.pipeline.stage import Stage
 from reward_server.address import free_port, is_loopback
@@ -18,15 +18,13 @@ _APP = "rewards"
 class Serve(Stage):
     """Serves scores over HTTP until Ctrl-C or SIGTERM."""
 
-    name: ClassVar[str] = "serve"
-    group: ClassVar[str] = "operate"
-    purpose: ClassVar[str] = (
-        "Serve scores over HTTP to others, from a reward model, a function, rules, or a mix of them."
-    )
-    files: ClassVar[str] = "Reads RUN/reward, or what scoring.parts names. Answers /score, /health, /metrics and /docs."
-    example: ClassVar[str] = "rayward serve --run runs/mine --serve.port 8700 --serve.replicas 2"
-    sections: ClassVar[tuple[str, ...]] = ("models", "cluster", "scoring", "serve", "tracking")
-    resumes: ClassVar[bool] = False
+    name = "serve"
+    group = "operate"
+    purpose = "Serve scores over HTTP to others, from a reward model, a function, rules, or a mix of them."
+    files = "Reads RUN/reward, or what scoring.parts names. Answers /score, /health, /metrics and /docs."
+    example = "rayward serve --run runs/mine --serve.port 8700 --serve.replicas 2"
+    sections = ("models", "cluster", "scoring", "serve", "tracking")
+    resumes = False
 
     def check(self) -> Path | None:
         """Raises ValueError for a token that cannot be used, off the loopback without one, and without the model."""

@@ -5,12 +5,11 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
 from cluster.pipeline.stage import SECTIONS, Stage, Trained
-from cluster.runtime.resources import Kind
 from learner.config import SFTConfig
 
 if TYPE_CHECKING:
@@ -26,14 +25,14 @@ log = logging.getLogger(__name__)
 class SFT(Stage):
     """Fine-tunes models.base on demonstrations and writes the epoch that `select` names."""
 
-    name: ClassVar[str] = "sft"
-    purpose: ClassVar[str] = "Step 1: fine-tune a language model on demonstrations."
-    files: ClassVar[str] = "Reads models.base and data.demonstrations. Writes RUN/sft, a Hugging Face folder."
-    example: ClassVar[str] = "rayward sft --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl"
-    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, "sft", "tracking")
-    processes: ClassVar[tuple[Kind, ...]] = ("learner",)
-    writes: ClassVar[tuple[str, ...]] = ("sft",)
-    results: ClassVar[tuple[str, ...]] = ("sft",)
+    name = "sft"
+    purpose = "Step 1: fine-tune a language model on demonstrations."
+    files = "Reads models.base and data.demonstrations. Writes RUN/sft, a Hugging Face folder."
+    example = "rayward sft --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl"
+    sections = (*SECTIONS, "sft", "tracking")
+    processes = ("learner",)
+    writes = ("sft",)
+    results = ("sft",)
 
     @classmethod
     def settings(cls, config: Config) -> SFTConfig:
@@ -146,17 +145,13 @@ class SFT(Stage):
 class Baseline(SFT):
     """The same with the settings of `baseline`."""
 
-    name: ClassVar[str] = "baseline"
-    purpose: ClassVar[str] = "Step 1 again: the SFT baseline, trained longer and without pretraining text."
-    files: ClassVar[str] = (
-        "Reads models.base and data.demonstrations. Writes RUN/baseline, and each epoch to RUN/baseline-epochs."
-    )
-    example: ClassVar[str] = (
-        "rayward baseline --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl"
-    )
-    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, "baseline", "tracking")
-    writes: ClassVar[tuple[str, ...]] = ("baseline",)
-    results: ClassVar[tuple[str, ...]] = ("baseline",)
+    name = "baseline"
+    purpose = "Step 1 again: the SFT baseline, trained longer and without pretraining text."
+    files = "Reads models.base and data.demonstrations. Writes RUN/baseline, and each epoch to RUN/baseline-epochs."
+    example = "rayward baseline --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl"
+    sections = (*SECTIONS, "baseline", "tracking")
+    writes = ("baseline",)
+    results = ("baseline",)
 
     @classmethod
     def settings(cls, config: Config) -> SFTConfig:

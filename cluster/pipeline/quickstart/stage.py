@@ -1,10 +1,10 @@
 """The whole of InstructGPT on one machine: real conversations, a simulated labeler, and a report."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
@@ -14,7 +14,7 @@ from cluster.pipeline.reward_model import RewardModel
 from cluster.pipeline.sft import SFT, packed_text
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage, Trained, advance
 from cluster.rundir.record import clear
-from cluster.runtime.resources import KINDS, Kind
+from cluster.runtime.resources import KINDS
 from learner.config import PPOConfig, SFTConfig
 
 if TYPE_CHECKING:
@@ -25,21 +25,19 @@ if TYPE_CHECKING:
 class Quickstart(Stage):
     """SFT, reward model, PPO-ptx; the tiny run pretrains its own model first and repeats PPO without the mix."""
 
-    name: ClassVar[str] = "quickstart"
-    purpose: ClassVar[str] = "Run all of it on a small model, and write a report."
-    files: ClassVar[str] = "Needs nothing but this installation. Writes models, metrics and report.html into RUN."
-    example: ClassVar[str] = "rayward quickstart --tiny"
-    sections: ClassVar[tuple[str, ...]] = (
+    name = "quickstart"
+    purpose = "Run all of it on a small model, and write a report."
+    files = "Needs nothing but this installation. Writes models, metrics and report.html into RUN."
+    example = "rayward quickstart --tiny"
+    sections = (
         *(*SECTIONS, "sft", "sample", "labeler", "reward", "ppo", *SAMPLING),
         *("scoring", "publish", "evaluation", "tracking", "quickstart"),
     )
-    processes: ClassVar[tuple[Kind, ...]] = KINDS
-    parts: ClassVar[tuple[str, ...]] = ("sft", "sample", "reward", "ppo")
-    default_run: ClassVar[str] = "runs/quickstart"
-    preset: ClassVar[str | None] = "quickstart"
-    variants: ClassVar[Mapping[str, str]] = {
-        "tiny": "a model of 2 million parameters, pretrained on the spot; PPO with and without the mix"
-    }
+    processes = KINDS
+    parts = ("sft", "sample", "reward", "ppo")
+    default_run = "runs/quickstart"
+    preset = "quickstart"
+    variants = {"tiny": "a model of 2 million parameters, pretrained on the spot; PPO with and without the mix"}
 
     @classmethod
     def trained(cls, config: Config) -> Trained:
@@ -105,8 +103,8 @@ class Quickstart(Stage):
 class Pretraining(SFT):
     """Language-model pretraining of the tiny model on whole chats; writes RUN/base."""
 
-    name: ClassVar[str] = "pretraining"
-    results: ClassVar[tuple[str, ...]] = ("base",)
+    name = "pretraining"
+    results = ("base",)
 
     @classmethod
     def settings(cls, config: Config) -> SFTConfig:
@@ -129,9 +127,9 @@ class Pretraining(SFT):
 class PPOWithoutMix(PPO):
     """PPO without pretraining gradients, which shows what the mix is for."""
 
-    name: ClassVar[str] = "ppo-noptx"
-    results: ClassVar[tuple[str, ...]] = ("policy-noptx", "policy-noptx_ema", "evaluations/ppo-noptx.jsonl")
-    traces: ClassVar[tuple[str, ...]] = ("ledger-ppo-noptx.jsonl", "checkpoints/ppo-noptx")
+    name = "ppo-noptx"
+    results = ("policy-noptx", "policy-noptx_ema", "evaluations/ppo-noptx.jsonl")
+    traces = ("ledger-ppo-noptx.jsonl", "checkpoints/ppo-noptx")
 
     @property
     def config(self) -> PPOConfig:
