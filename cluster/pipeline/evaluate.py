@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from actors.prompts import Prompt, check_prompts, read_prompts
 from actors.trajectory import Completion, SampleKey, Trajectory
-from cluster.config.schema import Config
 from cluster.pipeline.job import Job
 from cluster.pipeline.sft import packed_text
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
@@ -45,16 +44,9 @@ class Evaluate(Stage):
     files = "Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/."
     example = "rayward evaluate --run runs/mine --data.prompts_heldout heldout.jsonl"
     sections = (*(*SECTIONS, "evaluation", *SAMPLING, "scoring", "labeler", "tracking"),)
+    reads = ("models.policy", "models.sft", "models.reward", "data.prompts_heldout", "data.pretraining_valid")
     processes = KINDS
     resumes = False
-
-    @classmethod
-    def models(cls, config: Config) -> tuple[str, ...]:
-        return ("policy", "sft", *["reward"] * config.scoring.uses_own_model)
-
-    @classmethod
-    def data(cls, config: Config) -> tuple[str, ...]:
-        return ("prompts_heldout", "pretraining_valid")
 
     def check(self) -> "EvaluationSet":
         self.job.model("policy")

@@ -16,7 +16,7 @@ from cluster.config.schema import Config
 from cluster.pipeline.evaluate import Evaluation, EvaluationSet, Evaluator, read_evaluation_set
 from cluster.pipeline.job import Job
 from cluster.pipeline.preferences import sampling_settings
-from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage, Trained
+from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage, Trained
 from cluster.rundir.inputs import Model
 from cluster.rundir.record import ResumeRefused
 from cluster.runtime.resources import KINDS
@@ -60,18 +60,14 @@ class PPO(Stage):
     files = "Reads RUN/sft, RUN/reward, data.prompts, data.pretraining. Writes RUN/policy, RUN/policy_ema."
     example = "rayward ppo --run runs/mine --data.prompts prompts.jsonl --ppo.kl.coef 0.05"
     sections = (*(*SECTIONS, "ppo", *SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),)
+    reads = (
+        *("models.sft", "models.critic", "models.reward"),
+        *("data.prompts", "data.prompts_heldout", "data.pretraining", "data.pretraining_valid"),
+    )
     processes = KINDS
     writes = ("policy", "policy_ema")
     results = ("policy", "policy_ema", "evaluations/ppo.jsonl")
     traces = ("ledger-ppo.jsonl", "checkpoints/ppo")
-
-    @classmethod
-    def models(cls, config: Config) -> tuple[str, ...]:
-        return ("sft", "critic", *["reward"] * config.scoring.uses_own_model)
-
-    @classmethod
-    def data(cls, config: Config) -> tuple[str, ...]:
-        return ("prompts", "prompts_heldout", "pretraining_valid", *["pretraining"] * bool(config.ppo.pretraining.coef))
 
     @classmethod
     def trained(cls, config: Config) -> Trained:
@@ -108,7 +104,7 @@ class PPO(Stage):
     def reach(self) -> Mapping[str, float]:
         return {"iterations": self.config.iterations}
 
-    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+    def made_of(self) -> MadeOf:
         job, config, inputs = self.job, self.job.config, self.inputs
         made_with = {
             "ppo": self.config.model_dump(mode="json", exclude=_FREE),

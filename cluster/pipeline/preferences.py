@@ -1,6 +1,6 @@
 """Step 2, what people (or a simulated labeler) compare: completions are sampled, and ranked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ from actors.prompts import Prompt, check_prompts, read_prompts
 from actors.trajectory import Completion
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
-from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
+from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage
 from reward_server.preferences.labeling import (
     Comparison,
     Labeler,
@@ -30,18 +30,11 @@ class Sample(Stage):
     files = "Reads RUN/sft (or models.sft) and data.preference_prompts. Writes RUN/data/completions.jsonl."
     example = "rayward sample --run runs/mine --data.preference_prompts prompts.jsonl"
     sections = (*SECTIONS, "sample", *SAMPLING, "tracking")
+    reads = ("models.sft", "data.preference_prompts")
     processes = ("generator",)
     results = ("data/completions.jsonl",)
 
-    @classmethod
-    def models(cls, config: Config) -> tuple[str, ...]:
-        return ("sft",)
-
-    @classmethod
-    def data(cls, config: Config) -> tuple[str, ...]:
-        return ("preference_prompts",)
-
-    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+    def made_of(self) -> MadeOf:
         config, contents = self.job.config, {"models.sft": self.job.model("sft")}
         settings = {"sample": config.sample.model_dump(mode="json"), "rollout": sampling_settings(config)}
         return settings, contents | self.job.files("preference_prompts")
@@ -64,13 +57,10 @@ class Rank(Stage):
     files = "Reads RUN/data/completions.jsonl (or data.completions). Writes RUN/data/comparisons.jsonl."
     example = "rayward rank --run runs/mine --labeler.name my_module:my_verdicts"
     sections = ("data", "labeler", "tracking")
+    reads = ("data.completions",)
     results = ("data/comparisons.jsonl",)
 
-    @classmethod
-    def data(cls, config: Config) -> tuple[str, ...]:
-        return ("completions",)
-
-    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+    def made_of(self) -> MadeOf:
         return {"labeler": self.job.config.labeler.model_dump(mode="json")}, self.job.files("completions")
 
     def check(self) -> tuple[Labeler, list[Comparison]]:

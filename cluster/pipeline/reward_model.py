@@ -1,13 +1,11 @@
 """Step 2, the reward model: a scalar head learns the rankings."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config.schema import Config
-from cluster.pipeline.stage import SECTIONS, Stage, Trained
+from cluster.pipeline.stage import SECTIONS, MadeOf, Stage, Trained
 from reward_server.preferences.records import write_whole
 
 if TYPE_CHECKING:
@@ -27,23 +25,16 @@ class RewardModel(Stage):
     files = "Reads RUN/sft, RUN/data/comparisons.jsonl and data.demonstrations. Writes RUN/reward."
     example = "rayward reward --run runs/mine --data.comparisons comparisons.jsonl"
     sections = (*SECTIONS, "reward", "tracking")
+    reads = ("models.sft", "data.comparisons", "data.demonstrations")
     processes = ("learner",)
     writes = ("reward",)
     results = ("reward",)
 
     @classmethod
-    def models(cls, config: Config) -> tuple[str, ...]:
-        return ("sft",)
-
-    @classmethod
-    def data(cls, config: Config) -> tuple[str, ...]:
-        return ("comparisons", "demonstrations")
-
-    @classmethod
     def trained(cls, config: Config) -> Trained:
         return {"reward.optimizer": (config.reward.network, config.reward.optimizer)}
 
-    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+    def made_of(self) -> MadeOf:
         contents = {"models.sft": self.job.model("sft"), **self.job.files("comparisons", "demonstrations")}
         return {"reward": self.job.config.reward.model_dump(mode="json")}, contents
 

@@ -7,7 +7,7 @@ of the same stages; one whose result is recorded in the lineage, and there as it
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import PPO
 from cluster.pipeline.preferences import Rank, Sample, preference_prompts, sampled, write_completions
 from cluster.pipeline.reward_model import RewardModel
-from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage, Trained, advance
+from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage, Trained, advance
 from cluster.runtime.resources import KINDS
 from reward_server.preferences.labeling import Comparison, read_comparisons, write_comparisons
 from reward_server.preferences.records import RecordError
@@ -52,14 +52,6 @@ class Rounds(Stage):
     processes = KINDS
     resumes = False
     parts = ("sample", "reward", "ppo")
-
-    @classmethod
-    def models(cls, config: Config) -> tuple[str, ...]:
-        return ("sft",)
-
-    @classmethod
-    def data(cls, config: Config) -> tuple[str, ...]:
-        return ("preference_prompts", "demonstrations", *PPO.data(config))
 
     @classmethod
     def trained(cls, config: Config) -> Trained:
@@ -224,7 +216,7 @@ class SampleOfRound(Sample):
         super().__init__(job)
         self.rounds, self.number = rounds, number
 
-    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+    def made_of(self) -> MadeOf:
         settings, contents = super().made_of()
         rounds = self.job.config.rounds.model_dump(mode="json", include={"prompts", "sft_completions", "seed"})
         return {**settings, "rounds": rounds}, {**contents, "models.policy": self.rounds.policy(self.number - 1)}
@@ -272,7 +264,7 @@ class RankByPeople(Stage):
         """Those that are there."""
         return sorted(file for file in self.folder.iterdir() if file.suffix in (".csv", ".jsonl"))
 
-    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+    def made_of(self) -> MadeOf:
         return {}, self.job.files("completions")
 
     def check(self) -> tuple[list[Comparison], list[Rankings]]:

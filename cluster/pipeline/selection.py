@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from actors.prompts import Prompt, check_prompts, read_prompts
-from cluster.config.schema import Config
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
 from reward_server.schema import ScoreRequest
 
@@ -64,12 +63,9 @@ class Select(Stage):
     )
     example = "rayward select --run runs/mine --data.prompts_valid prompts.jsonl"
     sections = (*SECTIONS, "select", *SAMPLING, "scoring", "tracking")
+    reads = ("data.prompts_valid",)
     processes = ("generator", "reward")
     resumes = False
-
-    @classmethod
-    def data(cls, config: Config) -> tuple[str, ...]:
-        return ("prompts_valid",)
 
     def check(self) -> Epochs:
         """Find the epochs and read the prompts. Raises ValueError when there are none."""

@@ -3,13 +3,13 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
-from cluster.pipeline.stage import SECTIONS, Stage, Trained
+from cluster.pipeline.stage import SECTIONS, MadeOf, Stage, Trained
 from learner.config import SFTConfig
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class SFT(Stage):
     files = "Reads models.base and data.demonstrations. Writes RUN/sft, a Hugging Face folder."
     example = "rayward sft --run runs/mine --models.base path/to/model --data.demonstrations d.jsonl"
     sections = (*SECTIONS, "sft", "tracking")
+    reads = ("models.base", "data.demonstrations", "data.pretraining")
     processes = ("learner",)
     writes = ("sft",)
     results = ("sft",)
@@ -40,12 +41,8 @@ class SFT(Stage):
         return config.sft
 
     @classmethod
-    def models(cls, config: Config) -> tuple[str, ...]:
-        return ("base",)
-
-    @classmethod
-    def data(cls, config: Config) -> tuple[str, ...]:
-        return ("demonstrations", *["pretraining"] * bool(cls.settings(config).pretraining_share))
+    def mixes(cls, config: Config) -> bool:
+        return bool(cls.settings(config).pretraining_share)
 
     @classmethod
     def trained(cls, config: Config) -> Trained:
@@ -65,7 +62,7 @@ class SFT(Stage):
             raise ValueError("models.base is not set: name a Hugging Face folder or hub id, --models.base NAME")
         return base
 
-    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+    def made_of(self) -> MadeOf:
         config = self.job.config
         tokens = {"ppo": {"pretraining": {"sequence_tokens": config.ppo.pretraining.sequence_tokens}}}
         template = {"models": {"chat_template": config.models.chat_template}}

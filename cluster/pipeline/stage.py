@@ -23,6 +23,8 @@ SECTIONS = ("models", "data", "cluster")
 """Sections of every stage that trains."""
 SAMPLING = ("rollout", "generator")
 """Sections of every stage that samples."""
+MadeOf = tuple[Mapping[str, Any], Mapping[str, str | Path]]
+"""Tables of settings; files, folders and hub ids by dotted key."""
 Trained = Mapping[str, tuple[NetworkConfig, OptimizerConfig]]
 """What a stage trains, by the key of its optimizer."""
 
@@ -48,6 +50,8 @@ class Stage:
     """Whether --resume and --restart are for it."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Stages that it is made of."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Models and data files that it reads, by dotted key."""
     writes: ClassVar[tuple[str, ...]] = ()
     """Models that it writes: folders of the run directory."""
     results: ClassVar[tuple[str, ...]] = ()
@@ -66,13 +70,23 @@ class Stage:
 
     @classmethod
     def models(cls, config: Config) -> tuple[str, ...]:
-        """Keys of `models` that it reads."""
-        return ()
+        """Keys of `models` that it reads: the reward model where scoring uses it."""
+        return cls._read("models.", "reward" if not config.scoring.uses_own_model else None)
 
     @classmethod
     def data(cls, config: Config) -> tuple[str, ...]:
-        """Keys of `data` that it reads."""
-        return ()
+        """Keys of `data` that it reads: the pretraining text where it is mixed in."""
+        return cls._read("data.", "pretraining" if not cls.mixes(config) else None)
+
+    @classmethod
+    def mixes(cls, config: Config) -> bool:
+        """Whether pretraining text is mixed in."""
+        return bool(config.ppo.pretraining.coef)
+
+    @classmethod
+    def _read(cls, table: str, without: str | None) -> tuple[str, ...]:
+        names = (key.removeprefix(table) for key in cls.reads if key.startswith(table))
+        return tuple(name for name in names if name != without)
 
     @classmethod
     def trained(cls, config: Config) -> Trained:
@@ -84,7 +98,7 @@ class Stage:
         """Figures that it has to be finished with at least to be complete."""
         return {}
 
-    def made_of(self) -> tuple[Mapping[str, Any], Mapping[str, str | Path]]:
+    def made_of(self) -> MadeOf:
         """What its results depend on: tables of settings; files, folders and hub ids by dotted key."""
         return {}, {}
 

@@ -10,9 +10,8 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from itertools import chain, pairwise, repeat
@@ -34,48 +33,12 @@ _ROLES = ("system", "user", "assistant")
 _NOT_TALK = re.compile(r"https?:|www\.|\.com\b|@|\\|[<>]{2}|\d{5,}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatSizes:
-    """How much of the conversations goes where. A chat serves one file only."""
-
-    prompts_heldout: int = 128
-    """prompts on which policies are compared; never trained on"""
-    demonstrations_valid: int = 128
-    """demonstrations for the loss on unseen chats"""
-    pretraining_valid: int = 64
-    """whole chats for the language-model loss that shows the alignment tax"""
-    preference_prompts: int = 400
-    """prompts whose sampled completions are ranked for the reward model"""
-    prompts: int = 1200
-    """prompts for PPO"""
-    demonstrations: int = 1200
-    """prompts with the human reply, for SFT"""
-    pretraining: int = 1000
-    """whole chats for the pretraining mix, or for pretraining from scratch"""
-    per_chat: int = 4
-    """most prompts taken from one chat, so that a few long chats do not make up a file"""
-    questions_only: bool = True
-    """take prompts that ask something, since they make sense alone; False: any message, five times as many"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatFiles:
-    """Paths of the JSONL files that `chat_files` wrote."""
-
-    prompts_heldout: Path
-    """rows {"id", "prompt", "reference"}, the reference a person's reply"""
-    demonstrations_valid: Path
-    """rows {"id", "prompt", "response"}"""
-    pretraining_valid: Path
-    """rows {"id", "text"}"""
-    preference_prompts: Path
-    """rows {"id", "prompt", "reference"}, the reference a person's reply"""
-    prompts: Path
-    """rows {"id", "prompt", "reference"}, the reference a person's reply"""
-    demonstrations: Path
-    """rows {"id", "prompt", "response"}"""
-    pretraining: Path
-    """rows {"id", "text"}"""
+FILES = (
+    *("prompts_heldout", "demonstrations_valid", "pretraining_valid"),
+    *("preference_prompts", "prompts", "demonstrations", "pretraining"),
+)
+"""In the order in which they are filled. Rows are {"id", "prompt", "reference"}, the reference a person's reply, of
+demonstrations {"id", "prompt", "response"}, and of pretraining {"id", "text"}, a whole chat."""
 
 
 def smollm2(cache_dir: Path | None = None, progress: Callable[[str], None] = lambda line: None) -> Path:
@@ -127,40 +90,37 @@ def _convert(gguf: Path, folder: Path) -> None:
         _save(model, tokenizer, folder)
 
 
-def chat_files(out_dir: Path, seed: int, sizes: ChatSizes | None = None) -> ChatFiles:
-    """Cut the chats into seven files; the same arguments give the same bytes.
+def chat_files(
+    out_dir: Path, seed: int, sizes: Mapping[str, int], per_chat: int = 4, questions_only: bool = True
+) -> dict[str, Path]:
+    """Cut the chats into FILES of so many rows; the same arguments give the same bytes.
 
-    A chat serves one file only, and no two prompts in all the files are equal once case, punctuation and
-    spacing are taken away. Held-out files are filled first, and do not change when the training files grow.
-    Prompts and replies are single messages; very short and long ones, links and addresses are left out.
-    Raises ValueError when the chats do not suffice for `sizes`.
+    A chat serves one file only, and no two prompts in all the files are equal once case, punctuation and spacing are
+    taken away. Held-out files are filled first, and do not change when the training files grow. Prompts and replies are
+    single messages; very short and long ones, links and addresses are left out. At most `per_chat` prompts are of one
+    chat; `questions_only` takes those that ask something, since they make sense alone (any message: five times as
+    many). Raises ValueError when the chats do not suffice.
     """
-    sizes = sizes or ChatSizes()
     chats = list(_chats().items())
     random.Random(seed).shuffle(chats)
-    unused = dict(chats)
-    seen: set[str] = set()
+    unused, seen = dict(chats), set[str]()
     out_dir.mkdir(parents=True, exist_ok=True)
-    paths: dict[str, Path] = {}
-    for name in ChatFiles.__dataclass_fields__:
-        wanted = getattr(sizes, name)
+    for name in FILES:
         rows: list[dict[str, str]] = []
         for chat_id, turns in chats:
-            if len(rows) < wanted and chat_id in unused:
-                found = _rows(name, chat_id, turns, sizes, seed, seen)[: wanted - len(rows)]
+            if len(rows) < sizes[name] and chat_id in unused:
+                found = _rows(name, chat_id, turns, per_chat, questions_only, seed, seen)[: sizes[name] - len(rows)]
                 seen.update(_key(row) for row in found)
                 rows += found
                 if found:
                     del unused[chat_id]
-        if len(rows) < wanted:
+        if len(rows) < sizes[name]:
             raise ValueError(
-                f"chitchat-dataset has {len(rows)} rows left for {name}, and {wanted} were asked for; "
-                "lower the sizes, raise per_chat, or set questions_only=False"
+                f"chitchat-dataset has {len(rows)} rows left for {name}, and {sizes[name]} were asked for: lower them"
             )
-        paths[name] = out_dir / f"{name}.jsonl"
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        paths[name].write_text("".join(lines), encoding="utf-8")
-    return ChatFiles(**paths)
+        (out_dir / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {name: out_dir / f"{name}.jsonl" for name in FILES}
 
 
 def normalised(text: str) -> str:
@@ -183,16 +143,16 @@ def _chats() -> dict[str, list[list[str]]]:
 
 
 def _rows(
-    name: str, chat_id: str, turns: list[list[str]], sizes: ChatSizes, seed: int, seen: set[str]
+    name: str, chat_id: str, turns: list[list[str]], per_chat: int, questions_only: bool, seed: int, seen: set[str]
 ) -> list[dict[str, str]]:
     """What one chat gives to the file `name`: at most `per_chat` exchanges or one text, nothing in `seen`."""
     if name.startswith("pretraining"):
         candidates = list(_whole_chat(chat_id, turns))
     else:
-        candidates = list(_exchanges(chat_id, turns, sizes.questions_only))
+        candidates = list(_exchanges(chat_id, turns, questions_only))
         random.Random(f"{seed} {chat_id}").shuffle(candidates)
     fresh = {_key(row): row for row in candidates if _key(row) not in seen}
-    rows = list(fresh.values())[: sizes.per_chat]
+    rows = list(fresh.values())[:per_chat]
     if name.startswith("demonstrations"):
         return rows
     return [{"reference" if key == "response" else key: value for key, value in row.items()} for row in rows]
@@ -280,12 +240,8 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int):
     # Every turn of the template names its role; often enough in the text, each name becomes a single token.
     roles = chain.from_iterable(repeat(role, 1000) for role in _ROLES)
     bpe.train_from_iterator(chain(texts, roles), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=START_OF_TURN,
-        eos_token=END_OF_TURN,
-        pad_token=END_OF_TEXT,
-    )
+    special = {"bos_token": START_OF_TURN, "eos_token": END_OF_TURN, "pad_token": END_OF_TEXT}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -294,11 +250,7 @@ def _save(model, tokenizer, folder: Path) -> None:
     """Save both, with the same ids of PAD and EOS in the three files from which programs read them."""
     from transformers import GenerationConfig
 
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(folder)

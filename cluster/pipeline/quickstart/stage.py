@@ -1,10 +1,10 @@
 """The whole of InstructGPT on one machine: real conversations, a simulated labeler, and a report."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import astuple, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
@@ -20,6 +20,8 @@ from learner.config import PPOConfig, SFTConfig
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
     from learner.sft import SFTData
+
+_HELD_OUT = {"prompts_heldout": 128, "demonstrations_valid": 128}
 
 
 class Quickstart(Stage):
@@ -37,7 +39,9 @@ class Quickstart(Stage):
     parts = ("sft", "sample", "reward", "ppo")
     default_run = "runs/quickstart"
     preset = "quickstart"
-    variants = {"tiny": "a model of 2 million parameters, pretrained on the spot; PPO with and without the mix"}
+    variants: ClassVar[Mapping[str, str]] = {
+        "tiny": "a model of 2 million parameters, pretrained on the spot; PPO with and without the mix"
+    }
 
     @classmethod
     def trained(cls, config: Config) -> Trained:
@@ -87,16 +91,16 @@ class Quickstart(Stage):
 
     def _prepare(self) -> Path:
         """Write the files of the run; the model to start from (the tiny one is untrained as yet)."""
-        from cluster.pipeline.quickstart.data import ChatSizes, chat_files, smollm2, tiny_tokenizer_and_model
+        from cluster.pipeline.quickstart.data import chat_files, smollm2, tiny_tokenizer_and_model
         from learner.data.corpora import read_texts
 
         job, sizes = self.job, self.job.config.quickstart.model_dump(exclude={"pretrain"})
         with job.tracker.phase("prepare conversations and model", "data"):
-            files = chat_files(job.run_dir / "data", seed=0, sizes=ChatSizes(**sizes))
-            for file in astuple(files):
+            files = chat_files(job.run_dir / "data", seed=0, sizes=_HELD_OUT | sizes)
+            for file in files.values():
                 job.made("data", file)
             if self.tiny:
-                return tiny_tokenizer_and_model(read_texts(files.pretraining), job.run_dir / "untrained", seed=0)
+                return tiny_tokenizer_and_model(read_texts(files["pretraining"]), job.run_dir / "untrained", seed=0)
             return smollm2(progress=job.tracker.console.line)
 
 

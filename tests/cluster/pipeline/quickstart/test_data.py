@@ -1,6 +1,5 @@
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,40 +7,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.pipeline.quickstart import data as quickstart_data
 from cluster.pipeline.quickstart.data import (
-    ChatFiles,
-    ChatSizes,
+    FILES,
     chat_files,
     normalised,
     smollm2,
     tiny_tokenizer_and_model,
 )
 
-SMALL = ChatSizes(
-    prompts_heldout=20,
-    demonstrations_valid=20,
-    pretraining_valid=5,
-    preference_prompts=30,
-    prompts=60,
-    demonstrations=60,
-    pretraining=20,
-)
-NONE = ChatSizes(
-    prompts_heldout=0,
-    demonstrations_valid=0,
-    pretraining_valid=0,
-    preference_prompts=0,
-    prompts=0,
-    demonstrations=0,
-    pretraining=0,
-)
+SIZES = (20, 20, 5, 30, 60, 60, 20)
+SMALL = dict(zip(FILES, SIZES, strict=True))
+NONE = dict.fromkeys(FILES, 0)
 
 
 def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def all_rows(files: ChatFiles) -> dict[str, list[dict[str, str]]]:
-    return {name: read(getattr(files, name)) for name in ChatFiles.__dataclass_fields__}
+def all_rows(files: dict[str, Path]) -> dict[str, list[dict[str, str]]]:
+    return {name: read(file) for name, file in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +49,7 @@ def chats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def test_every_file_has_the_size_asked_for(rows):
-    assert {name: len(found) for name, found in rows.items()} == {name: getattr(SMALL, name) for name in rows}
+    assert {name: len(found) for name, found in rows.items()} == SMALL
 
 
 def test_no_prompt_and_no_chat_is_in_two_files(rows):
@@ -96,7 +79,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_chats(tmp_pat
 
 
 def test_more_training_data_leaves_the_held_out_files_as_they_are(tmp_path: Path, rows):
-    larger = all_rows(chat_files(tmp_path, 3, replace(SMALL, prompts=100, demonstrations=90, pretraining=40)))
+    larger = all_rows(chat_files(tmp_path, 3, SMALL | {"prompts": 100, "demonstrations": 90, "pretraining": 40}))
     for name in ("prompts_heldout", "demonstrations_valid", "pretraining_valid"):
         assert larger[name] == rows[name]
 
@@ -117,26 +100,26 @@ def test_what_is_not_talk_is_left_out(tmp_path: Path, chats):
             "ffffffff-1": [["How ARE you!?"], ["I am fine"]],
         }
     )
-    found = read(chat_files(tmp_path, 0, replace(NONE, demonstrations=2)).demonstrations)
+    found = read(chat_files(tmp_path, 0, NONE | {"demonstrations": 2})["demonstrations"])
     assert {(normalised(row["prompt"]), row["response"]) for row in found} == {
         ("how are you", "I am fine"),
         ("so do you like it", "I do"),
     }
     assert {"id": "eeeeeeee-2", "prompt": "so do you like it?", "response": "I do"} in found
     with pytest.raises(ValueError, match="has 2 rows left for demonstrations"):
-        chat_files(tmp_path, 0, replace(NONE, demonstrations=3))
+        chat_files(tmp_path, 0, NONE | {"demonstrations": 3})
 
 
 def test_a_chat_gives_at_most_per_chat_prompts(tmp_path: Path, chats):
     long = [[f"what about number {number}?"] for number in range(9)]
     chats({"aaaaaaaa-1": long, "bbbbbbbb-1": [["and who are you?"], ["I am me"]]})
-    found = read(chat_files(tmp_path, 0, replace(NONE, prompts=4, per_chat=3)).prompts)
+    found = read(chat_files(tmp_path, 0, NONE | {"prompts": 4}, per_chat=3)["prompts"])
     assert sorted(row["id"][0] for row in found) == ["a", "a", "a", "b"]
 
 
 def test_any_message_is_a_prompt_when_questions_are_not_demanded(tmp_path: Path, chats):
     chats({"aaaaaaaa-1": [["I wish I had telepathy"], ["I would rather fly"], ["so would I"]]})
-    found = read(chat_files(tmp_path, 0, replace(NONE, prompts=2, questions_only=False)).prompts)
+    found = read(chat_files(tmp_path, 0, NONE | {"prompts": 2}, questions_only=False)["prompts"])
     assert {row["prompt"] for row in found} == {"I wish I had telepathy", "I would rather fly"}
 
 
@@ -148,7 +131,7 @@ def test_a_whole_chat_is_one_text_with_a_line_a_turn(tmp_path: Path, chats):
             "cccccccc-1": [["see"], ["http://x"], ["for"], ["more"]],
         }
     )
-    found = read(chat_files(tmp_path, 0, replace(NONE, pretraining=1)).pretraining)
+    found = read(chat_files(tmp_path, 0, NONE | {"pretraining": 1})["pretraining"])
     assert found == [{"id": "aaaaaaaa", "text": "A: hello anyone?\nB: hi\nA: oh\nB: well"}]
 
 
