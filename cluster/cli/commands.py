@@ -14,7 +14,7 @@ from cluster.cli.parser import Command, bind, completion_script, load, parse
 from cluster.config.load import ConfigError, nearest
 from cluster.config.redaction import SECRET_NAME
 from cluster.config.schema import Config
-from cluster.pipeline.stage import Stage, execute
+from cluster.pipeline.stage import Stage
 from cluster.pipeline.stages import STAGES
 from cluster.runtime.exit_codes import DONE, FAILED
 
@@ -331,7 +331,7 @@ def _of(stage: type[Stage]) -> Command:
         purpose=stage.purpose,
         files=stage.files,
         example=stage.example,
-        work=lambda job: execute(stage(job)),
+        work=stage,
         sections=stage.sections,
         run=stage.default_run,
         preset=stage.preset,

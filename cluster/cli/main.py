@@ -144,6 +144,7 @@ def _foretell(command: Command, bound: functools.partial[int | None], problem: s
 def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str]) -> int:
     """Run a command with settings, which works in a run directory."""
     from cluster.pipeline.job import Job
+    from cluster.pipeline.stage import execute
     from cluster.pipeline.stages import STAGES
     from cluster.plan.check import check_config
     from cluster.rundir.environment import write_environment
@@ -168,12 +169,9 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
         save_toml(config, saved)
         write_environment(run_dir, ["rayward", *words])
         console.line(f"rayward {name}: everything goes to {run_dir}")
-        settings, run_id = (
-            config.model_dump(mode="json"),
-            earlier_run(run_dir, name) if "resume" in call.flags else None,
-        )
-        known = {"settings": settings, "console": console, "run_id": run_id, "monitor": (monitor := Monitor())}
-        with Tracker(run_dir, config.tracking, name, **known) as tracker, reporting(run_dir, name, monitor):
+        run_id, monitor = earlier_run(run_dir, name) if "resume" in call.flags else None, Monitor()
+        told = {"settings": config.model_dump(mode="json"), "console": console, "run_id": run_id, "monitor": monitor}
+        with Tracker(run_dir, config.tracking, name, **told) as tracker, reporting(run_dir, name, monitor):
             job = Job(
                 config=config,
                 run_dir=run_dir,
@@ -184,7 +182,7 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
                 start=cast(Start, next(iter(call.flags & {"resume", "restart"}), "new")),
             )
             try:
-                command.work(job)
+                execute(command.work(job))
             except ResumeRefused:  # the run directory keeps the settings of what it holds
                 if before is not None:
                     write_whole(saved, before)

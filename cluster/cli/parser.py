@@ -67,8 +67,8 @@ class Command:
     """What it reads and writes."""
     example: str
     """A complete command line."""
-    work: Callable[..., int | None]
-    """What it does: a function of what it is told, of the configuration and run directory, or of a job."""
+    work: Callable[..., Any]
+    """What it does: a function of what it is told, or of the configuration and run directory; or a stage."""
     sections: tuple[str, ...] = ()
     """Fields of Config whose settings it reads; none for a command that takes no configuration."""
     run: str = "runs/rlhf"
