@@ -6,7 +6,7 @@ right after it, by the stages themselves, and still before Ray starts.
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -19,7 +19,7 @@ from cluster.plan.counts import indivisible_batch
 from cluster.plan.machines import GIB
 from cluster.plan.memory import generator_memory, network_memory, total, width
 from cluster.rundir.inputs import KINDS, Model, check_base, check_data, data_file, model_folder
-from cluster.runtime.resources import ResourceError, machine_gpus, machine_memory, plan_run
+from cluster.runtime.resources import machine_gpus, machine_memory, plan_run
 from reward_server.bearer import bearer_token
 from reward_server.functions import load_function
 
@@ -60,36 +60,41 @@ def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Findings:
     return Findings(problems=tuple(dict.fromkeys(problems)), warnings=tuple(_odd(config, stage)))
 
 
+def _told(check: Callable[..., Any], *given: Any) -> Iterator[str]:
+    """What a check says that raises ValueError."""
+    try:
+        check(*given)
+    except ValueError as error:
+        yield str(error)
+
+
 def _bad_inputs(config: Config, stage: type[Stage], run_dir: Path, models: dict[str, Model]) -> Iterator[str]:
     """Models and files that are not there or are something else; the models that are right go into `models`.
 
     Those of other stages are looked at where they are configured, but for a stage that makes its own.
     """
+
+    def look(name: str) -> None:
+        if name == "base" and config.models.base is None:
+            raise ValueError("models.base is not set: name a Hugging Face folder or hub id, --models.base NAME")
+        path = Path(config.models.base or "") if name == "base" else model_folder(config, run_dir, name)
+        model = Model(name=name, path=path)
+        if name == "base":
+            check_base(str(config.models.base))
+        else:
+            model.check()
+        if (path / "config.json").is_file():
+            _ = model.parameters, model.positions
+            models[name] = model
+
     wanted = stage.models(config)
     others = ("sft", "init", "reward", "critic", "policy") if "models" in stage.sections and not stage.variants else ()
     for name in (*["base"] * ("base" in wanted), *others):
-        if name not in wanted and getattr(config.models, name) is None:
-            continue
-        try:
-            if name == "base" and config.models.base is None:
-                raise ValueError("models.base is not set: name a Hugging Face folder or hub id, --models.base NAME")
-            path = Path(config.models.base or "") if name == "base" else model_folder(config, run_dir, name)
-            model = Model(name=name, path=path)
-            if name == "base":
-                check_base(str(config.models.base))
-            else:
-                model.check()
-            if (path / "config.json").is_file():
-                _ = model.parameters, model.positions
-                models[name] = model
-        except ValueError as error:
-            yield str(error)
+        if name in wanted or getattr(config.models, name) is not None:
+            yield from _told(look, name)
     for name in KINDS:
         if name in stage.data(config):
-            try:
-                check_data(name, data_file(config, run_dir, name))
-            except ValueError as error:
-                yield str(error)
+            yield from _told(lambda name: check_data(name, data_file(config, run_dir, name)), name)
 
 
 def _unloadable(config: Config, sections: Sequence[str]) -> Iterator[str]:
@@ -97,17 +102,11 @@ def _unloadable(config: Config, sections: Sequence[str]) -> Iterator[str]:
     functions = {}
     if "scoring" in sections:
         functions |= {part.target: "scoring.parts" for part in config.scoring.parts if part.kind == "function"}
-        try:
-            bearer_token()
-        except ValueError as error:
-            yield str(error)
+        yield from _told(bearer_token)
     if "labeler" in sections and not config.labeler.name.startswith("simulated:"):
         functions[config.labeler.name] = "labeler.name"
     for name, key in functions.items():
-        try:
-            load_function(name or "")
-        except ValueError as error:
-            yield f"{key}: {error}"
+        yield from (f"{key}: {text}" for text in _told(load_function, name or ""))
 
 
 def too_long(config: Config, sections: Sequence[str], models: Mapping[str, tuple[str, int]]) -> Iterator[str]:
@@ -160,10 +159,7 @@ def _too_large(config: Config, stage: type[Stage], run_dir: Path, models: Mappin
     """What the machine has certainly no room for."""
     local = config.cluster.address == "local"
     if local:
-        try:
-            plan_run(config)
-        except ResourceError as error:
-            yield str(error)
+        yield from _told(plan_run, config)
     start = models.get("base", models.get("sft"))
     if start is None:
         return

@@ -184,25 +184,22 @@ def count(config: Config, stage: type[Stage], lengths: Lengths, run_dir: Path, r
 
 def _rows(config: Config, stage: type[Stage], run_dir: Path, rounds: bool) -> tuple[int | None, int, int]:
     """(rows, responses to each, how often), by the files that a stage reads."""
-    read, plan, completions = stage.data(config), config.plan, config.sample.completions_per_prompt
+    read, plan, most = stage.data(config), config.plan, config.evaluation.prompts
     if "ppo.policy_optimizer" in stage.trained(config):
         return config.ppo.prompts_per_batch, config.rollout.samples_per_prompt, config.ppo.iterations
-    if "comparisons" in read:
-        rows = rows_of(config, "comparisons", run_dir) or rows_of(config, "preference_prompts", run_dir)
-        last = config.rounds.prompts * (config.rounds.count if config.rounds.comparisons == "all" else 1)
-        return last if rounds else rows or plan.ranked_prompts, completions, 1
+    if "comparisons" in read or "preference_prompts" in read:
+        growing = "comparisons" in read and config.rounds.comparisons == "all"
+        rows = rows_of(config, "comparisons", run_dir) if "comparisons" in read else None
+        rows = rows or rows_of(config, "preference_prompts", run_dir) or plan.ranked_prompts
+        last = config.rounds.prompts * (config.rounds.count if growing else 1)
+        return last if rounds else rows, config.sample.completions_per_prompt, 1
     if "demonstrations" in read:
         return rows_of(config, "demonstrations", run_dir) or plan.demonstrations, 1, 1
-    if "preference_prompts" in read:
-        rows = rows_of(config, "preference_prompts", run_dir) or plan.ranked_prompts
-        return config.rounds.prompts if rounds else rows, completions, 1
     if "prompts_valid" in read:
         models = (config.baseline if config.select.model == "baseline" else config.sft).epochs
         return rows_of(config, "prompts_valid", run_dir), 1, models
-    if "generator" not in stage.processes:
-        return None, 1, 1
-    most = config.evaluation.prompts
-    return min(most, rows_of(config, "prompts_heldout", run_dir) or most), 1, 1
+    heldout = min(most, rows_of(config, "prompts_heldout", run_dir) or most) if "prompts_heldout" in read else None
+    return heldout, 1, 1
 
 
 def rows_of(config: Config, name: str, run_dir: Path) -> int | None:
