@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import io
 import json
 from collections.abc import AsyncIterator
@@ -196,6 +197,20 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(worker: LearnerWorker
     assert align(worker, made, parts, "restart", iterations=1, clip=0.3)[0] == [0, 1]
     counts = audit(parts / "ledger-ppo.jsonl")
     assert (counts.trained, counts.resumed, counts.committed) == (6, 0, 1)
+
+
+def test_a_stage_reaches_the_loop_in_two_calls(
+    worker: LearnerWorker, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cluster, found = str(Path(__file__).parents[3] / "cluster"), []
+
+    async def loop(*_: Any) -> None:
+        found.extend(one.function for one in inspect.stack() if one.filename.startswith(cluster))
+        raise Killed
+
+    monkeypatch.setattr("learner.ppo.ppo", loop)
+    align(worker, made, tmp_path, "new")
+    assert found == ["_train", "run", "_work", "advance"]
 
 
 def test_held_out_prompts_are_answered_anew_by_the_replacement_of_a_generator(
