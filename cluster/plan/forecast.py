@@ -201,11 +201,11 @@ def _smaller(config: Config, stage: type[Stage]) -> list[tuple[str, Any]]:
     trained, generator, found = stage.trained(config), config.generator, list[tuple[str, Any]]()
     if "generator" in stage.processes:
         found += [("generator.gpu_memory_utilization", generator.gpu_memory_utilization * part) for part in (0.7, 0.4)]
-        found += [("generator.kv_cache_gib", generator.kv_cache_gib * part) for part in (0.5, 0.25)]
+        found += [("generator.kv_cache_gib", generator.kv_cache_gib / 2**power) for power in range(1, 8)]
     sections = dict.fromkeys(key.partition(".")[0] for key in trained)
     for section in sections:
         tokens = getattr(config, section).max_tokens_per_microbatch
-        found += [(f"{section}.max_tokens_per_microbatch", tokens // part) for part in (2, 4, 8) if tokens // part]
+        found += [(f"{section}.max_tokens_per_microbatch", tokens // part) for part in (2, 4, 8, 16) if tokens // part]
         found.append((f"{section}.network.gradient_checkpointing", True))
     sharded = (2, 3) if config.cluster.learner_ranks > 1 else ()
     found += [(f"{key}.zero_stage", n) for n in sharded for key, (_, one) in trained.items() if one.zero_stage < n]
