@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from learner.data.ledger import Ledger
     from learner.weights.checkpoint import Checkpoint, Checkpoints
     from learner.worker.group import LearnerGroup
-    from reward_server.client import RewardClient
 
 log = logging.getLogger(__name__)
 # What may change while a run goes on: its length, how often it is saved, deadlines, the budget of a pass.
@@ -141,7 +139,7 @@ class PPO(Stage):
                 before = await self._measure(evaluator, start, 0)
                 job.summarise("ppo", name, **_figures(before, "before"))
         iterations = f"{name}: {config.iterations - progress.version} iterations"
-        with tracker.phase(iterations, name), tracker.alerting("paused", lambda: _pause(rewards)):
+        with tracker.phase(iterations, name):
             await self._train(evaluator, inputs, progress)
         with tracker.phase(f"{name}: held-out responses after", name):
             after = await self._measure(evaluator, name, config.iterations)
@@ -317,15 +315,6 @@ class Progress:
         ledger.committed(version)
         spent = {"checkpoint/seconds": time.monotonic() - started, "checkpoint/bytes": float(size)}
         self.job.tracker.log(self.stage, version, spent | {"checkpoint/failures": float(self.failures)})
-
-
-def _pause(rewards: "RewardClient") -> str | None:
-    """What is wrong while nothing is sampled for want of scores."""
-    pause = rewards.paused
-    if pause is None:
-        return None
-    since = datetime.fromtimestamp(pause.since).strftime("%H:%M:%S")
-    return f"the run has been paused since {since}, as the reward service gives no scores: {pause.reason}"
 
 
 def _figures(found: Evaluation, when: str) -> dict[str, float]:

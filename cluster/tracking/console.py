@@ -11,13 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TextIO
 
 from rich.console import Console as Rich
 from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 
 from cluster.config.redaction import Formatter, redact
 
@@ -41,13 +40,6 @@ PLAIN_PROGRESS_S = 30.0  # without a terminal, long work says this often how far
 _OURS = ("reward_server", "actors", "learner", "cluster")
 
 
-@dataclass(slots=True, kw_only=True)
-class _Bar:
-    total: int
-    task: TaskID | None
-    reported: float
-
-
 class Console:
     """Prints a run's progress. Enter it before noisy libraries are imported."""
 
@@ -60,8 +52,8 @@ class Console:
         self._stream = stream
         self._live = live
         self._rich = self._errors = _rich(stream, live)
-        self._progress: Progress | None = None
-        self._bars: dict[str, _Bar] = {}
+        self._progress = Progress(disable=True)
+        self._bars: dict[str, Task] = {}
         self._depth = 0
         self._closing = contextlib.ExitStack()
 
@@ -74,25 +66,25 @@ class Console:
             self._closing.enter_context(_logging_to(self._log_dir / LOG_FILE, self._record))
         live = stream.isatty() if self._live is None else self._live
         self._rich, self._errors = _rich(stream, live), _rich(errors, None)
-        if live:
-            self._progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[note]}", markup=False),
-                TimeElapsedColumn(),
-                console=self._rich,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-                refresh_per_second=4,
-            )
-            self._closing.enter_context(self._progress)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            console=self._rich,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            refresh_per_second=4,
+            disable=not live,
+        )
+        self._closing.enter_context(self._progress)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
-        self._progress = None
+        self._progress = Progress(disable=True)
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """Print a line."""
@@ -109,7 +101,7 @@ class Console:
     def error(self, text: str) -> None:
         """Print a line that says what went wrong."""
         # A bar is drawn on the standard output, and only what goes the same way is kept clear of it.
-        self._print(self._rich if self._progress else self._errors, f"error: {redact(text)}", "bold red")
+        self._print(self._errors if self._progress.disable else self._rich, f"error: {redact(text)}", "bold red")
 
     def _print(self, rich: Rich, what: RenderableType, style: str | None = None) -> None:
         # A terminal that has gone away is no reason to stop a run.
@@ -120,11 +112,9 @@ class Console:
     def phase(self, name: str) -> Iterator[None]:
         """Show that `name` is under way, and then how long it took. Phases may be nested."""
         started = time.monotonic()
-        if self._progress is None:
+        if self._progress.disable:
             self.line(f"{name} ...")
-            task = None
-        else:
-            task = self._progress.add_task("  " * self._depth + name, total=None, note="")
+        task = self._task(name, None)
         self._depth += 1
         verdict, style = "failed after", "red"
         try:
@@ -145,11 +135,11 @@ class Console:
             done += steps
             self._move(name, done, total, note)
 
-        self._move(name, 0, total, "")
+        advance(0)
         try:
             yield advance
         finally:
-            self._finish(name)
+            self._remove(self._bars.pop(name))
 
     def metrics(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Print the headlines among a step's metrics. `progress/total`, once given, makes a bar."""
@@ -159,37 +149,33 @@ class Console:
             for name in metrics
             if name == end or name.endswith("/" + end)
         ]
+        bar = self._bars.get(stage)
         if shown:
             self.line("  ".join([f"{stage} {step:>4d}", *shown]))
-            if bar := self._bars.get(stage):
-                bar.reported = time.monotonic()  # the line has said how far it is
-        total = int(metrics.get("progress/total", 0)) or (stage in self._bars and self._bars[stage].total)
-        if total:
+            if bar:
+                bar.fields["reported"] = time.monotonic()  # the line has said how far it is
+        if total := int(metrics.get("progress/total", 0) or (bar and bar.total) or 0):
             loss = next((value for name, value in metrics.items() if name.endswith("/loss")), None)
             self._move(stage, step, total, "" if loss is None else f"loss {loss:.3f}")
             if step >= total:
-                self._finish(stage)
+                self._remove(self._bars.pop(stage))
 
     def _move(self, name: str, done: int, total: int, note: str) -> None:
-        text = " ".join(filter(None, [f"{done}/{total}", note]))
-        bar = self._bars.get(name)
-        if bar is None:
-            task = self._progress and self._progress.add_task("  " * self._depth + name, total=total, note="")
-            bar = self._bars[name] = _Bar(total=total, task=task, reported=time.monotonic())
-        if self._progress is not None and bar.task is not None:
-            self._progress.update(bar.task, completed=done, total=total, note=text)
-        elif time.monotonic() - bar.reported >= PLAIN_PROGRESS_S:
-            bar.reported = time.monotonic()
-            self.line(f"{name} {text}")
+        if name not in self._bars:
+            self._bars[name] = self._task(name, total)
+        bar, note = self._bars[name], f"{done}/{total} {note}".rstrip()
+        self._progress.update(bar.id, completed=done, total=total, note=note)
+        if self._progress.disable and time.monotonic() - bar.fields["reported"] >= PLAIN_PROGRESS_S:
+            bar.fields["reported"] = time.monotonic()
+            self.line(f"{name} {note}")
 
-    def _finish(self, name: str) -> None:
-        bar = self._bars.pop(name, None)
-        self._remove(bar.task if bar else None)
+    def _task(self, name: str, total: int | None) -> Task:
+        self._progress.add_task("  " * self._depth + name, total=total, note="", reported=time.monotonic())
+        return self._progress.tasks[-1]
 
-    def _remove(self, task: TaskID | None) -> None:
-        if self._progress is not None and task is not None:
-            self._progress.remove_task(task)
-            self._progress.refresh()  # else the next line is printed above a bar that is gone
+    def _remove(self, task: Task) -> None:
+        self._progress.remove_task(task.id)
+        self._progress.refresh()  # else the next line is printed above a bar that is gone
 
     def _record(self, record: logging.LogRecord) -> None:
         """Show what a library logs if it is an error, and our own warnings too."""

@@ -13,20 +13,34 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cluster.runtime.health import Monitor
+from cluster.runtime.health import Monitor, ProcessStatus
+
+_COUNTERS = {"tokens": "Tokens sampled", "scored": "Responses scored"}
+_FACTS = _COUNTERS | {
+    "version": "Version of the weights, of the buffer for the controller",
+    "running": "Sequences that are sampled",
+    "waiting": "Sequences or posts that wait",
+    "most": "Sequences that can be sampled at a time",
+    "paused": "1 while it stands still for new weights",
+    "out": "Samples under way",
+    "ready": "Samples that wait for their batch",
+    "iterations": "Iterations in all",
+}
+"""What processes tell of themselves."""
 
 
-class Exporter:
-    """What is scraped of one run, in a registry of its own."""
+class Exporter(Collector):
+    """What is scraped of one run, in a registry of its own; processes and waits as they are at the moment."""
 
     def __init__(self, run: str, monitor: Monitor) -> None:
         """`run` labels everything; `monitor` knows the processes."""
         self._run = run
+        self._monitor = monitor
         self.registry = registry = CollectorRegistry()
         self._values = Gauge("rayward_metric", "Newest value of a metric", ["run", "stage", "name"], registry=registry)
         self._steps = Gauge("rayward_step", "Newest step", ["run", "stage"], registry=registry)
         self._alerts = Counter("rayward_alerts", "Alerts by kind", ["run", "kind"], registry=registry)
-        self.registry.register(_Processes(run, monitor))
+        registry.register(self)
 
     def step(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Take the newest values."""
@@ -37,6 +51,39 @@ class Exporter:
     def alert(self, kind: str) -> None:
         """Count an alert."""
         self._alerts.labels(self._run, kind).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry at a scrape."""
+        found: dict[str, Any] = {}
+        for one in self._monitor.processes():
+            for name, text, value in _figures(one):
+                kind = CounterMetricFamily if name in ("answered", "cpu_seconds", *_COUNTERS) else GaugeMetricFamily
+                labels = ["run", "process", "kind"]
+                family = found.setdefault(name, kind(f"rayward_process_{name}", text, labels=labels))
+                if value is not None:
+                    family.add_metric([self._run, one.name, re.sub(r"[-0-9.]+$", "", one.name)], value)
+        yield from found.values()
+        waits = GaugeMetricFamily("rayward_wait_seconds", "How long it has waited for somebody", labels=["run", "who"])
+        for who, seconds in {one.who: one.seconds for one in reversed(self._monitor.waits.open)}.items():
+            waits.add_metric([self._run, who], seconds)
+        paused = GaugeMetricFamily("rayward_paused", "1 while the run waits for scores", labels=["run"])
+        paused.add_metric([self._run], float(self._monitor.paused is not None))
+        yield from (waits, paused)
+
+
+def _figures(one: ProcessStatus) -> Iterator[tuple[str, str, float | None]]:
+    """(name, help, value) of a process."""
+    yield "alive", "1 unless it was found dead", 0.0 if one.died else 1.0
+    yield "open_calls", "Calls without an answer yet", len(one.waiting)
+    oldest = one.waiting[0][1] if one.waiting else 0.0
+    yield "oldest_wait_seconds", "Age of the oldest call without an answer", oldest
+    yield "answered", "Calls answered", one.answered
+    yield "silent_seconds", "For how long it has not said how it is", one.silent_s
+    if stats := one.vitals:
+        yield "resident_bytes", "Main memory, with its children's", stats.resident
+        yield "gpu_bytes", "Memory in use on its GPUs, by anybody", stats.gpu
+        yield "cpu_seconds", "Processor seconds, with those of the children that live", stats.cpu_s
+        yield from ((name, _FACTS[name], value) for name, value in stats.facts.items() if name in _FACTS)
 
 
 @contextlib.contextmanager
@@ -55,60 +102,3 @@ def serving(exporter: Exporter, host: str, port: int) -> Iterator[None]:
         server.shutdown()
         server.server_close()
         thread.join(5.0)
-
-
-_GAUGES = {
-    "version": "Version of the weights, of the buffer for the controller",
-    "running": "Sequences that are sampled",
-    "waiting": "Sequences or posts that wait",
-    "most": "Sequences that can be sampled at a time",
-    "paused": "1 while it stands still for new weights",
-    "out": "Samples under way",
-    "ready": "Samples that wait for their batch",
-    "iterations": "Iterations in all",
-}
-_COUNTERS = {"tokens": "Tokens sampled", "scored": "Responses scored"}
-"""Facts that processes tell of themselves."""
-
-
-class _Processes(Collector):
-    """The processes of a command, and who waits, as they are at the moment of a scrape."""
-
-    def __init__(self, run: str, monitor: Monitor) -> None:
-        self._run = run
-        self._monitor = monitor
-
-    def collect(self) -> Iterator[Metric]:
-        found: dict[str, Metric] = {}
-
-        def add(name: str, text: str, value: float | None, kind: type[Metric] = GaugeMetricFamily) -> None:
-            full, labels = f"rayward_process_{name}", ["run", "process", "kind"]
-            family: Any = found.setdefault(name, kind(full, text, labels=labels))  # pyright: ignore[reportCallIssue]
-            if value is not None:
-                family.add_metric([self._run, one.name, re.sub(r"[-0-9.]+$", "", one.name)], value)
-
-        for one in self._monitor.processes():
-            add("alive", "1 unless it was found dead", 0.0 if one.died else 1.0)
-            add("open_calls", "Calls without an answer yet", len(one.waiting))
-            oldest = one.waiting[0][1] if one.waiting else 0.0
-            add("oldest_wait_seconds", "Age of the oldest call without an answer", oldest)
-            add("answered", "Calls answered", one.answered, CounterMetricFamily)
-            add("silent_seconds", "For how long it has not said how it is", one.silent_s)
-            if (stats := one.vitals) is None:
-                continue
-            add("resident_bytes", "Main memory, with its children's", stats.resident)
-            add("gpu_bytes", "Memory in use on its GPUs, by anybody", stats.gpu)
-            text = "Processor seconds, with those of the children that live"
-            add("cpu_seconds", text, stats.cpu_s, CounterMetricFamily)
-            for name, value in stats.facts.items():
-                if text := _COUNTERS.get(name):
-                    add(name, text, value, CounterMetricFamily)
-                elif text := _GAUGES.get(name):
-                    add(name, text, value)
-        yield from found.values()
-        waits = GaugeMetricFamily("rayward_wait_seconds", "How long it has waited for somebody", labels=["run", "who"])
-        for who, seconds in {one.who: one.seconds for one in reversed(self._monitor.waits.open)}.items():
-            waits.add_metric([self._run, who], seconds)
-        paused = GaugeMetricFamily("rayward_paused", "1 while the run waits for scores", labels=["run"])
-        paused.add_metric([self._run], float(self._monitor.paused is not None))
-        yield from (waits, paused)

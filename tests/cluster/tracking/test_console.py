@@ -70,10 +70,9 @@ def test_on_a_terminal_a_bar_appears_and_goes():
     stream = io.StringIO()
     with Console(stream=stream, live=True) as console, console.progress("sample", 3) as advance:
         advance(2, note="tokens")
-        assert console._progress is not None
         (task,) = console._progress.tasks
         assert (task.completed, task.total, task.fields["note"]) == (2, 3, "2/3 tokens")
-    assert console._progress is None
+    assert console._progress.tasks == []
     assert "sample" in stream.getvalue()
 
 
