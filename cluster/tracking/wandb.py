@@ -175,7 +175,7 @@ class WandbFeed:
         if self._wandb is None:
             import wandb  # takes a second
 
-            self._wandb: Any = wandb
+            self._wandb = wandb
         with SPAWNING:  # W&B's own process must not be taken for one of Ray's
             self._wandb.setup(settings=self._settings())  # else it prints whose key it has found
             if self._config.mode == "online":
