@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,57 +18,54 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from cluster.report.plot import BEFORE, INK, MUTED, SERIES, Plot
 
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
-_DOTTED = (0, (1, 1.5))
-_KL = "KL to the SFT model (nats a response)"
+_DOTTED: dict[str, Any] = {"color": MUTED, "linestyle": (0, (1, 1.5))}
 _FEW = 6  # points that are marked one by one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One line of a plot."""
+    """One line of a plot, maybe in a band whose ends are NaN where there is none."""
 
     name: str
-    """for the legend"""
     x: tuple[float, ...]
-    """steps, or what else is along the axis"""
     y: tuple[float, ...]
-    """values, as many"""
     low: tuple[float, ...] = ()
-    """lower ends of the band around the values, NaN where there is none; empty for no band"""
     high: tuple[float, ...] = ()
-    """upper ends"""
     colour: str = SERIES[0]
-    """one of the style's colours"""
 
 
 def lines(
     title: str,
     xlabel: str,
     curves: Sequence[Curve],
+    *,
     log: bool = False,
     smooth: bool = False,
     level: tuple[float, str] | None = None,
+    path: bool = False,
 ) -> Plot:
     """Curves with bands, and a dotted line at a `level` of a name.
 
-    smooth: draw a running mean over the values themselves, which become faint.
+    smooth: draw a running mean over the values themselves, which become faint. path: mark every point, and the last.
     """
 
     def draw(axes: Axes) -> None:
         for curve, dashes in zip(curves, cycle(_DASHES), strict=False):
-            x, y, few = np.array(curve.x), np.array(curve.y), len(curve.x) <= _FEW
+            x, y, few, colour = np.array(curve.x), np.array(curve.y), len(curve.x) <= _FEW, curve.colour
             if smooth and len(y) >= 40:
-                axes.plot(x, y, color=curve.colour, alpha=0.25, linewidth=0.8)
+                axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
                 kernel = np.full(len(y) // 15, 1 / (len(y) // 15))
                 x, y = np.convolve(x, kernel, "valid"), np.convolve(y, kernel, "valid")
-            axes.plot(x, y, color=curve.colour, linestyle=dashes, marker="o" if few else None, label=curve.name)
+            axes.plot(x, y, color=colour, linestyle=dashes, marker="o" if few else None, label=curve.name)
             if curve.low and few:
-                axes.vlines(x, curve.low, curve.high, color=curve.colour, linewidth=6, alpha=0.3)
+                axes.vlines(x, curve.low, curve.high, color=colour, linewidth=6, alpha=0.3)
             elif curve.low:
-                shade = {"color": curve.colour, "alpha": 0.2 / (1 + len(curves)), "linewidth": 0}
-                axes.fill_between(x, curve.low, curve.high, **shade)
+                axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.2 / (1 + len(curves)), linewidth=0)
+            if path:
+                axes.plot(x, y, ".", color=colour, markersize=4)
+                axes.plot(x[-1], y[-1], "o", color=colour, markersize=7)
         if level:
-            axes.axhline(level[0], color=MUTED, linestyle=_DOTTED)
+            axes.axhline(level[0], **_DOTTED)
             place = {"xytext": (-4, 2), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
             axes.annotate(level[1], (1, level[0]), color=MUTED, ha="right", **place)
         if log:
@@ -75,11 +73,11 @@ def lines(
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(lambda value, _: rounded(value))
             axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.02)
-        if xlabel != _KL:
+        if not path:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.02)
         axes.set_xlabel(xlabel)
-        _legend(axes, len(curves))
+        _legend(axes)
 
     told = "; ".join(
         f"{one.name} from {rounded(one.y[0])} to {rounded(one.y[-1])} over {len(one.y)} points" for one in curves
@@ -87,38 +85,23 @@ def lines(
     return Plot(title=title, alt=f"Line chart, {title}, by {xlabel}: {told}.", draw=draw)
 
 
-def path(title: str, curves: Sequence[Curve]) -> Plot:
-    """What is reached at which KL: a point an iteration, joined in their order, the last one marked."""
-    plain = lines(title, _KL, curves)
-
-    def draw(axes: Axes) -> None:
-        plain.draw(axes)
-        for curve in curves:
-            axes.plot(curve.x, curve.y, ".", color=curve.colour, markersize=4)
-            axes.plot(curve.x[-1], curve.y[-1], "o", color=curve.colour, markersize=7)
-
-    return Plot(title=title, alt=plain.alt, draw=draw)
-
-
 def histogram(title: str, groups: Sequence[tuple[str, str, Sequence[float]]]) -> Plot:
     """Distributions of the same quantity, groups of (name, colour, values); the means are dotted lines."""
-    values = [value for _, _, group in groups for value in group]
-    low, high = (-1.0, 1.0) if max(map(abs, values)) <= 1 else (min(values), max(values))
+    values = [value for *_, group in groups for value in group]
+    ends = (-1.0, 1.0) if max(map(abs, values)) <= 1 else (min(values), max(values))
 
     def draw(axes: Axes) -> None:
-        edges = np.linspace(low, high, 21).tolist()
+        edges = np.linspace(*ends, 21).tolist()
         for name, colour, group in groups:
-            weights = np.full(len(group), 100 / len(group))
-            filled = colour == BEFORE
-            axes.hist(group, edges, weights=weights, color=colour, alpha=0.45 if filled else 0.16)
-            if not filled:
+            weights, mean = np.full(len(group), 100 / len(group)), float(np.mean(group))
+            axes.hist(group, edges, weights=weights, color=colour, alpha=0.45 if colour == BEFORE else 0.16)
+            if colour != BEFORE:
                 axes.hist(group, edges, weights=weights, color=colour, histtype="step", linewidth=1.6)
-            axes.axvline(float(np.mean(group)), color=colour, linestyle=_DOTTED, linewidth=1.6)
-            axes.plot([], [], color=colour, linewidth=6, alpha=0.7, label=f"{name} {np.mean(group):+.2f}")
-        axes.set_xlabel("dotted, and in the legend: the mean")
-        axes.set_ylabel("% of the responses")
+            axes.axvline(mean, color=colour, linestyle=_DOTTED["linestyle"], linewidth=1.6)
+            axes.plot([], [], color=colour, linewidth=6, alpha=0.7, label=f"{name} {mean:+.2f}")
+        axes.set(xlabel="dotted, and in the legend: the mean", ylabel="% of the responses")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        _legend(axes, len(groups))
+        _legend(axes)
 
     told = "; ".join(f"{name} mean {rounded(float(np.mean(one)))}, {len(one)} responses" for name, _, one in groups)
     return Plot(title=title, alt=f"Histogram, {title}: {told}.", draw=draw)
@@ -129,7 +112,7 @@ def dumbbells(title: str, rows: Sequence[tuple[str, str, float, float]], unit: s
 
     def draw(axes: Axes) -> None:
         # At least this much, so that a small change looks small.
-        reach = max(max(abs(after - before) for *_, before, after in rows), 0.2)
+        reach = max(0.2, *(abs(after - before) for *_, before, after in rows))
         for row, (name, colour, before, after) in enumerate(rows):
             arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 2, "shrinkA": 0, "shrinkB": 3}
             axes.annotate("", xy=(after, -row), xytext=(before, -row), arrowprops=arrow)
@@ -140,8 +123,7 @@ def dumbbells(title: str, rows: Sequence[tuple[str, str, float, float]], unit: s
             axes.annotate(change, place, (0, -18), textcoords="offset points", color=MUTED)
         ends = [value for row in rows for value in row[2:]]
         axes.set(xlim=(min(ends) - 0.1 * reach, max(ends) + 0.35 * reach), ylim=(-len(rows) + 0.3, 0.7))
-        axes.set_yticks([])
-        axes.set_xlabel(unit)
+        axes.set(yticks=[], xlabel=unit)
 
     told = "; ".join(f"{name} from {rounded(before)} to {rounded(after)}" for name, _, before, after in rows)
     return Plot(title=title, alt=f"{title}, {unit}: {told}.", draw=draw, height=1.5 + 0.8 * len(rows))
@@ -152,14 +134,12 @@ def bars(title: str, rows: Sequence[tuple[str, str, float]], unit: str, shares: 
 
     def draw(axes: Axes) -> None:
         names, colours, values = zip(*rows, strict=True)
-        places, total = -np.arange(len(rows)), sum(values) or 1.0
-        axes.barh(places, values, color=colours, height=0.62)
-        for place, value in zip(places, values, strict=True):
-            label = rounded(value) + (f"  ({100 * value / total:.0f}%)" if shares else "")
-            axes.annotate(label, (value, place), (5, 0), textcoords="offset points", va="center", color=INK)
-        axes.set(xlim=(0, 1.28 * max(values) or 1.0), ylim=(-len(rows) + 0.4, 0.6))
+        found = axes.barh(-np.arange(len(rows)), values, color=colours, height=0.62)
+        total = sum(values) or 1.0
+        labels = [rounded(value) + (f"  ({100 * value / total:.0f}%)" if shares else "") for value in values]
+        axes.bar_label(found, labels, padding=5, color=INK)
+        axes.set(xlim=(0, 1.28 * max(values) or 1.0), ylim=(-len(rows) + 0.4, 0.6), xlabel=unit)
         _name_rows(axes, [fill(name, 30, max_lines=2, placeholder=" …") for name in names])
-        axes.set_xlabel(unit)
 
     told = "; ".join(f"{name} {rounded(value)}" for name, _, value in rows)
     return Plot(title=title, alt=f"Bar chart, {title}, {unit}: {told}.", draw=draw, height=0.9 + 0.32 * len(rows))
@@ -175,11 +155,11 @@ def accuracy(title: str, rows: Sequence[tuple[str, str, float, tuple[float, floa
                 axes.plot(interval, (-row, -row), color=colour, linewidth=6, alpha=0.35)
             axes.plot(share, -row, "o", color=colour, markersize=9)
             names.append(f"{name}\n{share:.3f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""))
-        axes.axvline(0.5, color=MUTED, linestyle=_DOTTED)
+        axes.axvline(0.5, **_DOTTED)
         axes.annotate("chance", (0.5, -len(rows) + 0.35), (4, 2), textcoords="offset points", color=MUTED)
         axes.set(xlim=(min(0.4, *(row[2] - 0.05 for row in rows)), 1), ylim=(-len(rows) + 0.3, 0.7))
-        _name_rows(axes, names)
         axes.set_xlabel("share of pairs; bar: 95% CI")
+        _name_rows(axes, names)
 
     told = "; ".join(f"{name} {share:.3f}" for name, _, share, _ in rows)
     return Plot(title=title, alt=f"{title}: {told}; chance 0.5.", draw=draw, height=1.3 + 0.7 * len(rows))
@@ -189,8 +169,8 @@ def calibration(title: str, bins: Sequence[tuple[float, float, int]]) -> Plot:
     """Predicted against observed shares, bins of (predicted, observed, count); the count is a dot's area."""
 
     def draw(axes: Axes) -> None:
-        predicted, observed, counts = (np.array(column) for column in zip(*bins, strict=True))
-        axes.plot((0, 1), (0, 1), color=MUTED, linestyle=_DOTTED, linewidth=1.4)
+        predicted, observed, counts = np.array(bins).T
+        axes.plot((0, 1), (0, 1), **_DOTTED, linewidth=1.4)
         axes.annotate("perfect", (0.97, 0.97), (-4, -12), textcoords="offset points", ha="right", color=MUTED)
         axes.plot(predicted, observed, color=SERIES[0], linewidth=1.2, alpha=0.6)
         axes.scatter(predicted, observed, s=14 + 160 * counts / counts.max(), color=SERIES[0], alpha=0.75, linewidths=0)
@@ -202,7 +182,7 @@ def calibration(title: str, bins: Sequence[tuple[float, float, int]]) -> Plot:
 
 
 def scatter(
-    title: str, groups: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], labels: tuple[str, str]
+    title: str, groups: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], xlabel: str, ylabel: str
 ) -> Plot:
     """Points by group of (name, colour, x, y), each with its correlation in the legend."""
     names = [f"{name}, r = {_correlation(x, y)}" for name, _, x, y in groups]
@@ -210,8 +190,8 @@ def scatter(
     def draw(axes: Axes) -> None:
         for label, (_, colour, x, y), marker in zip(names, groups, cycle("os^D"), strict=False):
             axes.scatter(x, y, s=16, color=colour, alpha=0.55, linewidths=0, marker=marker, label=label)
-        axes.set(xlabel=labels[0], ylabel=labels[1])
-        _legend(axes, len(groups))
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        _legend(axes)
 
     told = "; ".join(f"{label}, {len(group[2])} responses" for label, group in zip(names, groups, strict=True))
     return Plot(title=title, alt=f"Scatter plot, {title}: {told}.", draw=draw, height=3.3)
@@ -225,17 +205,17 @@ def rounded(value: float) -> str:
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks([-row for row in range(len(names))], names)
+    axes.set_yticks(-np.arange(len(names)), names)
     axes.tick_params(axis="y", colors=INK)
     axes.grid(visible=False, axis="y")
 
 
-def _legend(axes: Axes, count: int) -> None:
-    """Above the axes, in as many columns as fit."""
-    if count > 1:
-        longest = max(map(len, axes.get_legend_handles_labels()[1]))
+def _legend(axes: Axes) -> None:
+    """Of several, above the axes, in as many columns as fit."""
+    names = axes.get_legend_handles_labels()[1]
+    if len(names) > 1:
         letters = axes.bbox.width * 72 / axes.figure.dpi / 5  # that fit beside one another
-        columns = max(1, min(count, int(letters / (longest + 7))))
+        columns = max(1, min(len(names), int(letters / (max(map(len, names)) + 7))))
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderaxespad=0.2)
 
 

@@ -1,31 +1,36 @@
 """The plots of one run. Each function yields those for which the run has the figures, maybe none."""
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from itertools import chain, islice, product
+from pathlib import Path
 from typing import Any
 
 from cluster.report import charts
 from cluster.report.charts import Curve
 from cluster.report.plot import BEFORE, SERIES, Plot
-from cluster.rundir.files import Run, Series, number, visible
+from cluster.rundir.files import Run, number, visible
 
+_BY_ARM: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 _SCATTER_POINTS = 400  # a model; more would hide one another
 _BARS = 16
-_KL = ("kl/mean", "KL to the SFT model, nats a response")
 
 
 def plots(run: Run) -> dict[str, list[Plot]]:
-    """Every plot of a run, by what it is about: the names of the functions below."""
-    kinds = (rounds, gold, tax, learning, gold_by_kl, held_out, responses, reward_model)
-    return {kind.__name__: list(kind(run)) for kind in (*kinds, supervised, selection, inside_ppo, time_spent)}
+    """Every plot of a run, by what it is about: the names of the functions below, and of the parts of plots.toml."""
+    found = {part: list(_by_arm(run, part)) for part in _BY_ARM}
+    found["inside_ppo"] += _parity(run)
+    kinds = (rounds, tax, gold_by_kl, responses, reward_model, supervised, selection, time_spent)
+    return found | {kind.__name__: list(kind(run)) for kind in kinds}
 
 
 def overview(run: Run) -> list[Plot]:
     """The four plots that tell the most; fewer when the run has fewer."""
-    parts = (gold(run), tax(run), gold_histogram(run), _by_arm(run, (_KL,)))
-    return list(islice(chain(*parts, reward_model(run), supervised(run), time_spent(run)), 4))
+    kl = (plot for plot in _by_arm(run, "learning") if plot.title.startswith("KL"))
+    parts = (_by_arm(run, "gold"), tax(run), gold_histogram(run), kl, reward_model(run), supervised(run))
+    return list(islice(chain(*parts, time_spent(run)), 4))
 
 
 def arms(run: Run) -> list[tuple[str, str, str]]:
@@ -52,20 +57,18 @@ def labels(run: Run) -> list[tuple[str, str, str]]:
 def rounds(run: Run) -> Iterator[Plot]:
     """Win rates, gold and the reward model's accuracy by round, with 95 % intervals."""
     table, xlabel = round_table(run), "round; bar: 95% CI"
-    curves = [
-        *_by_round(table, "win_rate_sft", "against the SFT model", SERIES[0]),
-        *_by_round(table, "win_rate_previous", "against the round before", SERIES[1]),
-    ]
+    curves = _by_round(table, "win_rate_sft", "against the SFT model", SERIES[0])
+    curves += _by_round(table, "win_rate_previous", "against the round before", SERIES[1])
     if curves:
         yield charts.lines(f"Win rate, {run.labeler}", xlabel, curves, level=(0.5, "even"))
-    before = next((value for row in table.values() if (value := number(row.get("gold_sft"))) is not None), None)
+    before = [value for row in table.values() if (value := number(row.get("gold_sft"))) is not None]
     if curves := _by_round(table, "gold", "policy", SERIES[0]):
-        level = None if before is None else (before, "SFT")
+        level = (before[0], "SFT") if before else None
         yield charts.lines(f"Gold score, {run.labeler}", xlabel, curves, level=level)
     who = ", ".join(dict.fromkeys(visible(str(row["rankings"])) for row in table.values() if "rankings" in row))
-    agreement = _by_round(table, "labelers_agree", "two labelers", SERIES[1])
     if curves := _by_round(table, "accuracy", "reward model", SERIES[0]):
-        yield charts.lines(f"Reward-model accuracy, {who}", xlabel, [*curves, *agreement], level=(0.5, "chance"))
+        curves += _by_round(table, "labelers_agree", "two labelers", SERIES[1])
+        yield charts.lines(f"Reward-model accuracy, {who}", xlabel, curves, level=(0.5, "chance"))
 
 
 def round_table(run: Run) -> dict[int, Mapping[str, Any]]:
@@ -99,58 +102,42 @@ def interval(value: object) -> tuple[float, float] | None:
 
 def _curve(run: Run, stage: str, metric: str, name: str, colour: str) -> list[Curve]:
     """A curve, with a band where the run has logged its ends or a standard deviation; none without the metric."""
-    series, band = run.series(stage, metric), dict[str, Series]()
-    if low := run.series(stage, f"{metric}_low"):
-        band = {"low": low, "high": run.series(stage, f"{metric}_high")}
-    elif metric.endswith("/mean") and (spread := run.series(stage, metric.replace("/mean", "/std"))):
-        ends = {"low": -1, "high": 1}
-        band = {
-            end: {at: series[at] + sign * spread[at] for at in series if at in spread} for end, sign in ends.items()
-        }
-    ends = {end: tuple(values.get(step, math.nan) for step in series) for end, values in band.items()}
-    return [Curve(name=name, colour=colour, x=tuple(series), y=tuple(series.values()), **ends)] if series else []
+    series = run.series(stage, metric)
+    ends = [run.series(stage, f"{metric}_{end}") for end in ("low", "high")]
+    if metric.endswith("/mean") and not any(ends):
+        spread = run.series(stage, metric.replace("/mean", "/std"))
+        ends = [{at: series[at] + sign * spread[at] for at in series if at in spread} for sign in (-1, 1)]
+    low, high = (tuple(end.get(at, math.nan) for at in series) if end else () for end in ends)
+    curve = Curve(name=name, colour=colour, x=tuple(series), y=tuple(series.values()), low=low, high=high)
+    return [curve] if series else []
 
 
-def _by_arm(
-    run: Run, metrics: Iterable[tuple[str, str]], xlabel: str = "PPO iteration", fewest: int = 1
-) -> Iterator[Plot]:
-    """A plot for each (metric, title), with a curve of at least so many points for each PPO run."""
-    for metric, title in metrics:
+def _by_arm(run: Run, part: str) -> Iterator[Plot]:
+    """A plot for each metric of a part of the page, with a curve for each PPO run."""
+    # what was measured before and after is told elsewhere
+    xlabel, fewest = ("PPO iterations done", 3) if part == "held_out" else ("PPO iteration", 1)
+    for metric, title in _BY_ARM[part].items():
         found = chain.from_iterable(_curve(run, arm, metric, name, colour) for arm, name, colour in arms(run))
         if curves := [curve for curve in found if len(curve.x) >= fewest]:
-            yield charts.lines(title, xlabel, curves)
+            yield charts.lines(title.format(labeler=run.labeler), xlabel, curves)
 
 
-def gold(run: Run) -> Iterator[Plot]:
-    """The labeler's verdict over iterations."""
-    yield from _by_arm(run, (("gold/mean", f"Gold score, {run.labeler}"),))
-
-
-def held_out(run: Run) -> Iterator[Plot]:
-    """What was measured on held-out prompts and text before PPO, on its way, and after it."""
-    metrics = (
-        ("heldout/gold", f"Gold on held-out prompts, {run.labeler}; 95% CI"),
-        ("heldout/score", "Score on held-out prompts"),
-        ("heldout/kl", "KL on held-out prompts, nats a response"),
-        ("heldout/pretraining_loss", "Loss on held-out pretraining text, nats a token"),
-    )
-    yield from _by_arm(run, metrics, "PPO iterations done", fewest=3)  # before and after are told elsewhere
-
-
-def learning(run: Run) -> Iterator[Plot]:
-    """What PPO is told, and how far it went for it."""
-    reward = ("reward/mean", "Reward: score minus the KL penalty")
-    yield from _by_arm(run, (("score/mean", "Score of the reward model"), _KL, reward))
+def _parity(run: Run) -> Iterator[Plot]:
+    """How far sampler and learner are apart: the largest gap of each PPO run, of a single one the mean, too."""
+    if len(run.arms) > 1:
+        found = [_curve(run, arm, "parity/max_gap", name, colour) for arm, name, colour in arms(run)]
+    else:
+        kinds = product(run.arms, zip(("max", "mean"), SERIES, strict=False))
+        found = [_curve(run, arm, f"parity/{kind}_gap", kind, colour) for arm, (kind, colour) in kinds]
+    if gaps := list(chain.from_iterable(found)):
+        positive = all(value > 0 for curve in gaps for value in curve.y)
+        yield charts.lines("Parity gap, nats", "PPO iteration", gaps, log=positive)
 
 
 def tax(run: Run) -> Iterator[Plot]:
     """The loss on pretraining text before and after each PPO run."""
-    rows = [
-        (name, colour, change.before, change.after)
-        for arm, name, colour in arms(run)
-        if (change := run.change(arm, "pretraining_loss"))
-    ]
-    if rows:
+    changes = [(name, colour, run.change(arm, "pretraining_loss")) for arm, name, colour in arms(run)]
+    if rows := [(name, colour, change.before, change.after) for name, colour, change in changes if change]:
         yield charts.dumbbells("Alignment tax: loss on pretraining text", rows, "nats a token; grey: before PPO")
 
 
@@ -163,7 +150,8 @@ def gold_by_kl(run: Run) -> Iterator[Plot]:
             x, y = tuple(kl[step] for step in steps), tuple(gold[step] for step in steps)
             curves.append(Curve(name=name, colour=colour, x=x, y=y))
     if curves:
-        yield charts.path(f"Gold bought with KL, {run.labeler}", curves)
+        title, xlabel = f"Gold bought with KL, {run.labeler}", "KL to the SFT model (nats a response)"
+        yield charts.lines(title, xlabel, curves, path=True)
 
 
 def gold_histogram(run: Run) -> Iterator[Plot]:
@@ -186,8 +174,8 @@ def responses(run: Run) -> Iterator[Plot]:
         if points := [(score, gold) for score, gold in pairs if score is not None and gold is not None]:
             groups.append((name, colour, *zip(*points[:_SCATTER_POINTS], strict=True)))
     if groups:
-        axes = ("score of the reward model", f"gold, {run.labeler}")
-        yield charts.scatter("Does the score still mean gold?", groups, axes)
+        title = "Does the score still mean gold?"
+        yield charts.scatter(title, groups, "score of the reward model", f"gold, {run.labeler}")
 
 
 def reward_model(run: Run) -> Iterator[Plot]:
@@ -206,7 +194,7 @@ def reward_model(run: Run) -> Iterator[Plot]:
     if rows:
         yield charts.accuracy("Accuracy on held-out pairs", rows)
     gaps = [
-        (f"{int(gap)} apart, {int(count or 0)} pairs", SERIES[0], share, None)
+        (f"{int(gap)} apart, {count} pairs", SERIES[0], share, None)
         for gap, share, count in _numbers(table.get("by_rank_gap"), "gap", "accuracy")
     ]
     if len(gaps) > 1:
@@ -214,16 +202,15 @@ def reward_model(run: Run) -> Iterator[Plot]:
     bins = table.get("bins", table.get("calibration"))
     bins = _numbers(bins.get("bins") if isinstance(bins, dict) else bins, "predicted", "observed")
     if any(count for *_, count in bins):
-        bins = [(predicted, observed, int(count or 0)) for predicted, observed, count in bins]
         yield charts.calibration("How often the higher score wins", bins)
     if curves := _curve(run, "reward", "reward_model/loss", "training", SERIES[0]):
         yield charts.lines("Loss, nats a pair", "step", curves, smooth=True)
 
 
-def _numbers(rows: object, first: str, second: str) -> list[tuple[float, float, float | None]]:
+def _numbers(rows: object, first: str, second: str) -> list[tuple[float, float, int]]:
     """Two figures and the count of each row of a table in a JSON file; rows that lack one are left out."""
     tables = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    found = [(number(row.get(first)), number(row.get(second)), number(row.get("count"))) for row in tables]
+    found = [(number(row.get(first)), number(row.get(second)), int(number(row.get("count")) or 0)) for row in tables]
     return [(one, other, count) for one, other, count in found if one is not None and other is not None]
 
 
@@ -245,43 +232,20 @@ def selection(run: Run) -> Iterator[Plot]:
             yield charts.lines(f"Score of each epoch: {stage.removeprefix('select-')}", "epoch", curves)
 
 
-def inside_ppo(run: Run) -> Iterator[Plot]:
-    """What tells a healthy PPO run from a sick one."""
-    metrics = (
-        ("loss/policy", "Policy loss"),
-        ("loss/value", "Value loss"),
-        ("loss/pretraining", "Pretraining loss of the mix"),
-        ("value/explained_variance", "Variance explained by the critic"),
-        ("response/length", "Response length, tokens"),
-        ("response/eos_rate", "Responses that end by themselves"),
-        ("policy/entropy", "Entropy, nats a token"),
-        ("policy/clip_fraction", "Share of clipped tokens"),
-    )
-    yield from _by_arm(run, metrics)
-    if len(run.arms) > 1:
-        found = [_curve(run, arm, "parity/max_gap", name, colour) for arm, name, colour in arms(run)]
-    else:
-        kinds = product(run.arms, zip(("max", "mean"), SERIES, strict=False))
-        found = [_curve(run, arm, f"parity/{kind}_gap", kind, colour) for arm, (kind, colour) in kinds]
-    if gaps := list(chain.from_iterable(found)):
-        positive = all(value > 0 for curve in gaps for value in curve.y)
-        yield charts.lines("Parity gap, nats", "PPO iteration", gaps, log=positive)
-
-
 def time_spent(run: Run) -> Iterator[Plot]:
     """Seconds of each phase, a colour for each stage, and of the parts of an iteration."""
-    spent: dict[tuple[str, str], float] = {}
+    spent: dict[tuple[str, str], float] = defaultdict(float)
     for phase in run.phases:
-        spent[phase.stage, phase.name] = spent.get((phase.stage, phase.name), 0.0) + phase.seconds
-    stages = list(dict.fromkeys(stage for stage, _ in spent))
-    often = Counter(name for _, name in spent)
+        spent[phase.stage, phase.name] += phase.seconds
+    stages, often = list(dict.fromkeys(stage for stage, _ in spent)), Counter(name for _, name in spent)
     rows = [
         (name if often[name] == 1 else f"{stage}: {name}", SERIES[stages.index(stage) % len(SERIES)], seconds)
         for (stage, name), seconds in spent.items()
     ]
-    shown = sorted(rows, key=lambda row: -row[2])[: _BARS - 1]
-    if rest := [seconds for *row, seconds in rows if (*row, seconds) not in shown]:
-        rows = [*(row for row in rows if row in shown), (f"{len(rest)} more", BEFORE, sum(rest))]
+    longest = sorted(rows, key=lambda row: -row[2])
+    if rest := longest[_BARS - 1 :]:
+        seconds = sum(row[2] for row in rest)
+        rows = [*(row for row in rows if row not in rest), (f"{len(rest)} more", BEFORE, seconds)]
     if rows:
         yield charts.bars("Time of each phase", rows, "seconds")
     means = [

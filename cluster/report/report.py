@@ -1,33 +1,14 @@
 """The report of a run: an HTML page that needs nothing else, a picture for a README, a terminal summary.
 
-Titles and leads of the page's sections are in its template, report.html.
-
-Everything is read from the plain files of the run directory (see `cluster.rundir.files`). `summary.json` holds
-the final figures; every part of it is optional:
-
-    model     name of the base model
-    labeler   the caption of the labeler, e.g. "simulated labeler (VADER)"
-    rankings  who ranked the comparisons, where people did, e.g. "people (anna, ben)"
-    seconds   all together
-    sft       {"loss_first", "loss_last", "valid_before", "valid_after"}, nats a token
-    reward    {"accuracy", "accuracy_ci": [low, high], "prompt_accuracy", "prompt_accuracy_ci", "longer_wins",
-              "pairs", "score_std", "calibration": [bins]}
-    ppo       by stage ("ppo", "ppo-noptx", ..): {"gold_before", "gold_after", "score_before", "score_after",
-              "kl" (nats a response), "pretraining_loss_before", "pretraining_loss_after" (nats a token),
-              "iterations"}
-    rounds    by number ("1", ..): {"win_rate_sft", "win_rate_previous": {"rate", "ci", "wins", "losses", "ties"},
-              "gold", "gold_ci", "gold_sft", "kl", "accuracy", "accuracy_ci", "rankings", "labelers_agree",
-              "labelers_agree_ci"}
-
-Means of gold and score are taken from the held-out samples in evaluations/ where these have them.
+Everything is read from the plain files of the run directory (see `cluster.rundir.files`). What summary.json holds, and
+titles and leads of the page's sections, are in the template, report.html. Means of gold and score are taken from the
+held-out samples in evaluations/ where these have them.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from rich.console import Group, RenderableType
@@ -45,24 +26,16 @@ _FIRST, _EXTREMES, _TERMINAL = 8, 2, 3  # samples: first by id, of each extreme,
 _LONGEST = 700  # characters of a sample that are shown
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One of the figures at the top."""
+class Result(NamedTuple):
+    """One of the figures at the top, with what to compare it with, and the PPO run it belongs to, if it does."""
 
-    arm: str
-    """the PPO run it belongs to; empty for the others"""
     name: str
-    """what it is"""
     value: str
-    """the figure, with its unit"""
     detail: str
-    """what to compare it with"""
-    verdict: bool
-    """it rests on the labeler's verdicts, which has to be said beside it"""
+    arm: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exchange:
+class Exchange(NamedTuple):
     """One held-out prompt with the responses of every model."""
 
     why: str
@@ -94,7 +67,7 @@ def write_report(run_dir: Path) -> Path:
         plots=plots(run),
         exchanges=exchanges(run),
         longest=_LONGEST,
-        facts=list(_facts(run)),
+        facts=[(visible(name), visible(_plain(value))) for name, value in _facts(run)],
         folders=list(_folders(run)),
     )
     path = run_dir / "report.html"
@@ -118,17 +91,15 @@ def summary(run_dir: Path) -> RenderableType:
     results = list(_results(run))
     named = len({result.arm for result in results if result.arm}) > 1
     table = Table.grid(padding=(0, 3))
-    for result in results:
-        name = f"{result.name}, {result.arm}" if named and result.arm else result.name
-        note = f"{result.detail} · {run.labeler}" if result.verdict else result.detail
-        table.add_row(Text(name), Text(result.value, style="bold"), Text(note, style="dim"))
+    for name, value, detail, arm in results:
+        table.add_row(Text(f"{name}, {arm}" if named and arm else name), Text(value, "bold"), Text(detail, "dim"))
     parts: list[RenderableType] = [Rule(Text(_subject(run), style="bold"), align="left"), Padding(table, (1, 2))]
     if chosen := exchanges(run)[:_TERMINAL]:
         parts.append(Text(f"  The first prompts by id; the number is gold, by the {run.labeler}", style="dim"))
-    for exchange in chosen:
+    for _, prompt, responses in chosen:
         table = Table.grid(padding=(0, 2))
-        table.add_row("", "", Text(exchange.prompt[-1][1] if exchange.prompt else "", style="italic"))
-        for name, sample in exchange.responses:
+        table.add_row("", "", Text(prompt[-1][1] if prompt else "", style="italic"))
+        for name, sample in responses:
             gold = "" if sample is None or sample.gold is None else f"{sample.gold:+.2f}"
             table.add_row(Text(name, style="dim"), Text(gold), Text(sample.response if sample else "not sampled"))
         parts.append(Padding(table, (1, 2, 0, 2)))
@@ -142,32 +113,26 @@ def exchanges(run: Run) -> list[Exchange]:
         return []
     trained = next((arm for arm in run.arms if arm in run.evaluations), None)
     last = {sample.id: sample for sample in run.evaluations[trained]} if trained else models[-1][1]
-    ids = list(last)
-    judged = sorted((key for key in ids[_FIRST:] if last[key].gold is not None), key=lambda key: -(last[key].gold or 0))
-    high, low = judged[:_EXTREMES], judged[_EXTREMES:][-_EXTREMES:]
+    first, others = list(last)[:_FIRST], list(last)[_FIRST:]
+    judged = sorted((key for key in others if last[key].gold is not None), key=lambda key: -(last[key].gold or 0))
     chosen = {
-        f"The first {len(ids[:_FIRST])} prompts by id": ids[:_FIRST],
-        f"Highest gold after training among the other {len(ids[_FIRST:])}": high,
-        "Lowest gold after training among them": low,
+        f"The first {len(first)} prompts by id": first,
+        f"Highest gold after training among the other {len(others)}": judged[:_EXTREMES],
+        "Lowest gold after training among them": judged[_EXTREMES:][-_EXTREMES:],
     }
     return [
-        Exchange(
-            why="" if index else why,
-            prompt=last[key].prompt,
-            responses=tuple((name, samples.get(key)) for name, samples in models),
-        )
+        Exchange("" if index else why, last[key].prompt, tuple((name, samples.get(key)) for name, samples in models))
         for why, keys in chosen.items()
         for index, key in enumerate(keys)
     ]
 
 
 def _subject(run: Run) -> str:
-    model = run.summary.get("model")
-    steps = [name for name, done in (
-        ("pretraining", "pretraining" in run.metrics),
-        ("SFT", "sft" in run.metrics or run.figures("sft")),
-        ("reward model", "reward" in run.metrics or run.figures("reward") or run.calibration),
-    ) if done]  # fmt: skip
+    model, steps = run.summary.get("model"), ["pretraining"] if "pretraining" in run.metrics else []
+    if "sft" in run.metrics or run.figures("sft"):
+        steps.append("SFT")
+    if "reward" in run.metrics or run.figures("reward") or run.calibration:
+        steps.append("reward model")
     steps += dict.fromkeys(name for _, name, _ in arms(run))
     told = " and ".join(filter(None, (", ".join(steps[:-1]), *steps[-1:]))) or "a run"
     return visible(f"{model}: {told}" if model else f"{told[0].upper()}{told[1:]}")
@@ -175,44 +140,34 @@ def _subject(run: Run) -> str:
 
 def _results(run: Run) -> Iterator[Result]:
     for arm, name, _ in arms(run):
-        make = partial(Result, arm=name)
         if gold := run.change(arm, "gold"):
-            yield make(name="Gold", value=_moved(gold), detail=_gain(gold), verdict=True)
+            yield Result("Gold", _moved(gold), f"{_gain(gold)} · {run.labeler}", name)
         if score := run.change(arm, "score"):
-            yield make(name="Score of the reward model", value=_moved(score), detail=_gain(score), verdict=False)
+            yield Result("Score of the reward model", _moved(score), _gain(score), name)
         if (kl := number(run.figures("ppo", arm).get("kl"))) is not None:
-            yield make(name="KL to the SFT model", value=f"{kl:.1f} nats", detail="a response", verdict=False)
+            yield Result("KL to the SFT model", f"{kl:.1f} nats", "a response", name)
         if tax := run.change(arm, "pretraining_loss"):
             detail = f"{_moved(tax)} nats a token of pretraining text"
-            yield make(name="Alignment tax", value=f"{tax.difference:+.3f}", detail=detail, verdict=False)
-    make = partial(Result, arm="")
+            yield Result("Alignment tax", f"{tax.difference:+.3f}", detail, name)
     for index, row in round_table(run).items():
-        yield from _round_results(run, index, row)
+        for key, name in (("win_rate_sft", "the SFT model"), ("win_rate_previous", f"round {index - 1}")):
+            found = row.get(key)
+            if isinstance(found, dict) and (rate := number(found.get("rate"))) is not None:
+                detail = f"against {name}{_ci(found.get('ci'))} · {run.labeler}"
+                yield Result(f"Win rate of round {index}", f"{rate:.2f}", detail)
     reward = run.figures("reward") | run.calibration
     if (accuracy := number(reward.get("accuracy"))) is not None:
         detail = f"held-out pairs{_ci(reward.get('accuracy_ci'))}"
-        if (alike := number(reward.get("prompt_accuracy"))) is not None:
-            detail += f"; mean of prompts: {alike:.3f}"
-        if (longer := number(reward.get("longer_wins"))) is not None:
-            detail += f"; longer wins: {longer:.3f}"
-        detail += f" · {run.rankings}"
-        yield make(name="Reward-model accuracy", value=f"{accuracy:.3f}", detail=detail, verdict=False)
+        for key, name in (("prompt_accuracy", "mean of prompts"), ("longer_wins", "longer wins")):
+            if (share := number(reward.get(key))) is not None:
+                detail += f"; {name}: {share:.3f}"
+        yield Result("Reward-model accuracy", f"{accuracy:.3f}", f"{detail} · {run.rankings}")
     for stage, name, what in (("pretraining", "Pretraining loss", "text"), ("sft", "SFT loss", "demonstrations")):
-        table = run.figures(stage)
-        before, after = number(table.get("valid_before")), number(table.get("valid_after"))
+        before, after = (number(run.figures(stage).get(f"valid_{when}")) for when in ("before", "after"))
         if before is not None and after is not None:
-            value = _moved(Change(before=before, after=after))
-            yield make(name=name, value=value, detail=f"nats a token of held-out {what}", verdict=False)
+            yield Result(name, _moved(Change(before=before, after=after)), f"nats a token of held-out {what}")
     if seconds := _seconds(run):
-        yield make(name="Time", value=_duration(seconds), detail="all phases", verdict=False)
-
-
-def _round_results(run: Run, index: int, row: Mapping[str, Any]) -> Iterator[Result]:
-    for key, name in (("win_rate_sft", "the SFT model"), ("win_rate_previous", f"round {index - 1}")):
-        found = row.get(key)
-        if isinstance(found, dict) and (rate := number(found.get("rate"))) is not None:
-            detail = f"against {name}{_ci(found.get('ci'))}"
-            yield Result(arm="", name=f"Win rate of round {index}", value=f"{rate:.2f}", detail=detail, verdict=True)
+        yield Result("Time", _duration(seconds), "all phases")
 
 
 def _moved(change: Change) -> str:
@@ -235,9 +190,8 @@ def _seconds(run: Run) -> float:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
@@ -249,14 +203,10 @@ def _tone(run: Run, gold: float) -> str:
     return f"good-{level}" if level > 0 else f"bad-{-level}" if level < 0 else "even"
 
 
-def _facts(run: Run) -> Iterator[tuple[str, str]]:
-    """(name, text) of what environment.json tells, tables in it one level deep."""
+def _facts(run: Run) -> Iterator[tuple[str, Any]]:
+    """(name, value) of what environment.json tells, tables in it one level deep."""
     for name, value in run.environment.items():
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield visible(f"{key}"), visible(_plain(inner))
-        else:
-            yield visible(str(name)), visible(_plain(value))
+        yield from value.items() if isinstance(value, dict) else [(name, value)]
 
 
 def _plain(value: Any) -> str:

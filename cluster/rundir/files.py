@@ -85,7 +85,7 @@ class Run:
     environment: dict[str, Any]
     """versions, machine, command, date"""
     summary: dict[str, Any]
-    """final figures, as documented in cluster/report/report.py"""
+    """final figures, as documented in cluster/report/report.html"""
     metrics: dict[str, dict[str, Series]]
     """by stage and metric; a step that was logged twice, as after a resume, counts as it was logged last"""
     phases: tuple[Phase, ...]

@@ -73,7 +73,7 @@ def test_a_logarithmic_axis_has_plain_numbers():
 
 
 def test_a_path_marks_its_end():
-    axes = drawn(charts.path("Gold by KL", [Curve(name="ppo", x=(0.0, 2.0, 1.0), y=(0.1, 0.3, 0.4))]))
+    axes = drawn(charts.lines("Gold by KL", "KL", [Curve(name="ppo", x=(0.0, 2.0, 1.0), y=(0.1, 0.3, 0.4))], path=True))
     assert np.ravel(axes.lines[-1].get_xydata()).tolist() == [1.0, 0.4]
 
 
@@ -142,7 +142,7 @@ def test_calibration_draws_counts_as_areas():
     [([0, 1, 2], [1, 3, 5], "1.00"), ([1, 1, 1], [1, 2, 3], "undefined"), ([1], [1], "undefined")],
 )
 def test_a_scatter_tells_the_correlation(x: list[float], y: list[float], r: str):
-    plot = charts.scatter("Score and gold", [("SFT", BEFORE, x, y)], ("score", "gold"))
+    plot = charts.scatter("Score and gold", [("SFT", BEFORE, x, y)], "score", "gold")
     assert re.search(rf"SFT, r = {re.escape(r)}, {len(x)} responses\.$", plot.alt)
     drawn(plot)
 

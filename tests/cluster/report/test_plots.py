@@ -98,15 +98,15 @@ def test_the_reward_model_is_shown_by_pairs_by_prompts_and_by_rank_gap(one: Run)
 
 
 def test_held_out_curves_go_from_before_to_after_and_two_points_are_no_curve(one: Run, tmp_path: Path):
-    gold, _, kl, _ = plots.held_out(one)
+    gold, _, kl, _ = plots.plots(one)["held_out"]
     assert "PPO-ptx from 0.120 to 0.620 over 5 points" in gold.alt
     assert "PPO-ptx from 0 to 6.40 over 5 points" in kl.alt
     write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": n, "heldout/gold": 0.5} for n in (0, 8)])
-    assert list(plots.held_out(read_run(tmp_path))) == []
+    assert plots.plots(read_run(tmp_path))["held_out"] == []
 
 
 def test_two_arms_are_compared_first_in_the_same_axes(one: Run, two: Run):
-    (gold,), (tax,) = plots.gold(two), plots.tax(two)
+    (gold,), (tax,) = plots.plots(two)["gold"], plots.tax(two)
     assert titles(two)["What the pretraining mix does"] == [gold.title, tax.title]
     assert "PPO-ptx from" in gold.alt
     assert "; PPO from" in gold.alt
