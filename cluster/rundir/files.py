@@ -164,11 +164,10 @@ def read_run(path: Path) -> Run:
         kind = "holds no run" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {kind}: expected a directory with at least one of {', '.join(_FILES)}")
     unreadable: list[str] = []
-    config_text = _text(path / "config.toml", unreadable)
+    config, config_text = {}, _text(path / "config.toml", unreadable)
     try:
         config = tomllib.loads(config_text)
     except tomllib.TOMLDecodeError as error:
-        config = {}
         unreadable.append(f"config.toml: {error}")
     files = [file for file in sorted((path / "evaluations").glob("*.jsonl")) if not _ON_THE_WAY.search(file.stem)]
     evaluations = {visible(file.stem): _samples(file, unreadable) for file in files}
@@ -188,9 +187,8 @@ def read_run(path: Path) -> Run:
 
 def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
 
 
 def visible(text: str) -> str:
@@ -198,14 +196,12 @@ def visible(text: str) -> str:
 
     Line breaks, spaces of all kinds and the joiner inside an emoji remain.
     """
-    return "".join(
-        character
-        if character.isprintable() or character in "\n\u200d"
-        else " "
-        if character.isspace() and character not in "\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\u2028\u2029"
-        else character.encode("unicode_escape").decode()
-        for character in text
-    )
+    return "".join(one if one.isprintable() or one in "\n\u200d" else _escaped(one) for one in text)
+
+
+def _escaped(one: str) -> str:
+    breaks = "\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\u2028\u2029"
+    return " " if one.isspace() and one not in breaks else one.encode("unicode_escape").decode()
 
 
 def _table(parent: dict[str, Any], key: str) -> dict[str, Any]:
@@ -268,10 +264,7 @@ def _metrics(path: Path, unreadable: list[str]) -> dict[str, dict[str, Series]]:
         for name, value in row.items():
             if "/" in name and (figure := number(value)) is not None:
                 stage.setdefault(name, {})[step] = figure
-    return {
-        stage: {name: dict(sorted(series.items())) for name, series in metrics.items()}
-        for stage, metrics in found.items()
-    }
+    return {stage: {name: dict(sorted(one.items())) for name, one in series.items()} for stage, series in found.items()}
 
 
 def _phases(path: Path, unreadable: list[str]) -> Iterator[Phase]:

@@ -19,19 +19,14 @@ from reward_server.preferences.records import RecordError, kind_of, read_jsonl
 _HUB_ANSWERS_S = 5.0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+_INSTEAD = {"init": "sft", "critic": "reward"}  # models that others stand in for
 _MADE_BY = {"policy": "ppo", "init": "ppo"}  # commands that are not called as the model that they write
 # What the rows of a data file must have; a file of another kind is told by its first row.
 KINDS = {
-    "demonstrations": "demonstrations",
-    "demonstrations_valid": "demonstrations",
-    "completions": "comparisons",
-    "comparisons": "comparisons",
-    "pretraining": "pretraining text",
-    "pretraining_valid": "pretraining text",
-    "preference_prompts": "prompts",
-    "prompts": "prompts",
-    "prompts_valid": "prompts",
-    "prompts_heldout": "prompts",
+    **dict.fromkeys(("demonstrations", "demonstrations_valid"), "demonstrations"),
+    **dict.fromkeys(("completions", "comparisons"), "comparisons"),
+    **dict.fromkeys(("pretraining", "pretraining_valid"), "pretraining text"),
+    **dict.fromkeys(("preference_prompts", "prompts", "prompts_valid", "prompts_heldout"), "prompts"),
 }
 _ROWS = {
     "prompts": '{"prompt": text or messages}',
@@ -50,10 +45,8 @@ def model_folder(config: Config, run_dir: Path, name: str) -> Path:
     naming the key when neither exists.
     """
     configured = getattr(config.models, name)
-    if name == "init" and configured is None:
-        return model_folder(config, run_dir, "sft")
-    if name == "critic" and configured is None:
-        return model_folder(config, run_dir, "reward")
+    if configured is None and name in _INSTEAD:
+        return model_folder(config, run_dir, _INSTEAD[name])
     path = configured or run_dir / name
     if not (path / "config.json").is_file():
         raise ValueError(
@@ -148,12 +141,8 @@ class Model:
         if not any((self.path / file).is_file() for file in _WEIGHTS):
             raise ValueError(f"{self._where} has no weights ({_WEIGHTS[0]}): save or copy them there")
         index = self.path / _WEIGHTS[1]
-        missing = sorted(
-            {file for file in _json(index).get("weight_map", {}).values() if not (self.path / file).is_file()}
-            if index.is_file()
-            else ()
-        )
-        if missing:
+        parts = set(_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+        if missing := sorted(file for file in parts if not (self.path / file).is_file()):
             raise ValueError(f"{self._where} lacks {len(missing)} of its files, first {missing[0]}: copy all")
         if self.tokens and self.vocabulary and self.tokens > self.vocabulary:
             raise ValueError(

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -183,10 +183,9 @@ def code_version() -> tuple[str, str | None]:
         return version, None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return version, subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return version, None
-    return version, told.stdout.strip()
 
 
 def lineage_json(run_dir: Path) -> str:
@@ -242,9 +241,3 @@ def _place(run_dir: Path, path: str | Path) -> str:
         return str(path)
     absolute, root = Path(path).resolve(), run_dir.resolve()
     return (absolute.relative_to(root) if absolute.is_relative_to(root) else absolute).as_posix()
-
-
-def edges(records: Sequence[Artefact]) -> list[tuple[str, str]]:
-    """(input, artefact) paths among the last records, for a picture."""
-    known = latest(records)
-    return [(source.path, one.path) for one in known.values() for source in one.inputs if source.path in known]
