@@ -1,8 +1,8 @@
 """How the tests are spread over processes (`pytest -n 2`, as in .ci/checks): files that take long go first.
 
-Each process has cores of its own, and so has whatever its tests start: threads that add up to more than the cores
-spin at each other's barriers. A file is never split; those that share an engine or find each other's Ray are one.
-A test marked `whole_machine` has all cores, while the other process waits.
+What a slow test starts has cores of its own, since threads that add up to more than the cores spin at each other's
+barriers; a test marked `whole_machine` has all of them, while the other process waits. A file is never split, and those
+that share an engine or find each other's Ray are one.
 """
 
 import fcntl
@@ -25,7 +25,10 @@ TOGETHER = {
 }
 CORES = sorted(os.sched_getaffinity(0))
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
-OWN = CORES[int(WORKER) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] if WORKER else CORES
+OWN = CORES
+if WORKER:
+    OWN = CORES[int(WORKER) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or CORES
+    os.environ["OMP_NUM_THREADS"] = str(len(OWN))
 
 
 class ByFile(LoadScopeScheduling):
@@ -39,10 +42,6 @@ class ByFile(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
     config.option.loadscopereorder = False
     return ByFile(config, log)  # pyright: ignore[reportArgumentType]
-
-
-def pytest_configure() -> None:
-    os.sched_setaffinity(0, OWN or CORES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,8 +67,8 @@ def pytest_unconfigure() -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Outside of the test's timeout: have the machine, or share it."""
-    alone = item.get_closest_marker("whole_machine") is not None
+    alone, slow = (item.get_closest_marker(mark) is not None for mark in ("whole_machine", "slow"))
     with Path(__file__).open() as machine:
         fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        os.sched_setaffinity(0, CORES if alone else OWN or CORES)
+        os.sched_setaffinity(0, OWN if slow and not alone else CORES)
         return (yield)

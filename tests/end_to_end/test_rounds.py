@@ -10,6 +10,8 @@ import pytest
 from learner.data.ledger import audit
 from tests.tiny_models import tiny_causal_lm
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 2
 HOUSE = """
 [cluster]
