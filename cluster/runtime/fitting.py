@@ -135,10 +135,10 @@ def _no_room(
         for machine in machines[:8]
     )
     more = f"; and {len(machines) - 8} more machines" if len(machines) > 8 else ""
-    most = max((int(sum(part > 1 - _EPSILON for part in parts.values())) for parts in free.values()), default=0)
-    nearest = f"Nearest: a process of {most} GPUs, " if process.gpus > 1 and most else "Nearest: "
+    most = max((sum(part > 1 - _EPSILON for part in parts.values()) for parts in free.values()), default=0)
+    nearest = f"a process of {most} GPUs, " if process.gpus > 1 and most else ""
     return (
         f"the bundle of {process.name!r} needs {process.gpus:g} GPUs and {process.cpus:g} CPUs on one machine, and "
-        f"after the bundles before it there are free {left}{more}. {nearest}fewer generators, learner "
+        f"after the bundles before it there are free {left}{more}. Nearest: {nearest}fewer generators, learner "
         "ranks or reward replicas, a smaller generator.tensor_parallel_size, or one more machine"
     )

@@ -1,7 +1,7 @@
 """Who computes when, with how many threads, cores and GPUs; checked before anything heavy starts.
 
 Threads that add up to more than the cores run 5 to 15 times slower, as OpenMP's barriers spin. Processes take
-turns, though, so what has to fit is each set of processes that compute at the same time: a phase.
+turns, though, so what has to fit is each set of processes that compute at the same time.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Literal, get_args
 from cluster.config.schema import Config
 from reward_server.config import ServeConfig
 
+GIB = 2**30
 _GPU_PROCESS_THREADS = 8  # beyond this a process that computes on a GPU has no use for more
-
 
 Kind = Literal["generator", "learner", "reward"]
 """What the names of processes begin with."""
@@ -92,10 +92,10 @@ class Plan:
 
     def process(self, name: str) -> Process:
         """The process called `name`. Raises: KeyError."""
-        for process in self.processes:
-            if process.name == name:
-                return process
-        raise KeyError(f"the plan has no process {name!r}; it has {[process.name for process in self.processes]}")
+        found = {process.name: process for process in self.processes}
+        if name not in found:
+            raise KeyError(f"the plan has no process {name!r}; it has {list(found)}")
+        return found[name]
 
 
 def machine_cores() -> int:
@@ -133,20 +133,6 @@ def plan_run(config: Config) -> Plan:
     return plan
 
 
-def plan_machine(config: Config, cores: int, gpus: int) -> Plan:
-    """The default plan of a run on one machine, with the generators that may join later."""
-    return default_plan(
-        generators=max(config.cluster.generators, config.cluster.max_generators or 0),
-        cores=cores,
-        gpus=gpus,
-        max_staleness=config.ppo.max_staleness,
-        learner_ranks=config.cluster.learner_ranks,
-        waves_in_flight=config.rollout.waves_in_flight,
-        tensor_parallel_size=config.generator.tensor_parallel_size,
-        reward_replicas=config.cluster.reward_replicas,
-    )
-
-
 def plan_replicas(serve: ServeConfig, gpus: int) -> Plan:
     """The copies of `rayward serve`: as many as Ray Serve may start, or the one that the command itself is."""
     own = serve.gpus if serve.on_ray else min(1, gpus)
@@ -156,64 +142,49 @@ def plan_replicas(serve: ServeConfig, gpus: int) -> Plan:
     return Plan(processes=tuple(found), concurrent=(Concurrent(name="score", processes=tuple(names)),))
 
 
-def default_plan(
-    *,
-    generators: int,
-    cores: int,
-    gpus: int,
-    max_staleness: int,
-    learner_ranks: int,
-    waves_in_flight: int = 1,
-    tensor_parallel_size: int = 1,
-    reward_replicas: int = 1,
-) -> Plan:
-    """The plan for one machine: processes "generator-0", ..., "learner-0", ..., "reward-0", ...
+def plan_machine(config: Config, cores: int, gpus: int) -> Plan:
+    """The plan of a run on one machine: processes "learner-0", .., "generator-0", .. with those that may join later, ..
 
-    A generator has `tensor_parallel_size` GPUs, in one bundle, since vLLM's workers for them are children of one
-    process.
+    A generator has `generator.tensor_parallel_size` GPUs, in one bundle, since vLLM's workers for them are children of
+    one process.
 
-    Synchronous (`max_staleness` 0): the generators share the cores, then the learner has all of them.
+    Synchronous (`ppo.max_staleness` 0): the generators share the cores, then the learner has all of them.
     Asynchronous: learner and generators compute at the same time and get half of the cores each. With one
     wave in flight a reward replica scores while the generator that sent the wave waits, so it borrows that one's
     threads, and no more replicas compute at once than there are generators; with more, each counts as one more
     generator. On CPU each generator is pinned to cores of its own. With GPUs each process has its own where there are
     enough; else, unless a generator needs more than one, some share one.
 
-    The plan may not fit: see check. Raises: ValueError for a count below 1.
+    The plan may not fit: see check. Raises ValueError for a machine without cores.
     """
-    counts = {"generators": generators, "learner_ranks": learner_ranks, "reward_replicas": reward_replicas}
-    for key, count in {**counts, "cores": cores}.items():
-        if count < 1:
-            raise ValueError(f"{key} is {count}: give at least 1")
-    together = max_staleness > 0
-    borrowing = waves_in_flight == 1
-    learner_cores = max(learner_ranks, cores // 2) if together else cores
+    if cores < 1:
+        raise ValueError(f"cores is {cores}: give at least 1")
+    cluster, width = config.cluster, config.generator.tensor_parallel_size
+    generators = max(cluster.generators, cluster.max_generators or 0)
+    ranks, replicas = cluster.learner_ranks, cluster.reward_replicas
+    together, borrowing = config.ppo.max_staleness > 0, config.rollout.waves_in_flight == 1
+    learner_cores = max(ranks, cores // 2) if together else cores
     rollout_cores = cores - learner_cores if together else cores
-    learner_threads = max(1, learner_cores // learner_ranks)
-    threads = max(1, rollout_cores // (generators if borrowing else generators + reward_replicas))
-    count = sum(counts.values())
-    whole = gpus >= count or tensor_parallel_size > 1
+    learner_threads = max(1, learner_cores // ranks)
+    threads = max(1, rollout_cores // (generators if borrowing else generators + replicas))
+    count = generators + ranks + replicas
+    whole = gpus >= count or width > 1
     share = 0.0 if not gpus else 1.0 if whole else math.floor(1e4 / math.ceil(count / gpus)) / 1e4
-    own = share * tensor_parallel_size
     if gpus:
         threads, learner_threads = (min(_GPU_PROCESS_THREADS, n) for n in (threads, learner_threads))
 
-    def pin(index: int) -> tuple[int, ...] | None:
-        first = index * threads
-        fits = not gpus and first + threads <= cores
-        return tuple(range(first, first + threads)) if fits else None
+    def processes(kind: Kind, count: int, threads: int, gpus: float, pinned: bool = False) -> list[Process]:
+        pins = [tuple(range(i * threads, (i + 1) * threads)) for i in range(count)]
+        fits = [pin if pinned and pin[-1] < cores else None for pin in pins]
+        return [
+            Process(name=f"{kind}-{i}", threads=threads, cpus=threads, gpus=gpus, pin=pin) for i, pin in enumerate(fits)
+        ]
 
-    rollout = [
-        Process(name=f"generator-{i}", threads=threads, cpus=threads, gpus=own, pin=pin(i)) for i in range(generators)
-    ]
-    learner = [
-        Process(name=f"learner-{i}", threads=learner_threads, cpus=learner_threads, gpus=share)
-        for i in range(learner_ranks)
-    ]
-    reward = [Process(name=f"reward-{i}", threads=threads, cpus=threads, gpus=share) for i in range(reward_replicas)]
-    return Plan(
-        processes=(*learner, *rollout, *reward), concurrent=_concurrent(rollout, learner, reward, together, borrowing)
-    )
+    learner = processes("learner", ranks, learner_threads, share)
+    rollout = processes("generator", generators, threads, share * width, pinned=not gpus)
+    reward = processes("reward", replicas, threads, share)
+    concurrent = _concurrent(rollout, learner, reward, together, borrowing)
+    return Plan(processes=(*learner, *rollout, *reward), concurrent=concurrent)
 
 
 def _concurrent(

@@ -1,7 +1,6 @@
 """A Ray session: a quiet local Ray that leaves nothing behind, or a connection to a running cluster."""
 
 import contextlib
-import dataclasses
 import logging
 import os
 import secrets
@@ -9,7 +8,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +18,15 @@ import ray._private.worker
 
 from cluster.runtime.orphans import SESSION_MARK, SPAWNING, kill_marked, marked, watch
 
-OBJECT_STORE_BYTES = 256 * 2**20
-"""Of a local Ray: batches of tokens pass through it, weights do not."""
-
+_OBJECT_STORE = 256 * 2**20  # bytes, of a local Ray: batches of tokens pass through it, weights do not
 _SHUTDOWN_S = 10.0
 _SPAWNING_S = 30.0  # a thread that hangs while it starts a process must not keep Ray from starting
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _TOKEN = Path(".ray") / "auth_token"  # in the home directory
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RaySession:
-    """What start_ray started or connected to."""
-
-    address: str
-    """host:port of the cluster's control service."""
-    local: bool
-    """Started here and stopped with the session."""
-    cpus: float
-    """Logical CPUs of the whole cluster, reserved or free."""
-    gpus: float
-    """GPUs of the whole cluster, reserved or free."""
-    log_file: Path
-    """Where Ray's own messages go."""
-
-
 @contextlib.contextmanager
-def start_ray(
-    address: str | None = None, *, cpus: int, log_dir: Path, deadline_s: float = 60.0
-) -> Iterator[RaySession]:
+def start_ray(address: str | None = None, *, cpus: int, log_dir: Path, deadline_s: float = 60.0) -> Iterator[None]:
     """Connect to `address` (else RAY_ADDRESS), or start a Ray of `cpus` logical CPUs here (else, or "local").
 
     Nothing of Ray is printed: its messages go to log_dir/ray.log. Token authentication is as Ray sets it. On
@@ -61,25 +41,17 @@ def start_ray(
     if ray.is_initialized():
         raise RuntimeError("this process has a Ray session already: leave it before starting another")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    log_file = log_dir / "ray.log"
     log_dir.mkdir(parents=True, exist_ok=True)
-    with _messages_to(log_file), _sigterm_raises():
+    with _messages_to(log_dir / "ray.log"), _sigterm_raises() as attach:
         mark = f"{SESSION_MARK}={secrets.token_hex(8)}"
-        local = address == "local"
-        watcher = watch(mark) if local else None
+        watcher = watch(mark) if address == "local" else None
         try:
-            if local:
+            if watcher:
                 _start(cpus, mark)
             else:
                 _connect(address, deadline_s)
-            resources = ray.cluster_resources()
-            yield RaySession(
-                address=ray.get_runtime_context().gcs_address,
-                local=local,
-                cpus=resources.get("CPU", 0.0),
-                gpus=resources.get("GPU", 0.0),
-                log_file=log_file,
-            )
+            attach()  # Ray has put its own in the place of the handler
+            yield
         finally:
             with _uninterrupted():
                 ray.shutdown()
@@ -100,7 +72,7 @@ def _start(cpus: int, mark: str) -> None:
         ray.init(
             address="local",
             num_cpus=cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=_OBJECT_STORE,
             include_dashboard=False,
             log_to_driver=False,
             logging_format=_LOG_FORMAT,
@@ -183,37 +155,28 @@ def _messages_to(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the block by SystemExit, unless the program has a handler of its own, which Ray then must
-    not replace."""
+def _sigterm_raises() -> Iterator[Callable[[], object]]:
+    """SIGTERM ends the block by SystemExit, unless the program has a handler; yields what sets it (once more)."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     before = signal.getsignal(signal.SIGTERM)
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    handler = leave if before is signal.SIG_DFL else before
-
-    def attach() -> None:
-        signal.signal(signal.SIGTERM, handler)
-
+    attach = partial(signal.signal, signal.SIGTERM, leave if before is signal.SIG_DFL else before)
     attach()
-    hooks: Any = ray._private.worker._post_init_hooks
-    hooks.append(attach)  # ray.init installs its own
     try:
-        yield
+        yield attach
     finally:
-        hooks.remove(attach)
         signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C and SIGTERM: a second one must not leave half of a session behind."""
-    blocked = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import PPO
 from cluster.pipeline.stage import advance
 from cluster.runtime.actor import Handle
-from cluster.runtime.resources import default_plan
+from cluster.runtime.resources import plan_machine
 from cluster.runtime.session import start_ray
 from cluster.tracking.tracker import Tracker
 from learner.data.ledger import audit
@@ -151,7 +151,7 @@ def engine_of(actor: int) -> int:
 @pytest.mark.whole_machine
 @pytest.mark.timeout(400)
 def test_the_run_goes_on_when_generators_die_come_and_go(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = default_plan(generators=2, cores=2, gpus=0, max_staleness=1, learner_ranks=1)
+    plan = plan_machine(job.config, cores=2, gpus=0)
 
     async def work() -> tuple[list[int], int]:
         processes = Processes(job.config.cluster, plan, job.run_dir / "logs")

@@ -1,10 +1,10 @@
 """Plans by hand, and what their check says. Placement on a cluster is in test_remote, which has one."""
 
 import os
-from typing import Any
 
 import pytest
 
+from cluster.config.schema import Config
 from cluster.runtime.resources import (
     KINDS,
     Concurrent,
@@ -12,23 +12,20 @@ from cluster.runtime.resources import (
     Process,
     ResourceError,
     check,
-    default_plan,
     machine_cores,
     machine_gpus,
+    plan_machine,
     plan_replicas,
 )
 from reward_server.config import ServeConfig
 
 
-def plan(**changes: Any) -> Plan:
-    settings: dict[str, Any] = {
-        "generators": 2,
-        "cores": 2,
-        "gpus": 0,
-        "max_staleness": 0,
-        "learner_ranks": 1,
-    }
-    return default_plan(**settings | changes)
+def plan(cores: int = 2, gpus: int = 0, **changes: int) -> Plan:
+    at = {"max_staleness": "ppo", "waves_in_flight": "rollout", "tensor_parallel_size": "generator"}
+    sections: dict[str, dict[str, int]] = {"cluster": {"generators": 2}, "ppo": {"max_staleness": 0}}
+    for key, value in changes.items():
+        sections.setdefault(at.get(key, "cluster"), {})[key] = value
+    return plan_machine(Config.model_validate(sections), cores, gpus)
 
 
 def threads(found: Plan) -> dict[str, int]:
@@ -148,10 +145,9 @@ def test_a_single_copy_of_the_reward_service_is_the_command_itself() -> None:
     assert [(one.name, one.cpus, one.gpus) for one in copies] == [(f"reward-{i}", 2, 0.5) for i in range(3)]
 
 
-def test_counts_below_one_and_unknown_processes_are_refused() -> None:
-    for key in ("generators", "cores", "learner_ranks"):
-        with pytest.raises(ValueError, match=f"{key} is 0"):
-            plan(**{key: 0})
+def test_a_machine_without_cores_and_unknown_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match="cores is 0"):
+        plan(cores=0)
     with pytest.raises(KeyError, match=r"no process 'critic'.*'learner-0'"):
         plan().process("critic")
 
