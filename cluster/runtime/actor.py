@@ -16,8 +16,8 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config.redaction import SECRET_NAME
+from cluster.runtime.actor_process import ActorProcess, Failure, recipe
 from cluster.runtime.health import ActorDied, Health, Stats
-from cluster.runtime.host import Failure, Host, recipe
 from cluster.runtime.orphans import ACTOR_MARK
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -225,7 +225,7 @@ def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Handl
     env = {variable: str(options.threads) for variable in _THREAD_VARIABLES}
     env |= {"PYTHONPATH": python_path(), ACTOR_MARK: mark, **options.env}
     actor: Any = (
-        ray.remote(Host)
+        ray.remote(ActorProcess)
         .options(
             num_cpus=options.cpus,
             num_gpus=options.gpus,

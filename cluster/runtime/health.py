@@ -6,6 +6,7 @@ import logging
 import re
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -104,46 +105,27 @@ def _gpu_bytes() -> int | None:
     return sum(used) if used else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessStatus:
-    """The controller, an actor, a learner rank or a reward replica, as the controller sees it."""
-
-    name: str
-    """generator-0, learner-1, reward-0, .."""
-    state: str
-    """starting, idle, working, paused (it stands still while weights arrive), silent or dead"""
-    waiting: tuple[tuple[str, float], ...]
-    """(method, seconds) of each call that the controller waits for, the oldest first"""
-    answered: int
-    """calls answered since it started"""
-    died: str
-    """why it is gone; empty while it lives"""
-    silent_s: float
-    """seconds for which it has not said how it is; 0 when it has"""
-    vitals: Stats | None
-    """what it takes and does, as it said last; None before the first time"""
-    cores: float | None
-    """cores that it has kept busy lately; None before the second answer"""
-    rates: Mapping[str, float]
-    """by how much each of its facts has grown lately, a second; none before the second answer"""
-
-
 class Health:
-    """A process as its controller sees it: its open calls, what it has said of itself lately, whether it is gone."""
+    """A process as its controller sees it: its open calls, what it has said of itself lately, whether it is gone.
+
+    `attend` and `call` belong to an event loop; what they find can be read from any thread.
+    """
 
     def __init__(self, name: str, ask: Callable[[], Awaitable[Stats]]) -> None:
         """`ask` has the process say how it is, beside whatever else it does; raises ActorDied."""
         self.name = name
         self.died = ""
         """Why the process is gone, once that has been found out."""
+        self.silent_s = 0.0
+        """Seconds for which it has not said how it is; 0 when it has."""
+        self.answered = 0
+        """Calls answered, or failed, since it started."""
         self._ask = ask
         self._question: asyncio.Future[Stats] | None = None
         self._asked = 0.0
-        self._silent_s = 0.0
         self._heard: deque[Stats] = deque(maxlen=_KEPT)
         self._calls: dict[int, tuple[str, float]] = {}
         self._numbers = count()
-        self._answered = 0
 
     @contextlib.contextmanager
     def call(self, method: str) -> Iterator[None]:
@@ -157,7 +139,7 @@ class Health:
             raise
         finally:
             del self._calls[number]
-            self._answered += 1
+            self.answered += 1
 
     async def attend(self, deadline_s: float) -> None:
         """Ask the process how it is; no error, and at most `deadline_s` seconds.
@@ -172,57 +154,63 @@ class Health:
         question = self._question
         done, _ = await asyncio.wait({question}, timeout=deadline_s)
         if not done:
-            self._silent_s = time.monotonic() - self._asked
+            self.silent_s = time.monotonic() - self._asked
         if not done or question is not self._question:  # somebody else has taken the answer
             return
         self._question = None
         try:
-            self._hear(question.result())
+            stats = question.result()
         except ActorDied as error:
             self.died = error.reason
-
-    def status(self) -> ProcessStatus:
-        """How it is as far as is known; from any thread."""
-        now, heard = time.monotonic(), list(self._heard)
-        waiting = tuple((method, now - since) for method, since in list(self._calls.values()))
-        facts = heard[-1].facts if heard else {}
-        rates = {name: _rate(heard, lambda one, name=name: one.facts.get(name, 0.0)) for name in facts}
-        return ProcessStatus(
-            name=self.name,
-            state=self._state(heard[-1] if heard else None, bool(waiting)),
-            waiting=waiting,
-            answered=self._answered,
-            died=self.died,
-            silent_s=self._silent_s,
-            vitals=heard[-1] if heard else None,
-            cores=_rate(heard, lambda one: one.cpu_s),
-            rates={name: rate for name, rate in rates.items() if rate is not None},
-        )
-
-    def _hear(self, stats: Stats) -> None:
-        self._silent_s = 0.0
+            return
         if self._heard and self._heard[-1].pid != stats.pid:
             self._heard.clear()
         self._heard.append(stats)
+        self.silent_s = 0.0
 
-    def _state(self, last: Stats | None, called: bool) -> str:
+    @property
+    def waiting(self) -> list[tuple[str, float]]:
+        """(method, seconds) of each call without an answer yet, the oldest first."""
+        now = time.monotonic()
+        return [(method, now - since) for method, since in list(self._calls.values())]
+
+    @property
+    def last(self) -> Stats | None:
+        """What it takes and does, as it said last; None before the first time."""
+        return self._heard[-1] if self._heard else None
+
+    @property
+    def cores(self) -> float | None:
+        """Cores that it has kept busy lately; None before the second answer."""
+        return self._rate(lambda one: one.cpu_s)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """By how much each of its facts has grown lately, a second; none before the second answer."""
+        facts = self.last.facts if self.last else {}
+        rates = {name: self._rate(lambda one, name=name: one.facts.get(name, 0.0)) for name in facts}
+        return {name: rate for name, rate in rates.items() if rate is not None}
+
+    @property
+    def state(self) -> str:
+        """starting, idle, working, paused (it stands still while weights arrive), silent or dead."""
+        last, facts = self.last, self.last.facts if self.last else {}
         if self.died:
             return "dead"
-        if last is None and self._silent_s:
+        if last is None and self.silent_s:
             return "starting"
-        if self._silent_s > SILENT_S:
+        if self.silent_s > SILENT_S:
             return "silent"
-        facts = last.facts if last else {}
         if facts.get("paused"):
             return "paused"
-        return "working" if called or (last and last.doing) or facts.get("waiting") or facts.get("running") else "idle"
+        busy = self._calls or (last and last.doing) or facts.get("waiting") or facts.get("running")
+        return "working" if busy else "idle"
 
-
-def _rate(heard: list[Stats], number: Callable[[Stats], float]) -> float | None:
-    """By how much a number has grown over some answers, a second; None before the second."""
-    if len(heard) < 2 or heard[-1].at <= heard[0].at:
-        return None
-    return max(0.0, (number(heard[-1]) - number(heard[0])) / (heard[-1].at - heard[0].at))
+    def _rate(self, number: Callable[[Stats], float]) -> float | None:
+        heard = list(self._heard)
+        if len(heard) < 2 or heard[-1].at <= heard[0].at:
+            return None
+        return max(0.0, (number(heard[-1]) - number(heard[0])) / (heard[-1].at - heard[0].at))
 
 
 class Monitor:
@@ -275,9 +263,9 @@ class Monitor:
                 log.exception("the state of a process could not be asked for")
             await asyncio.sleep(every_s)
 
-    def processes(self) -> list[ProcessStatus]:
+    def processes(self) -> list[Health]:
         """Every process: the controller, learner ranks, generators, reward replicas; from any thread."""
-        return sorted((health.status() for health in list(self.health)), key=lambda one: _order(one.name))
+        return sorted(self.health, key=lambda one: _order(one.name))
 
     @property
     def paused(self) -> "Pause | None":
@@ -287,6 +275,24 @@ class Monitor:
     def stats(self) -> dict[str, float]:
         """What the objects of this process say of themselves."""
         return {name: value for obj in list(self.sources) for name, value in obj.stats().items()}
+
+
+@contextlib.contextmanager
+def repeating(call: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
+    """Call something every `every_s` seconds until the block ends, on a thread called `name`."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(every_s):
+            call()
+
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _order(name: str) -> tuple[int, list[int], str]:

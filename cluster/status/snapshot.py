@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.rundir.files import read_metrics, read_rows
-from cluster.runtime.health import INTERVAL_S, SILENT_S, Monitor
-from cluster.runtime.repeating import repeating
+from cluster.runtime.health import INTERVAL_S, SILENT_S, Health, Monitor, repeating
 
 FILE = "status.json"
 _PACE_STEPS = 10  # steps that the time left is reckoned from
@@ -36,9 +35,23 @@ def snapshot(command: str, monitor: Monitor) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "phases": [{"phase": phase, "stage": stage} for phase, stage in monitor.phases],
-        "processes": [asdict(process) for process in monitor.processes()],
+        "processes": [_process(health) for health in monitor.processes()],
         "paused": pause and {"reason": pause.reason, "seconds": time.time() - pause.since},
         "waits": [{"who": wait.who, "for": wait.text, "seconds": wait.seconds} for wait in monitor.waits.open],
+    }
+
+
+def _process(health: Health) -> dict[str, Any]:
+    return {
+        "name": health.name,
+        "state": health.state,
+        "waiting": health.waiting,
+        "answered": health.answered,
+        "died": health.died,
+        "silent_s": health.silent_s,
+        "vitals": health.last and asdict(health.last),
+        "cores": health.cores,
+        "rates": health.rates,
     }
 
 

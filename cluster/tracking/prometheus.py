@@ -79,7 +79,7 @@ def _figures(one: ProcessStatus) -> Iterator[tuple[str, str, float | None]]:
     yield "oldest_wait_seconds", "Age of the oldest call without an answer", oldest
     yield "answered", "Calls answered", one.answered
     yield "silent_seconds", "For how long it has not said how it is", one.silent_s
-    if stats := one.vitals:
+    if stats := one.last:
         yield "resident_bytes", "Main memory, with its children's", stats.resident
         yield "gpu_bytes", "Memory in use on its GPUs, by anybody", stats.gpu
         yield "cpu_seconds", "Processor seconds, with those of the children that live", stats.cpu_s

@@ -16,8 +16,7 @@ from typing import Any, Self
 from cluster.config.schema import TrackingConfig
 from cluster.rundir.history import area, forget_stage, has_all, last_steps
 from cluster.rundir.lineage import Artefact
-from cluster.runtime.health import Monitor
-from cluster.runtime.repeating import repeating
+from cluster.runtime.health import Monitor, repeating
 from cluster.tracking.alerts import Alert, Alerts
 from cluster.tracking.console import Console
 from cluster.tracking.prometheus import Exporter, serving

@@ -3,9 +3,12 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
-from cluster.runtime.health import ActorDied, Health, Monitor, measure
+import pytest
+
+from cluster.runtime.health import ActorDied, Health, Monitor, measure, repeating
 
 
 class Sampler:
@@ -48,9 +51,9 @@ def test_rates_are_of_the_last_answers_of_one_process():
     def rates(**change):
         answers.append(replace(first, **change))
         asyncio.run(health.attend(5.0))
-        return health.status().cores, health.status().rates
+        return health.cores, health.rates
 
-    assert (health.status().vitals, health.status().cores, health.status().rates) == (None, None, {})
+    assert (health.last, health.cores, health.rates) == (None, None, {})
     assert rates(at=10.0, cpu_s=4.0, facts={"tokens": 100.0}) == (None, {})
     assert rates(at=12.0, cpu_s=7.0, facts={"tokens": 700.0}) == (1.5, {"tokens": 300.0})
     later = [rates(at=float(second), cpu_s=7.0, facts={"tokens": 700.0}) for second in range(13, 30)]
@@ -80,3 +83,24 @@ def test_the_controller_says_what_its_own_objects_say():
     monitor, sampler = Monitor(), Sampler()
     monitor.sources.add(sampler)
     assert measure(monitor).facts == sampler.stats()
+
+
+def test_what_repeats_is_called_until_the_block_ends_and_never_after():
+    calls, third = [], threading.Event()
+
+    def call() -> None:
+        calls.append(threading.current_thread().name)
+        if len(calls) == 3:
+            third.set()
+
+    def work() -> None:
+        with repeating(call, 0.01, "mine"):
+            assert third.wait(10)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    count = len(calls)
+    assert set(calls) == {"mine"}
+    assert not [thread for thread in threading.enumerate() if thread.name == "mine"]
+    assert len(calls) == count

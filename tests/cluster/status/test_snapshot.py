@@ -40,7 +40,7 @@ def test_a_call_without_an_answer_is_what_the_run_waits_for():
     ((method, seconds),) = during["waiting"]
     assert (during["name"], during["state"], method, during["answered"]) == ("learner-0", "working", "update", 0)
     assert 0.04 < seconds < 5
-    assert (after["state"], after["waiting"], after["answered"]) == ("idle", (), 1)
+    assert (after["state"], after["waiting"], after["answered"]) == ("idle", [], 1)
 
 
 def test_a_process_that_is_found_dead_says_why():

@@ -63,7 +63,7 @@ class Failure:
         )
 
 
-class Host:
+class ActorProcess:
     """Ray actor that owns one plain object. Its methods are all async, so that none waits for another."""
 
     def __init__(
@@ -123,7 +123,7 @@ class Host:
         """Where the compute thread and each unfinished async call stand, to report a missed deadline."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         chains = [
-            _below_host(list(traceback.walk_stack(frame))[::-1])
+            _below_entry(list(traceback.walk_stack(frame))[::-1])
             for ident, frame in sys._current_frames().items()
             if names.get(ident, "").startswith("compute")
         ]
@@ -164,7 +164,7 @@ class Host:
 
 
 def recipe(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    """What a Host makes its object from."""
+    """What a ActorProcess makes its object from."""
     return _dumps((cls, args, kwargs))
 
 
@@ -182,8 +182,8 @@ def _awaited(coroutine: Any) -> _Frames:
     return frames
 
 
-def _below_host(frames: _Frames) -> _Frames:
-    """The frames of the object that the host's thread runs; none where it is idle."""
+def _below_entry(frames: _Frames) -> _Frames:
+    """The frames of the object that the compute thread runs; none where it is idle."""
     names = [frame.f_code.co_name for frame, _ in frames]
     entry = next((name for name in ("_run", "_construct") if name in names), None)
     return [] if entry is None else frames[names.index(entry) + 1 :]
