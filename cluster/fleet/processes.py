@@ -15,7 +15,7 @@ from cluster.config.schema import ClusterConfig
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.reward_replicas import reward_replicas
 from cluster.fleet.worker import GeneratorHandle
-from cluster.runtime.actor import ActorOptions, Handle, remote
+from cluster.runtime.actor import Handle, remote
 from cluster.runtime.health import Health, Monitor
 from cluster.runtime.placement import Placement
 from cluster.runtime.resources import Plan, Process, ResourceError, machine_cores, machine_gpus
@@ -107,18 +107,14 @@ class Processes:
 
     @contextlib.asynccontextmanager
     async def _process(self, cls: type, name: str, *args: Any) -> AsyncIterator[Handle]:
-        process = self._planned(name)
-        options = ActorOptions(
-            name=name,
-            cpus=process.cpus,
-            gpus=process.gpus,
-            threads=process.threads,
-            pin=process.pin,
+        handle = remote(
+            cls,
+            *args,
+            process=self._planned(name),
             log_file=self.log_dir / f"{name}.log",
             placement=self.placement.bundle(name) if self.placement else None,
             deadline_s=self.config.step_deadline_s,
         )
-        handle = remote(cls, *args, options=options)
         self.monitor.health.add(handle.health)
         try:
             await handle.ready(self.config.start_deadline_s)

@@ -1,13 +1,12 @@
 """Plain class -> Ray actor -> handle: a process of its own whose public methods are awaitables."""
 
 import asyncio
-import dataclasses
 import inspect
 import os
 import pickle
 import secrets
 import sysconfig
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,47 +14,17 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.config.redaction import SECRET_NAME
 from cluster.runtime.actor_process import ActorProcess, Failure, recipe
 from cluster.runtime.health import ActorDied, Health, Stats
 from cluster.runtime.orphans import ACTOR_MARK
+from cluster.runtime.resources import Process
 
 _ROOT = Path(__file__).resolve().parents[2]
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "RAYON_NUM_THREADS",
-)
+_THREADS = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")]
 _PROBE_S = 1.0
 _TAIL_LINES = 5
 _RESERVED = {"call", "health", "kill", "name", "ready"}
 _KILLED = "it was killed by its handle"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ActorOptions:
-    """What an actor is called and what it may use."""
-
-    name: str
-    """In errors, logs and thread lists."""
-    cpus: float = 1.0
-    """Logical CPUs that Ray reserves for it."""
-    gpus: float = 0.0
-    """GPUs that Ray reserves for it; a part of one to share it."""
-    threads: int = 1
-    """Threads that compute in it, set for OpenMP, MKL, OpenBLAS, tokenizers and torch."""
-    pin: tuple[int, ...] | None = None
-    """Cores it and its children are bound to, counted from 0 among those it may use; None: wherever."""
-    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Environment variables set before its Python starts. Ray shows them to the whole cluster: no secrets."""
-    log_file: Path | None = None
-    """Its output and that of its children is appended here; None leaves it in Ray's session folder."""
-    placement: PlacementGroupSchedulingStrategy | None = None
-    """The bundle of a placement group it runs in."""
-    deadline_s: float = 60.0
-    """Seconds that a call may take when it is not told otherwise, start of the actor included."""
 
 
 class RemoteError(RuntimeError):
@@ -68,13 +37,19 @@ class Handle:
     It belongs to the process that made it: no pickling.
     """
 
-    def __init__(self, cls: type, options: ActorOptions, actor: Any, started: Any) -> None:
-        """`started` is Ray's reference of the answer that the object is made."""
-        self.health = Health(options.name, self._stats)
+    def __init__(
+        self, cls: type, process: Process, actor: Any, started: Any, log_file: Path | None, deadline_s: float
+    ) -> None:
+        """`started` is Ray's reference of the answer that the object is made. For the others see `remote`."""
+        self.name = process.name
+        """Name of the actor, in errors and logs."""
+        self.health = Health(process.name, self._stats)
         """Its open calls, what it says of itself, and whether it is gone."""
         self._methods = _public_methods(cls)
         self._class = cls.__name__
-        self._options = options
+        self._process = process
+        self._log_file = log_file
+        self._deadline_s = deadline_s
         self._actor = actor
         self._started = started
         self._next = 0
@@ -88,14 +63,9 @@ class Handle:
             raise AttributeError(self._unknown(method))
 
         async def invoke(*args: Any, **kwargs: Any) -> Any:
-            return await self._call(method, args, kwargs, self._options.deadline_s)
+            return await self._call(method, args, kwargs, self._deadline_s)
 
         return invoke
-
-    @property
-    def name(self) -> str:
-        """Name of the actor, in errors and logs."""
-        return self._options.name
 
     async def ready(self, deadline_s: float) -> int:
         """Wait until the actor runs and the object is made; the actor's process id.
@@ -153,17 +123,15 @@ class Handle:
             async with asyncio.timeout(deadline_s):
                 outcome = await reference
         except TimeoutError:
-            report = (
-                f"actor {self.name!r}: {method}() did not answer within {deadline_s:g} s" + await self._whereabouts()
-            )
+            report = f"{method}() did not answer within {deadline_s:g} s{await self._whereabouts()}"
             self._abandon(reference, cancel)
-            raise TimeoutError(report) from None
+            raise TimeoutError(f"actor {self.name!r}: {report}") from None
         except asyncio.CancelledError:
             self._abandon(reference, cancel)
             raise
         except RayActorError as error:
             reason = _KILLED if self._killed else _reason(error)
-            raise ActorDied(self.name, reason, _tail(self._options.log_file)) from None
+            raise ActorDied(self.name, reason, _tail(self._log_file)) from None
         except RayError as error:
             raise RemoteError(f"actor {self.name!r}: {method}() got no further than Ray: {error}") from None
         if isinstance(outcome, Failure):
@@ -199,49 +167,51 @@ class Handle:
         except TimeoutError:
             if ray.wait([self._started], timeout=0)[0]:
                 return f"; it answers nothing within {_PROBE_S:g} s: it is stopped, or its event loop is blocked"
-            demand = f"{self._options.cpus:g} CPUs and {self._options.gpus:g} GPUs"
+            demand = f"{self._process.cpus:g} CPUs and {self._process.gpus:g} GPUs"
             return f"; it has not started: it asks for {demand}, and the cluster has {_supply()}"
         return f"; it stands at\n{stacks}" if stacks else "; it is idle now"
 
 
-def remote(cls: type, *args: Any, options: ActorOptions, **kwargs: Any) -> Handle:
-    """Start an actor process that makes `cls(*args, **kwargs)`; does not wait for it (`await
-    handle.ready(...)`).
+def remote(
+    cls: type,
+    *args: Any,
+    process: Process,
+    log_file: Path | None = None,
+    placement: PlacementGroupSchedulingStrategy | None = None,
+    deadline_s: float = 60.0,
+) -> Handle:
+    """Start an actor process that makes `cls(*args)`; does not wait for it (`await handle.ready(...)`).
 
-    Raises: RuntimeError without a Ray session; ValueError for options that cannot be met.
+    `log_file` takes its output and that of its children; None leaves it in Ray's session folder. `placement`: the
+    bundle it runs in. `deadline_s`: seconds that a call may take when it is not told otherwise. Threads are set for
+    OpenMP, MKL, OpenBLAS, tokenizers and torch.
+
+    Raises: RuntimeError without a Ray session; ValueError for a class or threads that cannot be.
     """
     if not ray.is_initialized():
-        raise RuntimeError(f"actor {options.name!r} needs a Ray session: enter cluster.runtime.session.start_ray first")
+        raise RuntimeError(f"actor {process.name!r} needs a Ray session: enter cluster.runtime.session.start_ray first")
     if clash := sorted(_public_methods(cls).keys() & _RESERVED):
         raise ValueError(f"{cls.__name__} has methods named {clash}, which a handle needs for itself: rename them")
-    if options.threads < 1:
-        raise ValueError(f"actor {options.name!r}: threads is {options.threads}, give at least 1")
-    if secret := sorted(key for key in options.env if SECRET_NAME.search(key.upper())):
-        raise ValueError(
-            f"actor {options.name!r}: env has {secret}. Ray shows these variables to the whole cluster: "
-            "set them where the cluster's machines start Ray instead"
-        )
+    if process.threads < 1:
+        raise ValueError(f"actor {process.name!r}: threads is {process.threads}, give at least 1")
     mark = secrets.token_hex(8)
-    env = {variable: str(options.threads) for variable in _THREAD_VARIABLES}
-    env |= {"PYTHONPATH": python_path(), ACTOR_MARK: mark, **options.env}
-    actor: Any = (
-        ray.remote(ActorProcess)
-        .options(
-            num_cpus=options.cpus,
-            num_gpus=options.gpus,
-            max_restarts=0,
-            runtime_env={"env_vars": env},
-            scheduling_strategy=options.placement,
-        )
-        .remote(
-            recipe(cls, args, kwargs),
-            mark=f"{ACTOR_MARK}={mark}",
-            threads=options.threads,
-            pin=options.pin,
-            log_file=None if options.log_file is None else str(options.log_file.resolve()),
-        )
+    # Ray shows these variables to the whole cluster: no secrets.
+    env = {"PYTHONPATH": python_path(), ACTOR_MARK: mark, **dict.fromkeys(_THREADS, str(process.threads))}
+    create: Any = ray.remote(ActorProcess).options(
+        num_cpus=process.cpus,
+        num_gpus=process.gpus,
+        max_restarts=0,
+        runtime_env={"env_vars": env},
+        scheduling_strategy=placement,
     )
-    return Handle(cls, options, actor, actor.started.remote())
+    actor = create.remote(
+        recipe(cls, args),
+        mark=f"{ACTOR_MARK}={mark}",
+        threads=process.threads,
+        pin=process.pin,
+        log_file=None if log_file is None else str(log_file.resolve()),
+    )
+    return Handle(cls, process, actor, actor.started.remote(), log_file, deadline_s)
 
 
 def python_path() -> str:

@@ -163,14 +163,14 @@ class ActorProcess:
             self._doing = ("", 0.0)
 
 
-def recipe(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+def recipe(cls: type, args: tuple[Any, ...]) -> bytes:
     """What a ActorProcess makes its object from."""
-    return _dumps((cls, args, kwargs))
+    return _dumps((cls, args))
 
 
 def _construct(construction: bytes) -> Any:
-    cls, args, kwargs = pickle.loads(construction)
-    return cls(*args, **kwargs)
+    cls, args = pickle.loads(construction)
+    return cls(*args)
 
 
 def _awaited(coroutine: Any) -> _Frames:

@@ -29,7 +29,7 @@ class Placement:
         self.release()
 
     def bundle(self, name: str) -> PlacementGroupSchedulingStrategy | None:
-        """Where the process called `name` goes, for ActorOptions.placement; None for one that has no bundle.
+        """Where the process called `name` goes, for `remote`; None for one that has no bundle.
 
         Who comes after a process that has died goes to the same bundle. Ray moves it when its machine is lost.
         """
@@ -100,7 +100,7 @@ def _no_room(processes: Sequence[Process], deadline_s: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class ClusterNode:
     """A live machine of the connected cluster."""
 
     id: str
@@ -117,7 +117,7 @@ class Node:
     """kind of its GPUs as Ray names it, such as H100"""
 
 
-def cluster_nodes() -> list[Node]:
+def cluster_nodes() -> list[ClusterNode]:
     """Every live machine of the connected cluster."""
     kind = "accelerator_type:"
     live = [node for node in ray.nodes() if node["Alive"]]
@@ -128,7 +128,7 @@ def cluster_nodes() -> list[Node]:
         return address if at[address] == 1 else f"{address} ({node['NodeID'][:8]})"
 
     return [
-        Node(
+        ClusterNode(
             id=node["NodeID"],
             name=name(node),
             cpus=has.get("CPU", 0.0),
@@ -141,7 +141,7 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-def _free(nodes: Sequence[Node]) -> list[Node]:
+def _free(nodes: Sequence[ClusterNode]) -> list[ClusterNode]:
     """The same machines with what nobody has reserved."""
     state: Any = ray._private.state
     free = state.available_resources_per_node()
@@ -152,5 +152,5 @@ def _free(nodes: Sequence[Node]) -> list[Node]:
     ]
 
 
-def _text(nodes: Sequence[Node]) -> str:
+def _text(nodes: Sequence[ClusterNode]) -> str:
     return "; ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes)

@@ -32,14 +32,14 @@ class Process:
 
     name: str
     """Also the name of its actor and of its bundle."""
-    threads: int
+    threads: int = 1
     """Threads that compute in it."""
-    cpus: float
+    cpus: float = 1.0
     """Logical CPUs that Ray reserves for it as long as it lives."""
     gpus: float = 0.0
-    """GPUs that Ray reserves for it as long as it lives."""
+    """GPUs that Ray reserves for it as long as it lives; a part of one to share it."""
     pin: tuple[int, ...] | None = None
-    """Cores it is bound to, counted from 0 among those it may use."""
+    """Cores it and its children are bound to, counted from 0 among those it may use; None: wherever."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.runtime.actor import ActorOptions, Handle, RemoteError, python_path, remote
+from cluster.runtime.actor import Handle, RemoteError, remote
 from cluster.runtime.health import ActorDied
 from cluster.runtime.placement import place
 from cluster.runtime.resources import Process, ResourceError
@@ -108,7 +108,7 @@ class Worker:
 
     def surroundings(self) -> dict[str, Any]:
         return {
-            "threads": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "COLOUR")},
+            "threads": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
             "cores": sorted(os.sched_getaffinity(0)),
             "child_cores": int(subprocess.check_output(["nproc"])),
         }
@@ -139,16 +139,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def worker(session: Path) -> Iterator[Handle]:
     """The actor of the tests that leave it as it is."""
-    options = ActorOptions(
-        name="worker-7",
-        cpus=1,
-        threads=1,
-        pin=(0,),
-        env={"COLOUR": "green"},
-        log_file=session / "actors" / "worker-7.log",
-        deadline_s=30,
-    )
-    handle = remote(Worker, 10, options=options)
+    process, log_file = Process(name="worker-7", pin=(0,)), session / "actors" / "worker-7.log"
+    handle = remote(Worker, 10, process=process, log_file=log_file, deadline_s=30)
     asyncio.run(handle.ready(deadline_s=60))
     yield handle
     handle.kill()
@@ -252,9 +244,9 @@ def test_an_async_call_that_nobody_waits_for_is_cancelled_in_the_actor(worker: H
     asyncio.run(scenario())
 
 
-def test_threads_environment_and_cores_are_as_told(worker: Handle) -> None:
+def test_threads_and_cores_are_as_told(worker: Handle) -> None:
     found = asyncio.run(worker.surroundings())
-    assert found["threads"] == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COLOUR": "green"}
+    assert found["threads"] == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     assert found["cores"] == [min(os.sched_getaffinity(0))]
     assert found["child_cores"] == 1
 
@@ -282,7 +274,7 @@ def test_a_handle_has_the_public_methods_only_and_stays_where_it_is(worker: Hand
 
 
 def test_calls_made_before_the_actor_is_up_keep_their_order_too(session: Path) -> None:
-    handle = remote(Worker, options=ActorOptions(name="early", cpus=1))
+    handle = remote(Worker, process=Process(name="early"))
 
     async def scenario() -> list[int]:
         await asyncio.gather(handle.wait(0), *(handle.add(i) for i in range(50)))
@@ -293,7 +285,7 @@ def test_calls_made_before_the_actor_is_up_keep_their_order_too(session: Path) -
 
 
 def test_a_failing_constructor_answers_every_call(session: Path) -> None:
-    handle = remote(Worker, -1, options=ActorOptions(name="broken", cpus=1))
+    handle = remote(Worker, -1, process=Process(name="broken"))
 
     async def scenario() -> None:
         with pytest.raises(Refusal, match="refused -1"):
@@ -309,7 +301,7 @@ def test_a_failing_constructor_answers_every_call(session: Path) -> None:
 
 def test_sigkill_is_told_with_the_log_and_leaves_no_child(session: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = session / "victim.log"
-    handle = remote(Worker, options=ActorOptions(name="victim", cpus=1, log_file=log))
+    handle = remote(Worker, process=Process(name="victim"), log_file=log)
 
     async def scenario() -> list[int]:
         pid = await handle.ready(deadline_s=60)
@@ -332,8 +324,8 @@ def test_sigkill_is_told_with_the_log_and_leaves_no_child(session: Path, capfd: 
 
 
 def test_kill_through_the_handle_and_a_pin_to_a_core_that_is_not_there(session: Path) -> None:
-    handle = remote(Worker, options=ActorOptions(name="short", cpus=1))
-    wrong = remote(Worker, options=ActorOptions(name="astray", cpus=1, pin=(4096,)))
+    handle = remote(Worker, process=Process(name="short"))
+    wrong = remote(Worker, process=Process(name="astray", pin=(4096,)))
 
     async def scenario() -> list[int]:
         pids = [await handle.ready(deadline_s=60), *await handle.start_children()]
@@ -351,8 +343,8 @@ def test_kill_through_the_handle_and_a_pin_to_a_core_that_is_not_there(session: 
 
 
 def test_a_stopped_actor_and_one_that_finds_no_room_are_told_apart(session: Path) -> None:
-    handle = remote(Worker, options=ActorOptions(name="stopped", cpus=1))
-    large = remote(Worker, options=ActorOptions(name="large", cpus=64))
+    handle = remote(Worker, process=Process(name="stopped"))
+    large = remote(Worker, process=Process(name="large", cpus=64))
 
     async def scenario() -> None:
         pid = await handle.ready(deadline_s=60)
@@ -368,7 +360,7 @@ def test_a_stopped_actor_and_one_that_finds_no_room_are_told_apart(session: Path
 
 
 def test_torch_computes_with_the_threads_of_the_options(session: Path) -> None:
-    handle = remote(Worker, options=ActorOptions(name="torch", cpus=1, threads=3))
+    handle = remote(Worker, process=Process(name="torch", threads=3))
 
     async def scenario() -> None:
         await handle.torch_threads()  # imports torch
@@ -378,13 +370,11 @@ def test_torch_computes_with_the_threads_of_the_options(session: Path) -> None:
     handle.kill()
 
 
-def test_options_that_leak_a_secret_or_have_no_thread_and_names_that_clash_are_refused(session: Path) -> None:
-    with pytest.raises(ValueError, match=r"'leaky'.*\['WANDB_API_KEY'\]"):
-        remote(Worker, options=ActorOptions(name="leaky", env={"WANDB_API_KEY": "canary", "TOKENIZERS": "1"}))
+def test_a_process_without_threads_and_methods_whose_names_clash_are_refused(session: Path) -> None:
     with pytest.raises(ValueError, match="threads is 0"):
-        remote(Worker, options=ActorOptions(name="none", threads=0))
+        remote(Worker, process=Process(name="none", threads=0))
     with pytest.raises(ValueError, match=r"Clashing has methods named \['kill'\]"):
-        remote(Clashing, options=ActorOptions(name="clash"))
+        remote(Clashing, process=Process(name="clash"))
 
 
 def test_bundles_are_placed_or_refused_by_name(session: Path) -> None:
@@ -401,8 +391,7 @@ def test_bundles_are_placed_or_refused_by_name(session: Path) -> None:
         place(three[1:], deadline_s=0.5)
     assert re.search(r"within 0.5 s .* has .*: 4 CPUs, 0 GPUs; free now: .*: [01] CPUs", str(no.value))
     placement = place([small], deadline_s=30)
-    options = ActorOptions(name="generator-0", cpus=0.5, placement=placement.bundle("generator-0"))
-    handle = remote(Worker, options=options)
+    handle = remote(Worker, process=small, placement=placement.bundle("generator-0"))
 
     async def scenario() -> None:
         await handle.ready(deadline_s=60)
@@ -415,13 +404,15 @@ def test_bundles_are_placed_or_refused_by_name(session: Path) -> None:
     assert placement.bundle("reward") is None
 
 
-def test_a_reward_function_that_hangs_is_told_at_the_deadline_of_the_start(session: Path, tmp_path: Path) -> None:
+def test_a_reward_function_that_hangs_is_told_at_the_deadline_of_the_start(
+    session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "slow_rewards.py").write_text(
         "import time\ndef score(prompts, responses):\n    time.sleep(60.0)\n    return [0.0] * len(responses)\n"
     )
-    options = ActorOptions(name="reward", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{python_path()}"})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     source = SourceConfig(parts=(PartConfig(kind="function", target="slow_rewards:score"),))
-    handle = remote(RewardService, source, None, 1, options=options)
+    handle = remote(RewardService, source, None, 1, process=Process(name="reward"))
 
     async def scenario() -> None:
         await handle.ready(deadline_s=60)
@@ -445,4 +436,4 @@ def test_round_trip_is_short(worker: Handle) -> None:
 def test_without_a_session_the_error_says_what_to_enter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(RuntimeError, match="'early' needs a Ray session"):
-        remote(Worker, options=ActorOptions(name="early"))
+        remote(Worker, process=Process(name="early"))

@@ -26,7 +26,8 @@ PROGRAM = """
 import asyncio, json, subprocess, sys
 import ray
 from pathlib import Path
-from cluster.runtime.actor import ActorOptions, remote
+from cluster.runtime.actor import remote
+from cluster.runtime.resources import Process
 from cluster.runtime.session import start_ray
 
 class Parent:
@@ -34,7 +35,7 @@ class Parent:
         return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
 
 async def main():
-    handle = remote(Parent, options=ActorOptions(name="parent", cpus=1))
+    handle = remote(Parent, process=Process(name="parent"))
     pids = [await handle.ready(deadline_s=60), await handle.child()]
     facts = {"address": ray.get_runtime_context().gcs_address, "cpus": ray.cluster_resources()["CPU"]}
     print(json.dumps(facts | {"pids": pids}))
