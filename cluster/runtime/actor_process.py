@@ -4,6 +4,10 @@ Async methods run on the actor's event loop, many at a time. Sync methods run on
 the order in which their caller made them; the constructor ran on that thread too. So a method that computes
 for minutes holds up neither an async method nor a question about where it stands, and code that is bound to a
 thread (torch.distributed, DeepSpeed) sees one thread only.
+
+Ray 2.60 has no such actor. One with a single async method is async as a whole: its sync methods block the event loop,
+and Ray keeps no order of calls. One without has concurrency groups, which do keep the order and answer beside it, but
+run the constructor on another thread than the calls; and no async method can be in it.
 """
 
 import asyncio
