@@ -75,35 +75,35 @@ def place_processes(processes: Sequence[Process], machines: Sequence[AnyNode], b
     cores are reserved too; on one machine of its own a run's processes take turns on them. Among machines with as much
     room Ray may choose another than the first.
     """
-    free = {machine.name: dict.fromkeys(range(int(machine.gpus)), 1.0) for machine in machines}
-    cores = {machine.name: float(machine.cpus) for machine in machines}
+    gpus = {machine.name: [1.0] * int(machine.gpus) for machine in machines}
+    cores = {machine.name: machine.cpus if by_cpus else math.inf for machine in machines}
     at: dict[str, tuple[Process, AnyNode]] = {}
     devices: dict[str, tuple[str, ...]] = {}
     unplaced = []
 
     def chosen(process: Process, machine: AnyNode) -> list[int] | None:
-        found = _devices(free[machine.name], process.gpus)
-        return None if by_cpus and process.cpus > cores[machine.name] + _EPSILON else found
+        fits = process.cpus <= cores[machine.name] + _EPSILON
+        return _devices(gpus[machine.name], process.gpus) if fits else None
 
     left, empty = sorted(processes, key=lambda one: (-one.gpus, -one.cpus)), list(machines)
     while left:
         first = left[0]
         room = [machine for machine in empty if chosen(first, machine) is not None]
         if not room:
-            unplaced.append(_no_room(left.pop(0), machines, free, cores if by_cpus else None))
+            unplaced.append(_no_room(left.pop(0), machines, gpus, cores))
             continue
         machine = max(room, key=lambda one: _left_over(first, one))
         for process in tuple(left):
-            if (gpus := chosen(process, machine)) is not None:
-                for gpu in gpus:
-                    free[machine.name][gpu] -= min(process.gpus, 1.0)
+            if (found := chosen(process, machine)) is not None:
+                for gpu in found:
+                    gpus[machine.name][gpu] -= min(process.gpus, 1.0)
                 cores[machine.name] -= process.cpus
                 at[process.name] = (process, machine)
-                devices[process.name] = tuple(f"{machine.name}/gpu-{gpu}" for gpu in gpus)
+                devices[process.name] = tuple(f"{machine.name}/gpu-{gpu}" for gpu in found)
                 left.remove(process)
         empty.remove(machine)
-    order = {process.name: index for index, process in enumerate(processes)}
-    return Placed(at=dict(sorted(at.items(), key=lambda one: order[one[0]])), devices=devices, unplaced=tuple(unplaced))
+    at = {process.name: at[process.name] for process in processes if process.name in at}
+    return Placed(at=at, devices=devices, unplaced=tuple(unplaced))
 
 
 def _left_over(process: Process, machine: Node) -> float:
@@ -112,33 +112,28 @@ def _left_over(process: Process, machine: Node) -> float:
     return sum((has - need) / has for need, has in needs if need and has)
 
 
-def _devices(free: Mapping[int, float], gpus: float) -> list[int] | None:
+def _devices(free: Sequence[float], gpus: float) -> list[int] | None:
     """GPUs for a bundle: whole ones, or the fullest that still has room for a part of one; None without."""
-    if not gpus:
-        return []
-    if gpus < 1:
-        room = [gpu for gpu, part in free.items() if part >= gpus - _EPSILON]
-        return [min(room, key=lambda gpu: (free[gpu], gpu))] if room else None
-    whole = [gpu for gpu, part in free.items() if part > 1 - _EPSILON]
+    if 0 < gpus < 1:
+        room = [gpu for gpu, part in enumerate(free) if part >= gpus - _EPSILON]
+        return [min(room, key=lambda gpu: free[gpu])] if room else None
+    whole = [gpu for gpu, part in enumerate(free) if part > 1 - _EPSILON]
     return whole[: round(gpus)] if len(whole) >= gpus else None
 
 
 def _no_room(
-    process: Process,
-    machines: Sequence[Node],
-    free: Mapping[str, Mapping[int, float]],
-    cores: Mapping[str, float] | None,
+    process: Process, machines: Sequence[Node], gpus: Mapping[str, Sequence[float]], cores: Mapping[str, float]
 ) -> str:
-    left = "; ".join(
-        f"{machine.name}: {sum(free[machine.name].values()):g} of {machine.gpus:g} GPUs"
-        + (f", {cores[machine.name]:g} of {machine.cpus:g} CPUs" if cores else "")
-        for machine in machines[:8]
-    )
-    more = f"; and {len(machines) - 8} more machines" if len(machines) > 8 else ""
-    most = max((sum(part > 1 - _EPSILON for part in parts.values()) for parts in free.values()), default=0)
+    def left(machine: Node) -> str:
+        free = f"{machine.name}: {sum(gpus[machine.name]):g} of {machine.gpus:g} GPUs"
+        has = cores[machine.name]
+        return free if has == math.inf else f"{free}, {has:g} of {machine.cpus:g} CPUs"
+
+    free = "; ".join(map(left, machines[:8])) + (f"; and {len(machines) - 8} more machines" if machines[8:] else "")
+    most = max((sum(part > 1 - _EPSILON for part in parts) for parts in gpus.values()), default=0)
     nearest = f"a process of {most} GPUs, " if process.gpus > 1 and most else ""
     return (
         f"the bundle of {process.name!r} needs {process.gpus:g} GPUs and {process.cpus:g} CPUs on one machine, and "
-        f"after the bundles before it there are free {left}{more}. Nearest: {nearest}fewer generators, learner "
+        f"after the bundles before it there are free {free}. Nearest: {nearest}fewer generators, learner "
         "ranks or reward replicas, a smaller generator.tensor_parallel_size, or one more machine"
     )

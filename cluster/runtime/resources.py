@@ -217,28 +217,9 @@ def check(plan: Plan, *, cores: int, gpus: float) -> None:
                 f"{phase.name!r} ({each}). Beyond the cores they run 5 to 15 times slower: use fewer "
                 f"generators, learner ranks or reward replicas, fewer threads for each, or a machine with {total} cores"
             )
-        _check_pins(phase, processes)
     if plan.gpus > gpus:
         each = ", ".join(f"{process.name}: {process.gpus:g}" for process in plan.processes if process.gpus)
         raise ResourceError(
             f"the processes need {plan.gpus:g} GPUs and there are {gpus:g} ({each}). Use fewer generators, "
             "learner ranks or reward replicas, let processes share a GPU, or add GPUs"
         )
-
-
-def _check_pins(phase: Concurrent, processes: Sequence[Process]) -> None:
-    taken: dict[int, str] = {}
-    for process in processes:
-        pin = process.pin or ()
-        if pin and process.threads > len(pin):
-            raise ResourceError(
-                f"{process.name} has {process.threads} threads on the {len(pin)} cores {list(pin)} that it "
-                "is pinned to: pin it to more cores or give it fewer threads"
-            )
-        for core in pin:
-            if core in taken:
-                raise ResourceError(
-                    f"{taken[core]} and {process.name} are both pinned to core {core} and compute at the "
-                    f"same time in the phase {phase.name!r}: pin them to different cores"
-                )
-            taken[core] = process.name

@@ -7,9 +7,7 @@ import pytest
 from cluster.config.schema import Config
 from cluster.runtime.resources import (
     KINDS,
-    Concurrent,
     Plan,
-    Process,
     ResourceError,
     check,
     machine_cores,
@@ -94,19 +92,6 @@ def test_too_many_threads_name_the_phase_each_process_the_sum_and_the_remedy() -
         check(plan(waves_in_flight=2), cores=2, gpus=0)
     with pytest.raises(ResourceError, match=r"'update' \(learner-0: 1, learner-1: 1, learner-2: 1\)"):
         check(plan(learner_ranks=3), cores=2, gpus=0)
-
-
-def test_pins_that_meet_or_are_too_narrow_are_refused() -> None:
-    def pinned(*pins: tuple[int, ...], count: int = 1) -> Plan:
-        processes = [Process(name=f"generator-{i}", threads=count, cpus=1, pin=pin) for i, pin in enumerate(pins)]
-        names = tuple(process.name for process in processes)
-        return Plan(processes=tuple(processes), concurrent=(Concurrent(name="generate", processes=names),))
-
-    check(pinned((0,), (1,)), cores=2, gpus=0)
-    with pytest.raises(ResourceError, match=r"generator-0 and generator-1 are both pinned to core 1.*'generate'"):
-        check(pinned((0, 1), (1,)), cores=2, gpus=0)
-    with pytest.raises(ResourceError, match=r"generator-0 has 2 threads on the 1 cores \[0\]"):
-        check(pinned((0,), count=2), cores=2, gpus=0)
 
 
 def test_gpus_are_one_each_or_evenly_shared() -> None:
