@@ -190,7 +190,7 @@ def test_a_machine_that_is_lost_costs_its_generators_waves_and_the_next_machine_
             buffer = Buffer(8, 1, 0, ledger=Ledger(tmp_path / "ledger.jsonl", stream), waiting=fleet.joining)
 
             async def addresses() -> list[str]:
-                return sorted([await member.worker.address() for member in fleet.serving])  # pyright: ignore
+                return sorted([await worker.handle.address() for worker in fleet.serving])  # pyright: ignore
 
             def work(generator: Any, leave: asyncio.Event) -> Any:
                 return rollout(generator, FakeScorer(), stream, buffer, FakeEncoding(), waves, 11, leave)
