@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cluster.runtime.health import Monitor, ProcessStatus
+from cluster.runtime.health import Health, Monitor
 
 _COUNTERS = {"tokens": "Tokens sampled", "scored": "Responses scored"}
 _FACTS = _COUNTERS | {
@@ -71,7 +71,7 @@ class Exporter(Collector):
         yield from (waits, paused)
 
 
-def _figures(one: ProcessStatus) -> Iterator[tuple[str, str, float | None]]:
+def _figures(one: Health) -> Iterator[tuple[str, str, float | None]]:
     """(name, help, value) of a process."""
     yield "alive", "1 unless it was found dead", 0.0 if one.died else 1.0
     yield "open_calls", "Calls without an answer yet", len(one.waiting)
