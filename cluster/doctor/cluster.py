@@ -12,8 +12,8 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.doctor.finding import Finding, fail, warn
-from cluster.doctor.machine import PACKAGES
+from cluster.doctor.finding import Finding, judge
+from cluster.doctor.machine import PACKAGES, versions
 from cluster.doctor.services import asks_for_token
 from cluster.runtime.actor import python_path
 from cluster.runtime.placement import cluster_nodes
@@ -31,30 +31,29 @@ def cluster(address: str, folder: Path) -> list[Finding]:
             worker: Any = importlib.import_module("ray._private.worker")
             return [*_head(address, worker.get_dashboard_url() or None), *machines(folder)]
     except (RuntimeError, ConnectionError) as error:  # Ray refuses to connect with another version, too
-        return [fail("cluster", str(error), "start it, or correct cluster.address")]
+        return [Finding("cluster", str(error), "start it, or correct cluster.address", "fail")]
 
 
 def _head(address: str, dashboard: str | None) -> Iterator[Finding]:
     nodes = "; ".join(f"{node.name} {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in cluster_nodes())
     yield Finding("cluster", f"{address}: {nodes}")
     yield Finding("Ray there", ray.__version__)
-    if asks_for_token(dashboard):
-        yield Finding("token authentication", "on")
-    else:
-        says = "off: whoever reaches the cluster can run anything on it"
-        remedy = "ray get-auth-token --generate; RAY_AUTH_MODE=token wherever Ray starts"
-        yield fail("token authentication", says, remedy)
-    if dashboard and dashboard.rpartition(":")[0] in ("127.0.0.1", "localhost", "::1", "[::1]"):
-        yield Finding("dashboard", f"at {dashboard}")
-    elif dashboard:
+    asks = asks_for_token(dashboard)
+    remedy = "ray get-auth-token --generate; RAY_AUTH_MODE=token wherever Ray starts"
+    says = "on" if asks else "off: whoever reaches the cluster can run anything on it"
+    yield judge("token authentication", says, remedy, fail=not asks)
+    if dashboard:
+        here = dashboard.rpartition(":")[0] in ("127.0.0.1", "localhost", "::1", "[::1]")
+        says = f"at {dashboard}" if here else f"at {dashboard}, which other machines can reach"
         remedy = "ray start --dashboard-host 127.0.0.1, and ssh -L 8265:127.0.0.1:8265 from elsewhere"
-        yield warn("dashboard", f"at {dashboard}, which other machines can reach", remedy)
+        yield judge("dashboard", says, remedy, warn=not here)
 
 
 def machines(folder: Path) -> Iterator[Finding]:
     """Look at every machine of the connected cluster. Takes at most half a minute; who does not answer is said."""
 
     def look() -> dict[str, Any]:  # pickled by value: the code may not be there
+        import contextlib
         import importlib.metadata
         import importlib.util
         import os
@@ -62,10 +61,9 @@ def machines(folder: Path) -> Iterator[Finding]:
         import socket
         import time
 
-        try:
+        resolved = "127.0.0.1"
+        with contextlib.suppress(OSError):
             resolved = socket.gethostbyname(socket.gethostname())
-        except OSError:
-            resolved = "127.0.0.1"
         return {
             "python": platform.python_version(),
             "versions": {one.name: one.version for one in importlib.metadata.distributions()},
@@ -89,7 +87,7 @@ def machines(folder: Path) -> Iterator[Finding]:
             ray.cancel(reference, force=True)
             late = isinstance(error, GetTimeoutError)
             says = f"no answer within {_DEADLINE_S:g} s" if late else str(error).strip().splitlines()[-1]
-            yield fail(f"at {name}", says, "see its raylet's logs: `ray logs` on the head")
+            yield Finding(f"at {name}", says, "see its raylet's logs: `ray logs` on the head", "fail")
         else:
             # How far its clock is off, as far as the time that the call took does not explain it.
             ahead = min(there["clock"] - here["clock"], 0.0) or max(there["clock"] - time.time(), 0.0)
@@ -100,29 +98,29 @@ def machines(folder: Path) -> Iterator[Finding]:
     if len(asked) > 1 and kind in _LOCAL_DISKS:
         says = f"on a disk of this machine ({kind}), and the cluster has {len(asked)}"
         remedy = "--run DIR on storage that all of them see, else checkpoints of several machines are not whole"
-        yield warn("run directory", says, remedy)
+        yield Finding("run directory", says, remedy, "warn")
 
 
 def differences(
     what: str, here: dict[str, Any], there: dict[str, Any], ahead_s: float, alone: bool
 ) -> Iterator[Finding]:
     """What is wrong with another machine by what was looked up here and there; `alone`: it is the only one."""
-    mine, other = (
-        {name: at["versions"].get(name) or at["versions"].get(f"{name}-cpu", "missing") for name in PACKAGES}
-        for at in (here, there)
-    )
+    mine, other = versions(here["versions"]), versions(there["versions"])
     wrong = [f"{name} {other[name]} ({mine[name]} here)" for name in PACKAGES if other[name] != mine[name]]
     if there["python"].rpartition(".")[0] != here["python"].rpartition(".")[0]:
         wrong.insert(0, f"python {there['python']} ({here['python']} here)")
     if wrong:
-        yield fail(what, ", ".join(wrong), "install the same environment on every machine: make setup, or the image")
+        remedy = "install the same environment on every machine: make setup, or the image"
+        yield Finding(what, ", ".join(wrong), remedy, "fail")
     if not there["code"]:
-        yield fail(what, "Rayward's code is not there", "have the checkout at the same path, or use rayward submit")
+        remedy = "have the checkout at the same path, or use rayward submit"
+        yield Finding(what, "Rayward's code is not there", remedy, "fail")
     if not there["run_dir"]:
-        yield warn(what, "the run directory is not there", "--run DIR on storage that every machine sees")
+        remedy = "--run DIR on storage that every machine sees"
+        yield Finding(what, "the run directory is not there", remedy, "warn")
     if there["loopback"] and not alone:
         remedy = "export GLOO_SOCKET_IFNAME=eth0, or its name there, before `ray start`"
-        yield warn(what, "its host name is the loopback's, where gloo would listen", remedy)
+        yield Finding(what, "its host name is the loopback's, where gloo would listen", remedy, "warn")
     if abs(ahead_s) > _CLOCK_S:
         remedy = "chronyc makestep, or another time service"
-        yield warn(what, f"its clock is {ahead_s:+.0f} s from this one's", remedy)
+        yield Finding(what, f"its clock is {ahead_s:+.0f} s from this one's", remedy, "warn")

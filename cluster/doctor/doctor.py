@@ -27,9 +27,8 @@ def doctor(config: Config, run_dir: Path, command: str, as_data: bool) -> bool:
     console = Console(highlight=False, soft_wrap=True)
     width = max(len(finding.what) for finding in findings) + 2
     for finding in findings:
-        console.print(
-            Text.assemble((f"{finding.state:<6}", _STYLES[finding.state]), f"{finding.what:<{width}}{finding.says}")
-        )
+        state = (f"{finding.state:<6}", _STYLES[finding.state])
+        console.print(Text.assemble(state, f"{finding.what:<{width}}{finding.says}"))
         if finding.remedy:
             console.print(Text(f"{'':<{width + 6}}{finding.remedy}", style="dim"))
     return good

@@ -7,12 +7,12 @@ import re
 import resource
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 
-from cluster.doctor.finding import Finding, fail, warn
+from cluster.doctor.finding import Finding, judge
 from cluster.rundir.environment import gpu_lines
 from cluster.runtime.resources import machine_cores, machine_gpus, machine_memory
 
@@ -24,30 +24,29 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 def python() -> Finding:
     """Python's version."""
-    version = platform.python_version()
-    if version.startswith("3.11."):
-        return Finding("python", version)
-    return fail("python", f"{version}, and Rayward is for 3.11", "make setup with PYTHON=/path/to/python3.11")
+    version, remedy = platform.python_version(), "make setup with PYTHON=/path/to/python3.11"
+    return judge("python", f"{version}, and Rayward is for 3.11", remedy, fail=not version.startswith("3.11."))
+
+
+def versions(installed: Mapping[str, str]) -> dict[str, str]:
+    """Those of our packages among all that are installed, or "missing"."""
+    return {name: installed.get(name) or installed.get(f"{name}-cpu", "missing") for name in PACKAGES}
 
 
 def packages(root: Path = _ROOT) -> Iterator[Finding]:
     """Versions of the packages, against the lock in `root` that fits the installed torch."""
-    here = {one.name: one.version for one in importlib.metadata.distributions()}
-    found = {name: here.get(name) or here.get(f"{name}-cpu") for name in PACKAGES}
-    lock = root / "requirements" / ("cpu.lock" if "+cpu" in (found["torch"] or "") else "cuda.lock")
+    found = versions({one.name: one.version for one in importlib.metadata.distributions()})
+    lock = root / "requirements" / ("cpu.lock" if "+cpu" in found["torch"] else "cuda.lock")
     text = lock.read_text(encoding="utf-8") if lock.is_file() else ""
     locked = dict(re.findall(r"^([\w.-]+?)(?:-cpu)?==(\S+)", text, re.MULTILINE))
-    missing = [name for name, version in found.items() if version is None]
-    wrong = [
-        f"{name} {version} (locked: {locked[name]})"
-        for name, version in found.items()
-        if version and locked.get(name, version) != version
-    ]
+    missing = [name for name, version in found.items() if version == "missing"]
+    others = {name: version for name, version in found.items() if name not in missing}
+    wrong = [f"{name} {one} (locked: {locked[name]})" for name, one in others.items() if locked.get(name, one) != one]
     if missing:
-        yield fail("packages", f"not installed: {', '.join(missing)}", "make setup, in the tree")
+        yield Finding("packages", f"not installed: {', '.join(missing)}", "make setup, in the tree", "fail")
     if wrong:
         says = f"not those that were tested together: {', '.join(wrong)}"
-        yield warn("packages", says, "make setup installs the lock")
+        yield Finding("packages", says, "make setup installs the lock", "warn")
     if not missing and not wrong:
         told = ", ".join(f"{name} {version}" for name, version in found.items())
         yield Finding("packages", told if text else f"{told}; no lock here to compare with")
@@ -56,16 +55,17 @@ def packages(root: Path = _ROOT) -> Iterator[Finding]:
 def gpus() -> Finding:
     """GPUs that are there and that torch can use."""
     lines, devices = gpu_lines(), machine_gpus()
-    if not lines and not devices:
-        return Finding("GPUs", "none: everything computes on the cores")
     if not lines:
+        if not devices:
+            return Finding("GPUs", "none: everything computes on the cores")
         remedy = "install or restart NVIDIA's driver; in a container, pass the GPUs with --gpus all"
-        return fail("GPUs", f"{devices} devices in /dev, and nvidia-smi does not answer", remedy)
+        return Finding("GPUs", f"{devices} devices in /dev, and nvidia-smi does not answer", remedy, "fail")
     import torch
 
     if (usable := torch.cuda.device_count()) < len(lines):
         remedy = "install the CUDA lock: make setup LOCK=requirements/cuda.lock; see CUDA_VISIBLE_DEVICES"
-        return fail("GPUs", f"{len(lines)} GPUs, of which torch {torch.__version__} can use {usable}", remedy)
+        says = f"{len(lines)} GPUs, of which torch {torch.__version__} can use {usable}"
+        return Finding("GPUs", says, remedy, "fail")
     return Finding("GPUs", "; ".join(lines))
 
 
@@ -78,8 +78,8 @@ def disks(run_dir: Path) -> Iterator[Finding]:
     ):
         if path.exists():
             free = shutil.disk_usage(path).free / _GIB
-            remedy = f"{why}: make room, at least {enough:g} GiB"
-            yield _bounded(f"disk of {name}", free, fewest, enough, f"{free:.1f} GiB free in {path}", remedy)
+            says, remedy = f"{free:.1f} GiB free in {path}", f"{why}: make room, at least {enough:g} GiB"
+            yield judge(f"disk of {name}", says, remedy, fail=free < fewest, warn=free < enough)
 
 
 def memory() -> Finding:
@@ -87,7 +87,7 @@ def memory() -> Finding:
     total, free, used = machine_memory(), psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.current")
     free = min(free, total - int(used.read_text())) if used.is_file() else free
     says, remedy = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free", "end what else uses it; see `rayward plan`"
-    return _bounded("memory", free, 2 * _GIB, total / 2, says, remedy)
+    return judge("memory", says, remedy, fail=free < 2 * _GIB, warn=free < total / 2)
 
 
 def limits() -> Iterator[Finding]:
@@ -99,29 +99,20 @@ def limits() -> Iterator[Finding]:
         soft, _ = resource.getrlimit(kind)
         soft = 2**31 if soft == resource.RLIM_INFINITY else soft
         remedy += " (the hard limit is in /etc/security/limits.conf)"
-        yield _bounded(name, soft, fewest, enough, says.format(soft), remedy)
+        yield judge(name, says.format(soft), remedy, fail=soft < fewest, warn=soft < enough)
 
 
 def threads() -> Finding:
     """Variables that would have more threads than cores."""
-    cores = machine_cores()
-    values = {name: os.environ.get(name, "") for name in _THREADS}
-    if many := [f"{name}={value}" for name, value in values.items() if value.isdigit() and int(value) > cores]:
-        remedy = "unset them: each process of a run is given its own number, and more threads than cores run slower"
-        return warn("threads", f"{', '.join(many)} on {cores} cores", remedy)
-    return Finding("threads", f"{cores} cores, which a run shares out")
+    cores, values = machine_cores(), {name: os.environ.get(name, "") for name in _THREADS}
+    many = [f"{name}={value}" for name, value in values.items() if value.isdigit() and int(value) > cores]
+    says = f"{', '.join(many)} on {cores} cores" if many else f"{cores} cores, which a run shares out"
+    remedy = "unset them: each process of a run is given its own number, and more threads than cores run slower"
+    return judge("threads", says, remedy, warn=bool(many))
 
 
 def load() -> Finding:
     """What else computes here."""
-    found = os.getloadavg()[0]
+    found, remedy = os.getloadavg()[0], "something else computes here, and a run's processes will wait for it (see top)"
     says = f"{found:.2f} processes wanted a core in the last minute"
-    if found <= 0.25 * machine_cores():
-        return Finding("load", says)
-    return warn("load", says, "something else computes here: a run's processes will wait for each other (see top)")
-
-
-def _bounded(what: str, found: float, fewest: float, enough: float, says: str, remedy: str) -> Finding:
-    if found >= enough:
-        return Finding(what, says)
-    return (fail if found < fewest else warn)(what, says, remedy)
+    return judge("load", says, remedy, warn=found > 0.25 * machine_cores())

@@ -13,7 +13,7 @@ import psutil
 
 from cluster.config.redaction import secret_files
 from cluster.config.schema import Config
-from cluster.doctor.finding import Finding, fail, warn
+from cluster.doctor.finding import Finding, judge
 
 _DASHBOARD = 8265
 _RAY_PORTS = {6379: "Ray's control service", _DASHBOARD: "Ray's dashboard and jobs", 10001: "Ray Client"}
@@ -30,29 +30,26 @@ def loopback() -> Iterator[Finding]:
         yield Finding("loopback", "a free port of 127.0.0.1 answers")
     except OSError:
         remedy = "ip link set lo up; processes of a run meet there"
-        yield fail("loopback", "no connection to a port of 127.0.0.1", remedy)
+        yield Finding("loopback", "no connection to a port of 127.0.0.1", remedy, "fail")
     exempt = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
     proxies = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if os.environ.get(name)]
     if proxies and not any(host.strip() in ("*", "127.0.0.1") for host in exempt.split(",")):
         says = f"{proxies[0]} is set and no_proxy does not name 127.0.0.1"
-        yield warn("proxy", says, "export no_proxy=127.0.0.1,localhost")
+        yield Finding("proxy", says, "export no_proxy=127.0.0.1,localhost", "warn")
 
 
 def wandb(mode: str) -> Finding:
     """Whether W&B has a key, and answers, where something is sent to it."""
     netrc = Path.home() / ".netrc"
-    key = bool(os.environ.get("WANDB_API_KEY")) or (
-        netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
-    )
+    stored = netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
+    key = bool(stored or os.environ.get("WANDB_API_KEY"))
     if mode == "online" and not key:
         remedy = "wandb login, or set WANDB_API_KEY; or --tracking.mode offline"
-        return fail("W&B", "tracking.mode is online and there is no key", remedy)
+        return Finding("W&B", "tracking.mode is online and there is no key", remedy, "fail")
     if mode == "online" and not _reaches("api.wandb.ai"):
-        return warn(
-            "W&B",
-            "tracking.mode is online and api.wandb.ai does not answer; a run keeps everything in RUN/wandb",
-            "see the network and its proxy, or --tracking.mode offline and `wandb sync` later",
-        )
+        says = "tracking.mode is online and api.wandb.ai does not answer; a run keeps everything in RUN/wandb"
+        remedy = "see the network and its proxy, or --tracking.mode offline and `wandb sync` later"
+        return Finding("W&B", says, remedy, "warn")
     return Finding("W&B", f"{mode}, {'a key is there' if key else 'no key, and none is needed'}")
 
 
@@ -63,39 +60,33 @@ def models(base: str | None) -> Finding:
     hub = _reaches("huggingface.co")
     if base is None:
         return Finding("models", f"models.base is not set; the Hugging Face hub is {'' if hub else 'not '}reachable")
+    says = f"{base} is not here, {'and would be downloaded' if hub else 'nor is the hub reachable'}"
     remedy = f"huggingface-cli download {base}, or name a folder in models.base"
-    if hub:
-        return warn("models", f"{base} is not here, and would be downloaded", remedy)
-    return fail("models", f"{base} is not here, nor is the hub reachable", remedy)
+    return judge("models", says, remedy, fail=not hub, warn=True)
 
 
 def _is_here(name: str) -> bool:
-    if (Path(name) / "config.json").is_file():
-        return True
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:
-        return False
+    with contextlib.suppress(HFValidationError):
+        return (Path(name) / "config.json").is_file() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return False
 
 
 def _reaches(host: str) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         socket.create_connection((host, 443), timeout=_HUB_S).close()
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def secrets() -> Iterator[Finding]:
     """Permissions of the files in which tokens and keys are kept, where they are there; never what is in them."""
     for path in filter(Path.is_file, (*secret_files(), Path.home() / ".netrc")):
-        permissions = stat.S_IMODE(path.stat().st_mode)
-        says = f"{path} has permissions {permissions:04o}"
-        exposed = permissions & 0o077
-        yield fail("secrets", says, f"chmod 600 {path}: others can read it") if exposed else Finding("secrets", says)
+        mode = stat.S_IMODE(path.stat().st_mode)
+        says, remedy = f"{path} has permissions {mode:04o}", f"chmod 600 {path}: others can read it"
+        yield judge("secrets", says, remedy, fail=bool(mode & 0o077))
 
 
 def ports(config: Config) -> Iterator[Finding]:
@@ -104,26 +95,25 @@ def ports(config: Config) -> Iterator[Finding]:
     wanted.pop(0, None)
     listening: dict[int, list[Any]] = {}
     with contextlib.suppress(psutil.AccessDenied):
-        connections: Any = psutil.net_connections("tcp")  # who listens has an address
-        for one in (one for one in connections if one.status == psutil.CONN_LISTEN):
-            listening.setdefault(one.laddr.port, []).append(one)
-    for number in dict.fromkeys((*wanted, *_RAY_PORTS)):
-        there = listening.get(number, [])
-        what, use = f"port {number}", wanted.get(number) or _RAY_PORTS[number]
-        if not there:
+        connections: Any = psutil.net_connections("tcp")
+        for one in connections:
+            if one.status == psutil.CONN_LISTEN:
+                listening.setdefault(one.laddr.port, []).append(one)
+    for number, use in (wanted | _RAY_PORTS | wanted).items():
+        what = f"port {number}"
+        if number not in listening:
             if number in wanted:
                 yield Finding(what, f"{use}: free")
             continue
+        there = listening[number]
         taken = f"{use}: {_process(there[0].pid)} listens there"
         everywhere = any(not one.laddr.ip.startswith(("127.", "::1")) for one in there)
         if number in wanted:
-            yield warn(what, taken, f"--{use} with another number, or end that process")
+            yield Finding(what, taken, f"--{use} with another number, or end that process", "warn")
         elif number == _DASHBOARD and everywhere and not asks_for_token(f"127.0.0.1:{_DASHBOARD}"):
-            yield fail(
-                what,
-                f"{taken} for other machines too, and asks for no token: whoever reaches it can run anything",
-                "RAY_AUTH_MODE=token wherever Ray starts, and ray start --dashboard-host 127.0.0.1",
-            )
+            says = f"{taken} for other machines too, and asks for no token: whoever reaches it can run anything"
+            remedy = "RAY_AUTH_MODE=token wherever Ray starts, and ray start --dashboard-host 127.0.0.1"
+            yield Finding(what, says, remedy, "fail")
         else:
             yield Finding(what, f"{taken}, for {'other machines too' if everywhere else 'this machine alone'}")
 
@@ -143,8 +133,7 @@ def asks_for_token(dashboard: str | None) -> bool:
     """
     if not dashboard:
         return os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
-    try:
+    with contextlib.suppress(httpx.HTTPError):
         answer = httpx.get(f"http://{dashboard}/api/jobs/", timeout=5.0, trust_env=False)
-    except httpx.HTTPError:
-        return False
-    return answer.status_code in (401, 403)
+        return answer.status_code in (401, 403)
+    return False

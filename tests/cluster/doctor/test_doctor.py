@@ -7,7 +7,7 @@ from cluster.cli import main as cli
 from cluster.config.schema import Config
 from cluster.doctor import machine, services
 from cluster.doctor.doctor import diagnose
-from cluster.doctor.finding import Finding, fail, warn
+from cluster.doctor.finding import Finding
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +20,14 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_exit_code_says_whether_something_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
-    monkeypatch.setattr(machine, "load", lambda: warn("load", "3.00 processes", "see top"))
+    monkeypatch.setattr(machine, "load", lambda: Finding("load", "3.00 processes", "see top", "warn"))
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["healthy"] is True
     assert Finding(**next(one for one in found["findings"] if one["what"] == "load")).state == "warn"
-    monkeypatch.setattr(services, "loopback", lambda: [fail("loopback", "no connection", "ip link set lo up")])
+    monkeypatch.setattr(
+        services, "loopback", lambda: [Finding("loopback", "no connection", "ip link set lo up", "fail")]
+    )
     assert cli.main(["doctor", "--run", str(tmp_path / "run")]) == 1
     lines = [line.split(None, 2) for line in capsys.readouterr().out.splitlines()]
     where = lines.index(["fail", "loopback", "no connection"])
