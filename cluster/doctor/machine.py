@@ -24,8 +24,10 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 def python() -> Finding:
     """Python's version."""
-    version, remedy = platform.python_version(), "make setup with PYTHON=/path/to/python3.11"
-    return judge("python", f"{version}, and Rayward is for 3.11", remedy, fail=not version.startswith("3.11."))
+    if (version := platform.python_version()).startswith("3.11."):
+        return Finding("python", version)
+    says, remedy = f"{version}, and Rayward is for 3.11", "make setup with PYTHON=/path/to/python3.11"
+    return Finding("python", says, remedy, "fail")
 
 
 def versions(installed: Mapping[str, str]) -> dict[str, str]:

@@ -47,7 +47,6 @@ class JobRow:
     """One job, as lists show it."""
 
     id: str
-    """what the other commands take"""
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED"""
     started: str
@@ -63,21 +62,21 @@ class JobRow:
     message: str
     """why it stands as it does, in Ray's words"""
 
-    @classmethod
-    def of(cls, details: JobDetails) -> "JobRow":
-        """A job of which Ray tells the times in milliseconds."""
-        start, metadata = (details.start_time or 0) / 1000, details.metadata or {}
-        end = (details.end_time or 0) / 1000 or time.time()
-        return cls(
-            id=details.submission_id or "",
-            status=str(details.status),
-            started=datetime.fromtimestamp(start, UTC).isoformat(timespec="seconds") if start else "",
-            seconds=max(end - start, 0.0) if start else 0.0,
-            command=metadata.get("rayward_command", details.entrypoint),
-            run=metadata.get("rayward_run", ""),
-            entrypoint=details.entrypoint,
-            message=(details.message or "").strip(),
-        )
+
+def _row(details: JobDetails) -> JobRow:
+    """A job of which Ray tells the times in milliseconds."""
+    start, end = (details.start_time or 0) / 1000, (details.end_time or 0) / 1000 or time.time()
+    metadata = details.metadata or {}
+    return JobRow(
+        id=details.submission_id or "",
+        status=str(details.status),
+        started=datetime.fromtimestamp(start, UTC).isoformat(timespec="seconds") if start else "",
+        seconds=max(end - start, 0.0) if start else 0.0,
+        command=metadata.get("rayward_command", details.entrypoint),
+        run=metadata.get("rayward_run", ""),
+        entrypoint=details.entrypoint,
+        message=(details.message or "").strip(),
+    )
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -122,17 +121,16 @@ class Order:
     """A job before it is submitted."""
 
     words: tuple[str, ...]
-    """The command of rayward and all that it is told."""
+    """the command of rayward and all that it is told"""
     run_dir: Path
-    """Its run directory."""
     settings: BaseModel | None = None
-    """A configuration for it to read."""
+    """a configuration for it to read"""
     include: tuple[Path, ...] = ()
-    """Files and folders to send along."""
+    """files and folders to send along"""
     id: str | None = None
-    """What it shall be called; the cluster makes a name where there is none."""
+    """what it shall be called; the cluster makes a name where there is none"""
     cpus: float = 0.0
-    """CPUs to reserve for the command itself."""
+    """to reserve for the command itself"""
 
     @property
     def entrypoint(self) -> str:
@@ -194,14 +192,14 @@ def _said(error: Exception) -> str:
 
 def jobs(client: JobSubmissionClient) -> list[JobRow]:
     """Every submitted job that the cluster remembers, newest first."""
-    found = [JobRow.of(job) for job in client.list_jobs() if job.submission_id]
+    found = [_row(job) for job in client.list_jobs() if job.submission_id]
     return sorted(found, key=lambda job: job.started, reverse=True)
 
 
 def job(client: JobSubmissionClient, name: str) -> JobRow:
     """One job. Raises JobError for an id that the cluster does not know."""
     try:
-        return JobRow.of(client.get_job_info(name))
+        return _row(client.get_job_info(name))
     except RuntimeError as error:
         if "404" not in str(error) and "does not exist" not in str(error):
             raise JobError(f"the cluster did not say how job {name!r} stands: {_said(error)}") from error

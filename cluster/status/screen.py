@@ -9,30 +9,18 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from cluster.tracking.console import duration
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _CURVES = (
-    "score/mean",
-    "gold/mean",
-    "kl/mean",
-    "response/length",
-    "policy/entropy",
-    "parity/mean_gap",
-    "staleness/mean",
-    "time/iteration",
+    *("score/mean", "gold/mean", "kl/mean", "response/length"),
+    *("policy/entropy", "parity/mean_gap", "staleness/mean", "time/iteration"),
 )
-_STYLES = {
-    "running": "green",
-    "done": "green",
-    "working": "green",
-    "paused": "yellow",
-    "starting": "yellow",
-    "idle": "dim",
-}
+_STYLES = {"running": "green", "done": "green", "working": "green", "paused": "yellow", "starting": "yellow"}
+_STYLES |= {"idle": "dim"}
 """Of states of runs and processes; any other is a fault."""
 _LONG_S = 60.0  # a wait that asks for attention
 _ROOMY = 100  # columns from which a table has wide gaps
@@ -81,9 +69,7 @@ def _panel(title: str, lines: Sequence[RenderableType], rows: int | None = None)
 
 
 def _beside(*panels: RenderableType) -> Table:
-    grid = Table.grid(expand=True)
-    for _ in panels:
-        grid.add_column(ratio=1)
+    grid = Table.grid(*(Column(ratio=1) for _ in panels), expand=True)
     grid.add_row(*panels)
     return grid
 
@@ -115,7 +101,7 @@ def _progress(status: Mapping[str, Any]) -> list[Text]:
         words += f", {duration(progress['step_s'])} each"
     if progress["left_s"]:
         words += f", about {duration(progress['left_s'])} left"
-    return [_line("; now ".join([words, *under_way]), "", cut=True)]
+    return [_line("; now ".join([words, *under_way]))]
 
 
 def _bar(status: Mapping[str, Any], width: int) -> list[RenderableType]:
@@ -134,16 +120,12 @@ def _processes(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
     stats = [one["vitals"] for one in rows if one["vitals"]]
     left_out = set() if any(one.get("gpu") is not None for one in stats) else {"GPU"}
     left_out |= set() if len({one["node"] for one in stats}) > 1 else {"on"}
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2 if width >= _ROOMY else 1, 0, 0))
     cells = [_cells(one) for one in rows]
     names = [name for name in cells[0] if name not in left_out]
-    gap = 2 if width >= _ROOMY else 1
-    longest = {name: max(len(name), *(len(row[name]) for row in cells)) for name in names}
-    others = sum(length for name, length in longest.items() if name != "load") + gap * (len(names) - 1)
-    longest["load"] = max(4, min(longest["load"], width - others))
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
     for name in names:
         justify = "right" if name in ("version", "memory", "cores", "GPU") else "left"
-        table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", width=longest[name])
+        table.add_column(name, justify=justify, no_wrap=name != "load")
     for row in cells:
         table.add_row(*(row[name] for name in names))
     return table
@@ -162,7 +144,7 @@ def _cells(one: Mapping[str, Any]) -> dict[str, str | Text]:
         "process": one["name"],
         "state": Text(state + silent, _style(state)),
         "version": "" if version is None else f"{version:.0f}",
-        "load": load(one),
+        "load": _line(load(one)),
         "memory": _bytes(stats["resident"]) if stats else "",
         "cores": "" if one["cores"] is None else f"{one['cores']:.1f}",
         "GPU": "" if gpu is None else _bytes(gpu),
@@ -199,29 +181,28 @@ def _by_kind(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _together(kind: str, group: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    facts: Counter[str] = Counter()
-    for one in group:
-        facts.update(one["vitals"]["facts"])
-    versions = [one["vitals"]["facts"]["version"] for one in group if "version" in one["vitals"]["facts"]]
-    gpus = [one["vitals"]["gpu"] for one in group if one["vitals"]["gpu"] is not None]
-    rates = {name: sum(one["rates"].get(name, 0.0) for one in group) for name in group[0]["rates"]}
+    vitals, facts = [one["vitals"] for one in group], Counter[str]()
+    for one in vitals:
+        facts.update(one["facts"])
+    versions = [one["facts"]["version"] for one in vitals if "version" in one["facts"]]
+    gpus = [one["gpu"] for one in vitals if one["gpu"] is not None]
     state, count = Counter(one["state"] for one in group).most_common(1)[0]
     return {
         **max(group, key=lambda one: one["waiting"][0][1] if one["waiting"] else 0.0),
         "name": f"{kind} x {len(group)}",
         "state": state if count == len(group) else f"{state} ({count})",
         "vitals": {
-            **group[0]["vitals"],
-            "resident": sum(one["vitals"]["resident"] for one in group),
+            **vitals[0],
+            "resident": sum(one["resident"] for one in vitals),
             "gpu": sum(gpus) if gpus else None,
             "facts": {**facts, **({"version": min(versions)} if versions else {})},
         },
         "cores": sum(one["cores"] or 0.0 for one in group),
-        "rates": rates,
+        "rates": {name: sum(one["rates"].get(name, 0.0) for one in group) for name in group[0]["rates"]},
     }
 
 
-def _line(text: str, style: str, cut: bool) -> Text:
+def _line(text: str, style: str = "", cut: bool = True) -> Text:
     return Text(text, style, overflow="ellipsis" if cut else "fold", no_wrap=cut)
 
 
@@ -232,7 +213,7 @@ def _waits(found: Sequence[Mapping[str, Any]], cut: bool) -> list[Text]:
 
 def _alerts(status: Mapping[str, Any]) -> list[Text]:
     told = [(max(0.0, status["time"] - one["time"]), one["text"]) for one in status["alerts"][-_SHOWN:]]
-    return [_line(f"{duration(ago)} before: {text}", "yellow", cut=True) for ago, text in told]
+    return [_line(f"{duration(ago)} before: {text}", "yellow") for ago, text in told]
 
 
 def _stage(status: Mapping[str, Any]) -> str:
@@ -242,10 +223,8 @@ def _stage(status: Mapping[str, Any]) -> str:
 
 def _curves(status: Mapping[str, Any], width: int, most: int) -> Table:
     """The course of the stage at work, a line a metric."""
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column("metric")
-    table.add_column("last", justify="right")
-    table.add_column("course", no_wrap=True)
+    table = Table("metric", Column(justify="right"), Column(no_wrap=True), box=None, pad_edge=False, show_header=False)
+    table.padding = (0, 2, 0, 0)
     metrics = status["curves"].get(_stage(status), {})
     names = [*(n for n in _CURVES if n in metrics), *(n for n in metrics if n.endswith("/loss"))][: max(0, most)]
     room = width - max((len(name) for name in names), default=0) - 12
