@@ -238,11 +238,9 @@ def submit(
     """Run a command as a job of a Ray cluster, and follow it.
 
     Args:
-        include: a file or folder to send along, such as a module with a reward function. What the .gitignore and
-            .rayignore files of a folder name stays behind.
+        include: a file or folder to send along; what its .gitignore and .rayignore files name stays behind.
         id: id of the job; the cluster makes one when not named.
-        cpus: CPUs to reserve for the command itself, beside those of its processes. It then runs on any machine that
-            has them free; without, on the head.
+        cpus: CPUs to reserve for the command itself, which then runs on any machine with them; without, on the head.
         detach: print the job's id and leave it alone.
         dry_run: print what would be sent, and send nothing.
     """

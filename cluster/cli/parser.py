@@ -222,9 +222,8 @@ def completion_script(commands: Mapping[str, Command], shell: str) -> str:
         if not command.wraps:
             return kind
         inner = one_of(one for one in commands.values() if one.submits)
-        return dataclasses.make_dataclass(
-            "Words", [("own", Annotated[Any, arg(name="", constructor=kind)]), ("inner", inner)]
-        )
+        own = Annotated[Any, arg(name="", constructor=kind)]
+        return dataclasses.make_dataclass("Words", [("own", own), ("inner", inner)])
 
     return _printed(one_of(commands.values()), ["--tyro-print-completion", shell], prog="rayward")
 
@@ -245,15 +244,11 @@ def _type_of(command: Command | None, shown: Iterable[Setting], closed: bool = F
     """A dataclass of what a command with settings can be told, each section a group; `closed`: with their values."""
     fields: list[Any] = []
     if command is not None:
-        known = tuple(presets())
+        known, under = tuple(presets()), "settings under those of a file: "
         fields = [
             ("run", _text("DIR", f"the run directory; {command.run} when not named", Path), Path()),
             ("config", _text("FILE", "settings from a TOML file", Path), Path()),
-            (
-                "preset",
-                _text("NAME", f"settings under those of a file: {', '.join(known)}", Any, closed and known),
-                None,
-            ),
+            ("preset", _text("NAME", under + ", ".join(known), Any, closed and known), None),
         ]
         for name, meaning in {**command.variants, **command.flags}.items():
             kind = Annotated[bool, arg(name=name, help=meaning, help_behavior_hint="")]
@@ -266,8 +261,8 @@ def _type_of(command: Command | None, shown: Iterable[Setting], closed: bool = F
         kind = _text(one.type, f"{one.doc} ({one.default_text})", of, closed and tuple(_values(one.field.annotation)))
         groups.setdefault(prefix, []).append((name, kind, Path()))
     for prefix, members in groups.items():
-        group = dataclasses.make_dataclass("Section", members, frozen=True, namespace={"__doc__": docs[prefix]})
-        fields.append((prefix.replace(".", "__"), Annotated[group, arg(name=prefix)], group()))
+        group = dataclasses.make_dataclass("Section", members, frozen=True)
+        fields.append((prefix.replace(".", "__"), Annotated[group, arg(name=prefix, help=docs[prefix])], group()))
     return dataclasses.make_dataclass("Words", fields)
 
 
