@@ -22,7 +22,6 @@ SETTINGS = "submitted.toml"
 _ROOT = Path(__file__).resolve().parents[2]
 _LEFT_OUT = ("__pycache__", "*.pyc", ".*")
 _PRIVATE = ("auth_token", "id_rsa", "id_ed25519", "*.pem", "*.key", ".netrc", ".env", ".git-credentials", "credentials")
-_SHOWN = 5
 
 
 def contents(include: Sequence[Path]) -> dict[str, Path]:
@@ -50,7 +49,7 @@ def sizes(files: dict[str, Path], settings: BaseModel | None) -> dict[str, int]:
     if settings is not None:
         found[SETTINGS] = len(to_toml(settings).encode())
     if (total := sum(found.values())) > GCS_STORAGE_MAX_SIZE:
-        biggest = sorted(found, key=lambda name: -found[name])[:_SHOWN]
+        biggest = sorted(found, key=lambda name: -found[name])[:5]
         listed = ", ".join(f"{name} ({mebibytes(found[name])})" for name in biggest)
         raise ConfigError(
             f"the job would carry {mebibytes(total)}, and Ray takes {mebibytes(GCS_STORAGE_MAX_SIZE)}. The biggest: "
@@ -66,16 +65,14 @@ def working_dir(settings: BaseModel | None, include: Sequence[Path]) -> Iterator
 
     Raises ConfigError, as `contents` and `sizes` do.
     """
-    files = contents(include)
-    sizes(files, settings)
+    sizes(files := contents(include), settings)
     with tempfile.TemporaryDirectory(prefix="rayward-job-") as name:
-        folder = Path(name)
         for target, source in files.items():
-            (folder / target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, folder / target)
+            Path(name, target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, Path(name, target))
         if settings is not None:
-            save_toml(settings, folder / SETTINGS)
-        yield folder
+            save_toml(settings, Path(name, SETTINGS))
+        yield Path(name)
 
 
 def mebibytes(size: int) -> str:
@@ -98,12 +95,11 @@ def _files(folder: Path, name: str, rules: Sequence[Callable[[Path], bool]]) -> 
 def _refuse_secrets(path: Path, files: dict[str, Path]) -> None:
     known = {where: value.encode() for where, value in secrets().items()}
     for name, file in files.items():
-        why = None
+        # a file larger than Ray takes is refused for its size
+        data = file.read_bytes() if file.stat().st_size <= GCS_STORAGE_MAX_SIZE else b""
+        why = next((f"holds the secret of {where}" for where, value in known.items() if value in data), None)
         if any(fnmatch.fnmatch(file.name, pattern) for pattern in _PRIVATE):
             why = "is a file that secrets are kept in"
-        elif file.stat().st_size <= GCS_STORAGE_MAX_SIZE:  # a larger one is refused for its size
-            data = file.read_bytes()
-            why = next((f"holds the secret of {where}" for where, value in known.items() if value in data), None)
         if why:
             raise ConfigError(
                 f"--include {path}: {name} {why}, and everybody who may list the cluster's jobs could read it. Remedy: "

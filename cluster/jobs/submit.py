@@ -192,7 +192,7 @@ def _said(error: Exception) -> str:
 
 def jobs(client: JobSubmissionClient) -> list[JobRow]:
     """Every submitted job that the cluster remembers, newest first."""
-    found = [_row(job) for job in client.list_jobs() if job.submission_id]
+    found = (_row(job) for job in client.list_jobs() if job.submission_id)
     return sorted(found, key=lambda job: job.started, reverse=True)
 
 
@@ -253,9 +253,8 @@ def stop(client: JobSubmissionClient, name: str, deadline_s: float = _STOP_S) ->
 
     Raises JobError when it has not within `deadline_s` seconds.
     """
-    if job(client, name).status in _ENDED:
-        return job(client, name)
-    client.stop_job(name)
+    if job(client, name).status not in _ENDED:
+        client.stop_job(name)
     end = time.monotonic() + deadline_s
     while (last := job(client, name)).status not in _ENDED:
         if time.monotonic() > end:

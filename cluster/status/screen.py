@@ -24,7 +24,6 @@ _STYLES |= {"idle": "dim"}
 """Of states of runs and processes; any other is a fault."""
 _LONG_S = 60.0  # a wait that asks for attention
 _ROOMY = 100  # columns from which a table has wide gaps
-_WIDE = 160  # columns from which waits and alerts stand side by side
 _SHOWN = 3  # waits, alerts and deaths on a screen
 _FEWEST_CURVES = 3
 _FEWEST_PROCESSES = 6  # one of each kind, and two that are not well
@@ -46,32 +45,22 @@ def screen(status: Mapping[str, Any], run: str, width: int, height: int) -> Rend
     head = [_headline(status, run), *_bar(status, inner), *_progress(status)]
     told = {"who waits for whom": _waits(status["waits"][:_SHOWN], cut=True), "alerts": _alerts(status)}
     told = {title: lines for title, lines in told.items() if lines}
-    beside, most = width >= _WIDE and len(told) == 2, max(map(len, told.values()), default=0)
-    left = height - len(head) - 2 - (most + 2 if beside else sum(len(lines) + 2 for lines in told.values()))
+    left = height - len(head) - 2 - sum(len(lines) + 2 for lines in told.values())
     deaths = _deaths(found)[:_SHOWN]
-    curves = _FEWEST_CURVES + 2 if status["curves"] else 0
-    room = max(_FEWEST_PROCESSES, left - len(deaths) - 3 - curves)
+    room = max(_FEWEST_PROCESSES, left - len(deaths) - 3 - (_FEWEST_CURVES + 2 if status["curves"] else 0))
     rows = found if len(found) <= room else _by_kind(found)[:room]
-    parts: list[RenderableType] = [_panel("", head)]
+    parts = [_panel("", len(head), *head)]
     if rows:
-        parts.append(_panel("processes", [_processes(rows, inner), *deaths], len(rows) + 1 + len(deaths)))
+        parts.append(_panel("processes", len(rows) + 1 + len(deaths), _processes(rows, inner), *deaths))
         left -= len(rows) + 3 + len(deaths)
-    panels = [_panel(title, lines, most if beside else None) for title, lines in told.items()]
-    parts += [_beside(*panels)] if beside else panels
-    table = _curves(status, inner, left - 2)
-    return Group(*parts, _panel(_stage(status), [table], table.row_count)) if table.row_count else Group(*parts)
+    parts += [_panel(title, len(lines), *lines) for title, lines in told.items()]
+    if (table := _curves(status, inner, left - 2)).row_count:
+        parts.append(_panel(_stage(status), table.row_count, table))
+    return Group(*parts)
 
 
-def _panel(title: str, lines: Sequence[RenderableType], rows: int | None = None) -> Panel:
-    """Lines in a frame; so many `rows`, where that is not their number."""
-    height = (len(lines) if rows is None else rows) + 2
-    return Panel(Group(*lines), title=title or None, title_align="left", border_style="dim", height=height)
-
-
-def _beside(*panels: RenderableType) -> Table:
-    grid = Table.grid(*(Column(ratio=1) for _ in panels), expand=True)
-    grid.add_row(*panels)
-    return grid
+def _panel(title: str, rows: int, *lines: RenderableType) -> Panel:
+    return Panel(Group(*lines), title=title or None, title_align="left", border_style="dim", height=rows + 2)
 
 
 def _headline(status: Mapping[str, Any], run: str) -> Text:
@@ -108,7 +97,9 @@ def _bar(status: Mapping[str, Any], width: int) -> list[RenderableType]:
     progress = status["progress"]
     if progress is None or not progress["total"]:
         return []
-    return [_beside(ProgressBar(total=progress["total"], completed=progress["step"], width=width))]
+    grid = Table.grid()
+    grid.add_row(ProgressBar(total=progress["total"], completed=progress["step"], width=width))
+    return [grid]
 
 
 def _style(state: str) -> str:
