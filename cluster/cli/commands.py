@@ -64,7 +64,7 @@ def _command(group: str, files: str, example: str, **more: Any) -> Callable[[Cal
 @_command(
     "prepare",
     "Reads the settings and the models' config.json. Writes nothing, and starts nothing. Exit code 1 when the plan "
-    "cannot work; the reason names the nearest that does. COMMAND --dry-run plans one command.",
+    "cannot work; the reason says what to change. COMMAND --dry-run plans one command.",
     "rayward plan --preset one-24gb-gpu --ppo.minibatch_size 16",
     sections=(
         *("models", "data", "cluster", "plan", "sft", "sample", "reward", "ppo", "rollout", "generator", "scoring"),

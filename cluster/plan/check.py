@@ -17,7 +17,7 @@ from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from cluster.plan.counts import indivisible_batch
 from cluster.plan.machines import GIB
-from cluster.plan.memory import generator_memory, network_memory, total, width
+from cluster.plan.memory import Bytes, generator_memory, network_memory, total, width
 from cluster.rundir.inputs import KINDS, Model, check_base, check_data, data_file, model_folder
 from cluster.runtime.resources import machine_gpus, machine_memory, plan_run
 from reward_server.bearer import bearer_token
@@ -36,9 +36,8 @@ class Findings:
 
 def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Findings:
     """Everything that can be told of a command's configuration without loading a model or starting a process."""
-    sections, problems = stage.sections, []
-    models: dict[str, Model] = {}
-    problems += _bad_inputs(config, stage, run_dir, models)
+    sections, models = stage.sections, dict[str, Model]()
+    problems = [*_bad_inputs(config, stage, run_dir, models)]
     for one in settings(Config, config):  # NaN passes where no bound is set, and infinity passes every lower bound
         if one.key.split(".")[0] in sections and isinstance(one.default, float) and not math.isfinite(one.default):
             problems.append(f"{one.key} = {one.default} is not a finite number: give one")
@@ -51,9 +50,9 @@ def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Findings:
                 f"{key}.zero_stage = 0 with {key.split('.')[0]}.network.dtype = {network.dtype}: stage 0 is for "
                 f"float32 only. Set {key}.zero_stage to 1, or the dtype to float32"
             )
-    sampled = next((models[name] for name in ("policy", "init", "sft") if name in models), None)
-    limits = models if sampled is None else models | {"policy": sampled}
-    problems += too_long(config, sections, {key: (str(one.path), one.positions or 0) for key, one in limits.items()})
+    limits = {key: (str(one.path), one.positions or 0) for key, one in models.items()}
+    sampled = next((limits[name] for name in ("policy", "init", "sft") if name in limits), ("", 0))
+    problems += too_long(config, sections, limits | {"policy": sampled})
     problems += _other_tokenizer(models)
     if "cluster" in sections:
         problems += _too_large(config, stage, run_dir, models)
@@ -101,7 +100,7 @@ def _unloadable(config: Config, sections: Sequence[str]) -> Iterator[str]:
     """The user's functions that cannot be imported here, and a token that cannot be used."""
     functions = {}
     if "scoring" in sections:
-        functions |= {part.target: "scoring.parts" for part in config.scoring.parts if part.kind == "function"}
+        functions = {part.target: "scoring.parts" for part in config.scoring.parts if part.kind == "function"}
         yield from _told(bearer_token)
     if "labeler" in sections and not config.labeler.name.startswith("simulated:"):
         functions[config.labeler.name] = "labeler.name"
@@ -128,19 +127,17 @@ def too_long(config: Config, sections: Sequence[str], models: Mapping[str, tuple
         single["generator.max_model_len"] = "policy"
     for key, which in single.items():
         name, positions = models.get(which, ("", 0))
-        if positions and (tokens := setting(config, key)) > positions:
+        tokens: Any = reduce(getattr, key.split("."), config)
+        if positions and tokens > positions:
             yield f"{key} = {tokens} is more than the {positions} positions of {name}. Nearest: {key} = {positions}"
-    if "scoring" not in sections:
-        return
-    cut = scoring.truncate_prompt
-    own = scoring.uses_own_model and "generator" in sections
-    name, positions = models.get("reward", ("", 0))
+    (name, positions), cut = models.get("reward", ("", 0)), scoring.truncate_prompt
+    own = "scoring" in sections and scoring.uses_own_model and "generator" in sections
     limits = {"scoring.max_tokens": scoring.max_tokens, f"the positions of the reward model {name}": positions}
     for what, limit in limits.items():
         if own and limit and turn > limit and not (cut and rollout.max_new_tokens < limit):
             yield f"{told}, and {what} = {limit}. Lower them, or set scoring.truncate_prompt to cut from the left"
     critic, positions = models.get("critic", ("", 0))
-    if "ppo" in sections and positions and turn > positions and (critic != name or cut or not own):
+    if {"scoring", "ppo"} <= {*sections} and positions and turn > positions and (critic != name or cut or not own):
         yield f"{told}, and the critic, which starts as {critic}, has {positions} positions. Lower them"
 
 
@@ -148,10 +145,9 @@ def _other_tokenizer(models: Mapping[str, Model]) -> Iterator[str]:
     policy, critic = models.get("sft"), models.get("critic")
     if critic and policy and critic.words and policy.words and not policy.words.items() <= critic.words.items():
         yield (
-            f"the tokenizers of models.sft = {policy.path} and of {critic.path}, which the critic starts from, "
-            "differ, and the critic reads the policy's tokens. Set models.critic to a folder with the policy's "
-            f"tokenizer, such as {policy.path} (its value head starts afresh), or train a reward model from this "
-            "SFT model (`rayward reward`)"
+            f"the tokenizers of models.sft = {policy.path} and of {critic.path}, which the critic starts from, differ. "
+            f"Set models.critic to a folder with the policy's tokenizer, such as {policy.path} (its value head starts "
+            "afresh), or train a reward model from this SFT model (`rayward reward`)"
         )
 
 
@@ -172,15 +168,13 @@ def _too_large(config: Config, stage: type[Stage], run_dir: Path, models: Mappin
                 f"{' and '.join(stage.writes)} take {need / GIB:.1f} GiB in {run_dir}, and that disk has "
                 f"{free / GIB:.1f} GiB free. Make room, or name a --run DIR on another disk"
             )
-    if local and not machine_gpus():
-        needs = _least_memory(config, stage, start.parameters)
-        if (least := sum(needs.values())) > (has := machine_memory()):
-            each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
-            yield (
-                f"the processes need at least {least / GIB:.1f} GiB of memory at the same time ({each}), and this "
-                f"machine has {has / GIB:.1f} GiB. Use fewer generators, LoRA (network.lora_rank), bfloat16, a smaller "
-                "generator.kv_cache_gib or model, or a larger machine"
-            )
+    needs = _least_memory(config, stage, start.parameters)
+    if local and not machine_gpus() and (least := sum(needs.values())) > (has := machine_memory()):
+        each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
+        yield (
+            f"the processes need at least {least / GIB:.1f} GiB of memory at the same time ({each}), and this machine "
+            f"has {has / GIB:.1f}. Use fewer generators, LoRA (network.lora_rank), or a smaller generator.kv_cache_gib"
+        )
 
 
 def _least_memory(config: Config, stage: type[Stage], parameters: int) -> dict[str, float]:
@@ -188,17 +182,15 @@ def _least_memory(config: Config, stage: type[Stage], parameters: int) -> dict[s
     sections: dict[str, dict[str, float]] = {}
     for key, (network, optimizer) in stage.trained(config).items():
         trained = 0 if network.lora_rank or network.last_layers else parameters
-        held = network_memory(parameters, trained, width(network.dtype), optimizer, 1, ema=False, norms=False)
-        held.pop("copies in a step", None)
-        name = key.removesuffix("optimizer").rstrip("._")
-        sections.setdefault(key.split(".")[0], {})[name] = total(held).device + total(held).host
+        held = total(network_memory(parameters, trained, width(network.dtype), optimizer, ranks=1))
+        needs = sections.setdefault(key.split(".")[0], {})
+        needs[key.removesuffix("optimizer").rstrip("._")] = held.device + held.host
     if "ppo" in sections:
         sections["ppo"]["reference"] = parameters * width(config.ppo.network.dtype)
     needs = max(sections.values(), key=lambda one: sum(one.values()), default={})  # one after the other
     if "generator" in stage.sections:
-        engine = generator_memory(config, parameters)
-        count = max(config.cluster.generators, config.cluster.max_generators or 0)
-        needs["generators"] = count * (engine["weights"].device + engine["keys and values"].device)
+        engine = total(generator_memory(config, parameters) | {"process": Bytes()})
+        needs["generators"] = max(config.cluster.generators, config.cluster.max_generators or 0) * engine.device
     if "scoring" in stage.sections and config.scoring.uses_own_model:
         needs["reward service"] = parameters * width(config.scoring.dtype)
     return needs
@@ -206,9 +198,9 @@ def _least_memory(config: Config, stage: type[Stage], parameters: int) -> dict[s
 
 def _odd(config: Config, stage: type[Stage]) -> Iterator[str]:
     """What is allowed and hardly meant."""
+    ppo, sampler, eos = config.ppo, config.generator.dtype, config.rollout.missing_eos
     if "ppo.policy_optimizer" not in stage.trained(config):
         return
-    ppo, sampler, eos = config.ppo, config.generator.dtype, config.rollout.missing_eos
     if sampler != ppo.network.dtype:
         yield (
             f"generator.dtype = {sampler} and ppo.network.dtype = {ppo.network.dtype} differ, so the log-probs of "
@@ -224,8 +216,3 @@ def _odd(config: Config, stage: type[Stage]) -> Iterator[str]:
             f"ppo.warmup_iterations = {ppo.warmup_iterations} of ppo.iterations = {ppo.iterations}: the learning rate "
             "never reaches ppo.policy_optimizer.lr"
         )
-
-
-def setting(config: Config, key: str) -> Any:
-    """The value at a dotted key."""
-    return reduce(getattr, key.split("."), config)

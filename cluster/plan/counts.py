@@ -1,7 +1,4 @@
-"""The batch arithmetic of a stage, as the loops do it: what is cut into what, and how many optimizer steps that makes.
-
-Tokens are counted with lengths that are the same for all; a run's own differ from prompt to prompt.
-"""
+"""The batch arithmetic of a stage, as the loops do it, with lengths that are the same for all sequences."""
 
 import contextlib
 import gzip
@@ -50,19 +47,18 @@ def lengths_of(config: Config, run_dir: Path) -> Lengths:
     Prompts that are too long do not count, and a response counts as far as sampling would let it go. A file that
     cannot be read counts as none: the checks of the command tell of it.
     """
-    plan, rollout = config.plan, config.rollout
-    asked, said = ("prompts", "preference_prompts"), ("completions", "demonstrations")
-    prompts = [length for length in _measured(config, run_dir, asked) if length <= rollout.max_prompt_tokens]
-    responses = [min(length, rollout.max_new_tokens) for length in _measured(config, run_dir, said)]
+    plan, most, longest = config.plan, config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
+    prompts = _measured(config, run_dir, ("prompts", "preference_prompts"))
+    responses = _measured(config, run_dir, ("completions", "demonstrations"))
 
-    def first(found: Sequence[int], what: str, stated: int | None, longest: int) -> tuple[int, str]:
+    def first(found: Sequence[int], what: str, stated: int | None, allowed: int) -> tuple[int, str]:
         if found:
             return round(fmean(found)), f"the run's own {what}s"
-        return (stated, f"plan.{what}_tokens") if stated else (longest, f"the longest {what}s allowed")
+        return (stated, f"plan.{what}_tokens") if stated else (allowed, f"the longest {what}s allowed")
 
-    prompt, one = first(prompts, "prompt", plan.prompt_tokens, rollout.max_prompt_tokens)
-    response, other = first(responses, "response", plan.response_tokens, rollout.max_new_tokens)
-    return Lengths(prompt=prompt, response=response, longest=rollout.max_new_tokens, source=f"{one} and {other}")
+    prompt, one = first([n for n in prompts if n <= most], "prompt", plan.prompt_tokens, most)
+    response, other = first([min(n, longest) for n in responses], "response", plan.response_tokens, longest)
+    return Lengths(prompt=prompt, response=response, longest=longest, source=f"{one} and {other}")
 
 
 def _measured(config: Config, run_dir: Path, names: Sequence[str]) -> list[int]:
@@ -72,20 +68,18 @@ def _measured(config: Config, run_dir: Path, names: Sequence[str]) -> list[int]:
     from reward_server.preferences.labeling import read_comparisons
 
     models = config.models
-    for name in names:
-        for folder, template in ((models.sft or run_dir / "sft", None), (models.base, models.chat_template)):
-            if folder is None or not (Path(folder) / "config.json").is_file():
-                continue
-            with contextlib.suppress(ValueError, OSError):
-                encoding, file = ChatEncoding.load(folder, template), data_file(config, run_dir, name)
-                if name.endswith("prompts"):
-                    return [len(encoding.prompt(row.messages)) for row in read_prompts(file)[:_ROWS]]
-                if name == "demonstrations":
-                    texts = [(row.response, True) for row in read_demonstrations(file)]
-                else:
-                    rows = read_comparisons(file)
-                    texts = [one for row in rows for one in zip(row.responses, row.ended, strict=True)]
-                return [len(encoding.response(text, ended)) for text, ended in texts[:_ROWS]]
+    folders = ((models.sft or run_dir / "sft", None), (models.base or "", models.chat_template))
+    known = [(folder, template) for folder, template in folders if (Path(folder) / "config.json").is_file()]
+    for name in names if known else ():
+        with contextlib.suppress(ValueError, OSError):
+            encoding, file = ChatEncoding.load(*known[0]), data_file(config, run_dir, name)
+            if name.endswith("prompts"):
+                return [len(encoding.prompt(row.messages)) for row in read_prompts(file)[:_ROWS]]
+            if name == "demonstrations":
+                said = [(row.response, True) for row in read_demonstrations(file)]
+            else:
+                said = [one for row in read_comparisons(file) for one in zip(row.responses, row.ended, strict=True)]
+            return [len(encoding.response(text, ended)) for text, ended in said[:_ROWS]]
     return []
 
 
@@ -115,18 +109,14 @@ class Counts:
     """of a rank, for these"""
     step_tokens: int
     """that one optimizer step trains on, pretraining text included"""
-    tokens: int
-    """of prompts with their responses, a prompt counted with each"""
-    response_tokens: int
-    """of the responses alone"""
 
     @property
     def numbers(self) -> dict[str, int]:
         """All of them by name, with the totals of the whole stage: the paper has 256,000 episodes."""
         steps, episodes = self.times * self.steps, self.rows * self.samples
-        tokens = steps * self.step_tokens or self.times * self.response_tokens
         sampled = {"prompts": self.rows, "episodes": episodes, "total_episodes": self.times * episodes}
-        return {**asdict(self), **(sampled if self.waves else {}), "total_steps": steps, "total_tokens": tokens}
+        trained = {"total_steps": steps, "total_tokens": steps * self.step_tokens}
+        return asdict(self) | (sampled if self.waves else {}) | (trained if steps else {})
 
 
 def count(config: Config, stage: type[Stage], lengths: Lengths, run_dir: Path, rounds: bool = False) -> Counts | None:
@@ -145,7 +135,7 @@ def count(config: Config, stage: type[Stage], lengths: Lengths, run_dir: Path, r
     rows, samples, times = _rows(config, stage, run_dir, rounds)
     if not rows:
         return None
-    length, size, epochs, steps, budget, sequences = lengths.sequence, 0, 0, 0, 0, 0
+    length, size, steps, sequences = lengths.sequence, 0, 0, 0
     if isinstance(section, PPOConfig):
         if problem := indivisible_batch(config):
             raise ValueError(problem)
@@ -157,49 +147,44 @@ def count(config: Config, stage: type[Stage], lengths: Lengths, run_dir: Path, r
             raise ValueError("one ranked prompt is too few to hold some out: give at least 2")
         size, length = section.prompts_per_batch, samples * length
         steps = section.epochs * math.ceil(rows / size)
-    elif isinstance(section, SFTConfig):
+    elif section:
         size, length = section.batch_size, min(length, section.max_tokens)
         one = ChatExample(ids=(0, 0), loss_mask=(False, True))
         steps = sum(map(len, sft_batches([one] * rows, [one], section)))
-    if section:
-        epochs, budget = section.epochs, section.max_tokens_per_microbatch
+    budget = section.max_tokens_per_microbatch if section else 0
     per_wave = config.rollout.prompts_per_wave * config.cluster.generators
-    sampled = rows * samples if "generator" in stage.processes else 0
     return Counts(
         rows=rows,
         samples=samples,
         times=times,
-        waves=math.ceil(rows / per_wave) if sampled else 0,
-        epochs=epochs,
+        waves=math.ceil(rows / per_wave) if "generator" in stage.processes else 0,
+        epochs=section.epochs if section else 0,
         minibatch=size,
         steps=steps,
         microbatches=pieces([length] * size, budget),
         pretraining_sequences=sequences,
         pretraining_microbatches=pieces([text.sequence_tokens] * sequences, text.max_tokens_per_microbatch or budget),
         step_tokens=size * length + sequences * text.sequence_tokens,
-        tokens=sampled * lengths.sequence,
-        response_tokens=sampled * lengths.response,
     )
 
 
 def _rows(config: Config, stage: type[Stage], run_dir: Path, rounds: bool) -> tuple[int | None, int, int]:
     """(rows, responses to each, how often), by the files that a stage reads."""
     read, plan, most = stage.data(config), config.plan, config.evaluation.prompts
+    there = {name: rows_of(config, name, run_dir) for name in read}
     if "ppo.policy_optimizer" in stage.trained(config):
         return config.ppo.prompts_per_batch, config.rollout.samples_per_prompt, config.ppo.iterations
     if "comparisons" in read or "preference_prompts" in read:
         growing = "comparisons" in read and config.rounds.comparisons == "all"
-        rows = rows_of(config, "comparisons", run_dir) if "comparisons" in read else None
-        rows = rows or rows_of(config, "preference_prompts", run_dir) or plan.ranked_prompts
+        rows = there.get("comparisons") or rows_of(config, "preference_prompts", run_dir) or plan.ranked_prompts
         last = config.rounds.prompts * (config.rounds.count if growing else 1)
         return last if rounds else rows, config.sample.completions_per_prompt, 1
     if "demonstrations" in read:
-        return rows_of(config, "demonstrations", run_dir) or plan.demonstrations, 1, 1
+        return there["demonstrations"] or plan.demonstrations, 1, 1
     if "prompts_valid" in read:
         models = (config.baseline if config.select.model == "baseline" else config.sft).epochs
-        return rows_of(config, "prompts_valid", run_dir), 1, models
-    heldout = min(most, rows_of(config, "prompts_heldout", run_dir) or most) if "prompts_heldout" in read else None
-    return heldout, 1, 1
+        return there["prompts_valid"], 1, models
+    return min(most, there["prompts_heldout"] or most) if "prompts_heldout" in read else None, 1, 1
 
 
 def rows_of(config: Config, name: str, run_dir: Path) -> int | None:

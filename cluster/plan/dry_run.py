@@ -2,9 +2,9 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ from cluster.pipeline.job import Job
 from cluster.pipeline.stage import Stage, preflight
 from cluster.pipeline.stages import STAGES
 from cluster.plan.check import check_config
-from cluster.plan.forecast import Forecast, Step, forecast
+from cluster.plan.forecast import Forecast, forecast
 from cluster.plan.machines import GIB, site_of
-from cluster.plan.memory import kinds, total
+from cluster.plan.memory import Bytes, kinds, total
 from cluster.rundir.record import Start
 from cluster.tracking.tracker import Tracker
 
 _MEASURED = (
-    "Estimates, without starting processes, saving and held-out measurements. On GPUs none of this has been measured; "
-    "on two cores the phases of a quickstart took 0.5 to 1.8 times as long: docs/cluster.md."
+    "Estimates, without start-up, saving and held-out measurements. On GPUs none of this has been measured; on "
+    "CPUs a learner rank's memory was within 25 %, and the phases of a quickstart took 0.5 to 1.8 times as long."
 )
 
 
@@ -96,78 +96,67 @@ def _show(data: Mapping[str, Any], found: Forecast | None, said: Sequence[str], 
         console.print(title, style="bold")
         console.print(table)
     timed = found is not None and any(step.phases for step in found.steps)
-    notes = [f"note: {note}" for note in data.get("notes", ())]
     wrong, good = [f"cannot work: {one}" for one in data["problems"]], "This plan fits." if found else "It can start."
     verdict = [*wrong, f"{'This plan' if found else 'It'} cannot work as it stands." if wrong else good]
     # A terminal has these wrapped, and a file or pipe has them on a line each.
-    for line in (*said, *[_MEASURED] * timed, *notes, *verdict):
+    for line in (*said, *[_MEASURED] * timed, *[f"note: {note}" for note in data.get("notes", ())], *verdict):
         console.print(line, soft_wrap=not console.is_terminal)
     return data["works"]
 
 
 def _tables(found: Forecast) -> Iterator[tuple[str, Sequence[str], Iterable[Sequence[str]]]]:
     """(title, columns, rows)"""
-    yield "", ("", ""), _heading(found)
+    models, device, lengths = found.models, found.site.machines[0].device, found.lengths
+    heading = {
+        "plan of": f"rayward {found.command}",
+        "for": found.site.title,
+        "device": f"{device.name}: {device.flops / 1e12:.3g} Tflop/s in bfloat16, {device.bandwidth / 1e9:,.0f} GB/s, "
+        f"{device.memory / GIB:.1f} GiB ({device.source})",
+        "model": f"{models.policy.name}: {models.policy.parameters:,} parameters",
+        "reward model, critic": f"{models.reward.name}: {models.reward.value_parameters:,}",
+        "tokens": f"{lengths.prompt:,} of a prompt, {lengths.response:,} of a response on average, "
+        f"{lengths.longest:,} at most ({lengths.source})",
+    }
+    yield "", ("", ""), heading.items()
     for step in found.steps:
         if step.batches:
             counts = {name: number for name, number in step.batches.numbers.items() if number > 1}
             yield f"{step.name}: counts", ("", ""), ((name, f"{number:,}") for name, number in counts.items())
     yield "Who runs where", ("process", "on", "GPUs", "CPUs", "threads"), _processes(found)
     for step in found.steps:
-        names = [name.partition("-")[0] for name in step.memory if name.endswith("-0")]
-        if names:
-            yield f"{step.name}: memory of each process in GiB", ("", *names), _memory(found, step)
+        if first := {name: held for name, held in step.memory.items() if name.endswith("-0")}:
+            names = [name.partition("-")[0] for name in first]
+            yield f"{step.name}: memory of each process in GiB", ("", *names), _memory(found, first)
     if any(step.phases for step in found.steps):
         yield "Time", ("phase", "at least", "expect"), _times(found)
 
 
-def _heading(found: Forecast) -> Iterator[tuple[str, str]]:
-    models, device, lengths = found.models, found.site.machines[0].device, found.lengths
-    yield "plan of", f"rayward {found.command}"
-    yield "for", found.site.title
-    yield (
-        "device",
-        f"{device.name}: {device.flops / 1e12:.3g} Tflop/s in bfloat16, {device.bandwidth / 1e9:,.0f} GB/s, "
-        f"{device.memory / GIB:.1f} GiB ({device.source})",
-    )
-    yield "model", f"{models.policy.name}: {models.policy.parameters:,} parameters"
-    if models.reward != models.policy:
-        yield "reward model, critic", f"{models.reward.name}: {models.reward.value_parameters:,}"
-    each = f"{lengths.prompt:,} of a prompt, {lengths.response:,} of a response on average, {lengths.longest:,} at most"
-    yield "tokens", f"{each} ({lengths.source})"
-
-
 def _processes(found: Forecast) -> Iterator[Sequence[str]]:
-    """Neighbours that differ in their number alone are one row: `learner-0 .. 5`."""
-    rows = []
-    for one in found.plan.processes:
-        at = found.placed.at.get(one.name)
-        rows.append((one.name, at[1].name if at else "no place", f"{one.gpus:g}", f"{one.cpus:g}", str(one.threads)))
-    for _, alike in groupby(rows, lambda row: (row[0].partition("-")[0], row[1:])):
-        (first, *more), *rest = alike
-        yield (f"{first} .. {rest[-1][0].partition('-')[2]}" if rest else first, *more)
+    """Neighbours that differ in their number alone are one row."""
+    at = {name: machine.name for name, (_, machine) in found.placed.at.items()}
+    rows = Counter(
+        (one.name.partition("-")[0], at.get(one.name, "no place"), f"{one.gpus:g}", f"{one.cpus:g}", f"{one.threads}")
+        for one in found.plan.processes
+    )
+    for (kind, *more), number in rows.items():
+        yield f"{number} x {kind}", *more
     yield "the command itself", found.site.machines[0].name, "0", "0", "1"
 
 
-def _memory(found: Forecast, step: Step) -> Iterator[Sequence[str]]:
+def _memory(found: Forecast, columns: Mapping[str, Mapping[str, Bytes]]) -> Iterator[Sequence[str]]:
     """A column a kind of process, a row an item: a rank's networks are many, its twins are alike."""
-    columns = [(held, *found.placed.at[name]) for name, held in step.memory.items() if name.endswith("-0")]
-    gpu = any(process.gpus for _, process, _ in columns)
+    at = [found.placed.at[name] for name in columns]
+    gpu = any(process.gpus for process, _ in at)
     for where, title in (("device", "on a GPU"), ("host", "in main memory"))[not gpu :]:
-        for item in dict.fromkeys(item for held, _, _ in columns for item in held):
-            sizes = [getattr(held[item], where) if item in held else 0 for held, _, _ in columns]
-            if any(sizes):
-                yield item, *map(_gib, sizes)
-        yield f"together, {title}", *(_gib(getattr(total(held), where)) for held, _, _ in columns)
-        limits = [
-            machine.memory if where == "host" else machine.device.memory * (process.gpus > 0)
-            for _, process, machine in columns
+        items = dict.fromkeys(item for held in columns.values() for item in held)
+        rows = {item: [getattr(held.get(item, Bytes()), where) for held in columns.values()] for item in items}
+        rows[f"together, {title}"] = [getattr(total(held), where) for held in columns.values()]
+        rows[f"there is {title}"] = [
+            machine.memory if where == "host" else machine.device.memory * (process.gpus > 0) for process, machine in at
         ]
-        yield f"there is {title}", *map(_gib, limits)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size else ""
+        for item, sizes in rows.items():
+            if any(sizes):
+                yield item, *(f"{size / GIB:.2f}" if size else "" for size in sizes)
 
 
 def _times(found: Forecast) -> Iterator[Sequence[str]]:
@@ -175,11 +164,14 @@ def _times(found: Forecast) -> Iterator[Sequence[str]]:
     for step in found.steps:
         for phase in step.phases:
             yield f"{step.name}: {phase.name}", _span(phase.least), _span(phase.expected)
-        all_of_it = step.times * step.least_s, step.times * step.expected_s
         if step.times != 1:
             yield f"{step.name}: once", _span(step.least_s), _span(step.expected_s)
-            yield f"{step.name}: {step.times:g} times", *map(_span, all_of_it)
-        least, expected = least + all_of_it[0], expected + all_of_it[1]
+        least, expected = least + step.times * step.least_s, expected + step.times * step.expected_s
+        yield (
+            f"{step.name}: {step.times:g} x",
+            _span(step.times * step.least_s),
+            _span(step.times * step.expected_s),
+        )
     yield "all of it", _span(least), _span(expected)
 
 

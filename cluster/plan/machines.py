@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cluster.config.schema import Config, NodeConfig
 from cluster.rundir.environment import gpu_lines
@@ -35,15 +36,8 @@ class Device:
 # NVIDIA's data sheets: dense bf16 tensor-core Tflop/s (float16 of V100 and T4), memory GB/s, memory a program sees in
 # GiB, and to a neighbour half of NVLink's two-way GB/s, or of PCIe's where there is no NVLink.
 GPUS = {
-    name: Device(
-        name=name,
-        flops=teraflops * 1e12,
-        bandwidth=bandwidth * 1e9,
-        memory=int(memory * GIB),
-        link=link * 1e9,
-        source="data sheet",
-    )
-    for name, teraflops, bandwidth, memory, link in (
+    name: Device(name=name, flops=f * 1e12, bandwidth=b * 1e9, memory=int(m * GIB), link=n * 1e9, source="data sheet")
+    for name, f, b, m, n in (
         ("V100", 125, 900, 31.7, 150),
         ("T4", 65, 320, 14.6, 16),
         ("A10G", 70, 600, 22.0, 32),
@@ -90,10 +84,10 @@ class Site:
 
 def site_of(config: Config, local: bool = False) -> Site:
     """The described machines, else the cluster, else (or `local`) this machine. Raises ValueError for unknown GPUs."""
-    nodes, address = config.plan.nodes, "local" if local else config.cluster.address
+    address = "local" if local else config.cluster.address
     where = "this machine" if address == "local" else f"the cluster at {address}"
-    if nodes:
-        machines = described(nodes)
+    if config.plan.nodes:
+        machines = described(config.plan.nodes)
         where = f"the {len(machines)} machines in plan.nodes; --plan.nodes '[]' plans for {where}"
     else:
         machines = [this_machine()] if address == "local" else _live_machines(address)
@@ -102,18 +96,13 @@ def site_of(config: Config, local: bool = False) -> Site:
     return Site(title=title, machines=tuple(machines), local=count == 1 and address == "local")
 
 
-def gpu_named(text: str) -> Device | None:
-    """The GPU that a name means, such as "NVIDIA H100 80GB HBM3"; the longest match wins."""
+def gpu_named(text: str) -> Device:
+    """The GPU that a name means, such as "NVIDIA H100 80GB HBM3"; the longest match wins. Raises ValueError."""
     plain = "".join(letter for letter in text.upper() if letter.isalnum())
     if "A100" in plain and "40G" in plain:
         return GPUS["A100-40G"]
-    found = [name for name in GPUS if name.replace("-", "") in plain]
-    return GPUS[max(found, key=len)] if found else None
-
-
-def _known(text: str) -> Device:
-    if found := gpu_named(text):
-        return found
+    if found := [name for name in GPUS if name.replace("-", "") in plain]:
+        return GPUS[max(found, key=len)]
     raise ValueError(
         f"nothing is known of the GPU {text!r}. Describe the machines with --plan.nodes '[{{cpus = 16, memory_gib = "
         f'64, gpus = 1, gpu = "L4"}}]\': one of {", ".join(GPUS)}, or with device_memory_gib, device_tflops and '
@@ -134,25 +123,19 @@ def described(nodes: Sequence[NodeConfig]) -> list[Machine]:
 
 
 def _device(node: NodeConfig) -> Device:
-    memory = node.device_memory_gib if node.gpus else node.memory_gib
-    tflops, gb_s, base = node.device_tflops, node.device_gb_s, gpu_named(node.gpu or "") if node.gpus else None
-    if base is None and tflops and gb_s and memory:
-        base = Device(name=node.gpu or "cores", flops=0, bandwidth=0, memory=0, link=16e9, source="given")
-    elif base is None:
-        base = _known(node.gpu or "") if node.gpus else measured_cores()
-    return replace(
-        base,
-        memory=int(memory * GIB) if memory else base.memory,
-        flops=tflops * 1e12 if tflops else base.flops,
-        bandwidth=gb_s * 1e9 if gb_s else base.bandwidth,
-        source="given" if tflops and gb_s else base.source,
-    )
+    memory, gpu = node.device_memory_gib if node.gpus else node.memory_gib, node.gpu or ""
+    figures = (("memory", memory, GIB), ("flops", node.device_tflops, 1e12), ("bandwidth", node.device_gb_s, 1e9))
+    given: dict[str, Any] = {name: int(figure * unit) for name, figure, unit in figures if figure}
+    if len(given) == 3:
+        link = GPUS[gpu].link if gpu in GPUS else 16e9
+        return Device(name=gpu or "cores", link=link, source="given", **given)
+    return replace(gpu_named(gpu) if node.gpus else measured_cores(), **given)
 
 
 def this_machine() -> Machine:
     """The machine that this process runs on, its memory within the control group's limit, its speed measured."""
     gpus, lines = machine_gpus(), gpu_lines()
-    device = _known(lines[0] if lines else "") if gpus else measured_cores()
+    device = gpu_named(lines[0] if lines else "") if gpus else measured_cores()
     return Machine(name="this machine", cpus=machine_cores(), memory=machine_memory(), gpus=gpus, device=device)
 
 
@@ -164,48 +147,39 @@ def _live_machines(address: str) -> list[Machine]:
     with tempfile.TemporaryDirectory() as logs, start_ray(address, cpus=0, log_dir=Path(logs)):
         nodes = cluster_nodes()
     cores = measured_cores()
+    devices = [gpu_named(node.accelerator or "") if node.gpus else cores for node in nodes]
     return [
-        Machine(
-            name=node.name,
-            cpus=int(node.cpus),
-            memory=int(node.memory),
-            gpus=int(node.gpus),
-            device=_known(node.accelerator or "") if node.gpus else cores,
-        )
-        for node in nodes
+        Machine(name=node.name, cpus=int(node.cpus), memory=int(node.memory), gpus=int(node.gpus), device=device)
+        for node, device in zip(nodes, devices, strict=True)
     ]
 
 
 def measured_cores(seconds: float = 0.25) -> Device:
-    """All cores that this process may use: the best bf16 matrix product, read and copy of about `seconds` each."""
+    """All cores that this process may use: the best bf16 matrix product and the best read of about `seconds` each."""
     import torch
 
     before, cores = torch.get_num_threads(), machine_cores()
+
+    def best(work: Callable[[], object]) -> float:
+        work()
+        fastest, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end:  # the processor's seconds: what else the machine does takes none
+            started = time.process_time()
+            work()
+            fastest = min(fastest, time.process_time() - started)
+        return fastest / cores
+
     torch.set_num_threads(cores)
     try:
-        left, right = (torch.randn(_PRODUCT, _PRODUCT).bfloat16() for _ in range(2))
-        block = torch.ones(2**26)  # 256 MiB: no cache holds it
-        product, read, copy = (
-            _best_seconds(work, seconds) / cores for work in (lambda: left @ right, block.sum, block.clone)
-        )
+        square, block = torch.randn(_PRODUCT, _PRODUCT).bfloat16(), torch.ones(2**26)  # 256 MiB: no cache holds it
+        flops, bandwidth = 2 * _PRODUCT**3 / best(lambda: square @ square), block.nbytes / best(block.sum)
     finally:
         torch.set_num_threads(before)
     return Device(
         name=f"{cores} cores",
-        flops=2 * _PRODUCT**3 / product,
-        bandwidth=block.nbytes / read,
+        flops=flops,
+        bandwidth=bandwidth,
         memory=machine_memory(),
-        link=block.nbytes / copy,
+        link=bandwidth / 2,  # a copy reads and writes
         source="measured here",
     )
-
-
-def _best_seconds(work: Callable[[], object], seconds: float) -> float:
-    """The processor's seconds of the fastest call within about `seconds`: what else the machine does takes none."""
-    work()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        started = time.process_time()
-        work()
-        best = min(best, time.process_time() - started)
-    return best

@@ -1,12 +1,7 @@
-"""The size of a model before it is loaded: exact parameter counts from torch's meta device, keys and values a token.
+"""The size of a model before it is loaded: exact parameter counts from torch's meta device, keys and values a token."""
 
-torch and transformers are imported by whoever counts, so that checks can import this file at no cost.
-"""
-
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,41 +28,37 @@ SIZES: dict[str, dict[str, Any]] = {
 """Sizes that can be named where no config.json is at hand."""
 
 
-class UnknownShape(ValueError):
-    """Nothing says how large the model is."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """What memory and time depend on. Counts are of parameters unless said otherwise."""
 
     name: str
     """folder, hub id or named size"""
-    parameters: int
+    parameters: int = 0
     """of the language model, tied weights once"""
-    head: int
+    head: int = 0
     """in an output head of its own; 0 where it is tied to the embeddings"""
-    layer: int
+    layer: int = 0
     """in one transformer layer"""
-    adapter_width: int
+    adapter_width: int = 0
     """inputs plus outputs of all linear maps of one layer: a LoRA rank costs that many parameters a layer"""
-    layers: int
+    layers: int = 0
     """transformer layers"""
-    hidden: int
+    hidden: int = 0
     """width of the residual stream"""
-    inner: int
+    inner: int = 0
     """width inside the feed-forward block"""
-    gated: bool
+    gated: bool = False
     """the feed-forward block multiplies two inner products (SwiGLU)"""
-    heads: int
+    heads: int = 0
     """attention heads"""
-    kv_heads: int
+    kv_heads: int = 0
     """heads of keys and values"""
-    head_dim: int
+    head_dim: int = 0
     """width of a head"""
-    vocabulary: int
+    vocabulary: int = 0
     """rows of the output head"""
-    positions: int
+    positions: int = 0
     """longest sequence"""
 
     @property
@@ -77,7 +68,7 @@ class Shape:
 
     @property
     def output(self) -> int:
-        """In the output head, its own or the embeddings' once more: what computes at positions that are asked for."""
+        """In the output head, its own or the embeddings' once more."""
         return self.vocabulary * self.hidden
 
     @property
@@ -89,10 +80,6 @@ class Shape:
     def kv_elements(self) -> int:
         """Cached numbers a token: 2 * layers * kv_heads * head_dim."""
         return 2 * self.layers * self.kv_heads * self.head_dim
-
-
-NO_MODEL = Shape(name="none", gated=False, **dict.fromkeys(set(Shape.__slots__) - {"name", "gated"}, 0))
-"""Where no model is needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,43 +95,36 @@ class Models:
 def models_of(config: Config, run_dir: Path, serves: bool = False) -> Models:
     """Shapes of the configured or the run's own folders; where those are not here, of the sizes in `plan`.
 
-    `serves`: a reward model is all that is needed, and none where no part of the score is one. Raises UnknownShape.
+    `serves`: a reward model is all that is needed, and none where no part of the score is one. Raises ValueError.
     """
     models, plan = config.models, config.plan
     sft, reward = (run_dir / name if (run_dir / name / "config.json").is_file() else None for name in ("sft", "reward"))
-    parts = [part.target for part in config.scoring.parts if part.kind == "model"]
-    if serves and not parts:
-        return Models(policy=NO_MODEL, reward=NO_MODEL)
-    rewards = (models.reward, reward, plan.reward_model)
-    first = (
-        _first_known(*parts, *rewards, plan.model) if serves else _first_known(models.sft, sft, models.base, plan.model)
-    )
-    if first is None:
-        what, key, size = ("reward ", "reward", "reward_model") if serves else ("", "base", "model")
-        raise UnknownShape(
-            f"the size of the {what}model is not known: set models.{key} to a folder, or plan.{size} to a size "
-            f"({', '.join(SIZES)})"
-        )
-    return Models(policy=first, reward=first if serves else _first_known(*rewards) or first)
+    rewards = [one for one in (models.reward, reward, plan.reward_model) if one]
+    if serves:
+        parts = [part.target for part in config.scoring.parts if part.kind == "model"]
+        scorer = _first_known("reward_model", *parts, *rewards, plan.model) if parts else Shape(name="none")
+        return Models(policy=scorer, reward=scorer)
+    policy = _first_known("model", models.sft, sft, models.base, plan.model)
+    return Models(policy=policy, reward=_first_known("reward_model", *rewards) if rewards else policy)
 
 
-def _first_known(*sources: Any) -> Shape | None:
-    """The shape of the first source that has one; None without any source. Raises UnknownShape for none of several."""
-    unknown: UnknownShape | None = None
+def _first_known(key: str, *sources: Any) -> Shape:
+    """The shape of the first source that has one. Raises ValueError for none; `key`: what of `plan` would do."""
+    what, folder = ("model", "base") if key == "model" else ("reward model", "reward")
+    sizes = ", ".join(SIZES)
+    errors = [f"the size of the {what} is not known: set models.{folder} to a folder, or plan.{key} to one of {sizes}"]
     for source in filter(None, sources):
         try:
             return shape_of(source)
-        except UnknownShape as error:
-            unknown = unknown or error
-    if unknown is not None:
-        raise unknown
-    return None
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError(errors[:2][-1])  # of the first source, where there is one
 
 
 def shape_of(source: str | Path | Mapping[str, Any]) -> Shape:
     """The shape of a Hugging Face folder or hub id in the cache, a named size, or the fields of a config.json.
 
-    Raises UnknownShape for what is none of these. Nothing is downloaded.
+    Raises ValueError for what is none of these. Nothing is downloaded.
     """
     from transformers import AutoConfig
 
@@ -152,35 +132,30 @@ def shape_of(source: str | Path | Mapping[str, Any]) -> Shape:
     if fields is None and not (Path(name) / "config.json").is_file():
         fields = SIZES.get(name.rpartition("/")[2].lower())
     try:
-        if fields is not None:
-            return _counted(json.dumps(dict(fields)), name)
-        return _counted(AutoConfig.from_pretrained(name, local_files_only=True).to_json_string(), name)
+        config = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(name, local_files_only=True)
+        return _counted(config, name)
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UnknownShape(
+        raise ValueError(
             f"the size of {source} is not known: it is no folder with a config.json, not in the local Hugging Face "
             f"cache, and no size known by name. Set plan.model to one of {', '.join(SIZES)}, or to the fields of a "
             f"config.json with a model_type ({error})"
         ) from error
 
 
-@lru_cache(maxsize=32)
-def _counted(fields: str, name: str) -> Shape:
-    """Build the network without memory for its weights, and count them; `fields`: a config.json."""
+def _counted(config: Any, name: str) -> Shape:
+    """Build the network without memory for its weights, and count them."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    given = json.loads(fields)
-    config = AutoConfig.for_model(given.pop("model_type"), **given)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    text: Any = config.get_text_config()
-    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
+    text = config.get_text_config()
+    heads, hidden = text.num_attention_heads, text.hidden_size
     first = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))[0]
-    maps = [module for module in first.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is None or head.weight is embeddings.weight
+    head = model.get_output_embeddings()
+    tied = head is None or head.weight is model.get_input_embeddings().weight
 
     def numbers(module: Any) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -190,14 +165,14 @@ def _counted(fields: str, name: str) -> Shape:
         parameters=numbers(model),
         head=0 if tied else numbers(head),
         layer=numbers(first),
-        adapter_width=sum(sum(one.weight.shape) for one in maps),
-        layers=int(text.num_hidden_layers),
+        adapter_width=sum(sum(m.weight.shape) for m in first.modules() if isinstance(m, torch.nn.Linear | Conv1D)),
+        layers=text.num_hidden_layers,
         hidden=hidden,
-        inner=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden),
-        gated=any("gate" in module_name for module_name, _ in first.named_modules()),
+        inner=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
+        gated=any("gate" in module for module, _ in first.named_modules()),
         heads=heads,
-        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
-        vocabulary=int(text.vocab_size),
-        positions=int(text.max_position_embeddings),
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        vocabulary=text.vocab_size,
+        positions=text.max_position_embeddings,
     )

@@ -10,12 +10,12 @@ from actors.chat import ChatExample
 from cluster.config.schema import Config
 from cluster.pipeline.stages import STAGES
 from cluster.plan.counts import Counts, Lengths, count, divisors, lengths_of, neighbours, rows_of
-from cluster.plan.forecast import changed
 from learner.config import SFTConfig
 from learner.data.batch import minibatches
 from learner.sft import sft_batches
 from reward_server.encoding import ChatEncoding
 from reward_server.schema import Message
+from tests.settings import settings
 from tests.tiny_models import tiny_causal_lm
 
 LENGTHS = Lengths(prompt=512, response=512, longest=512)
@@ -31,7 +31,7 @@ PAPER = {
 
 
 def counted(stage: str, values: dict[str, Any], lengths: Lengths = LENGTHS, **options: Any) -> Counts:
-    found = count(changed(Config(), values), STAGES[stage], lengths, NOWHERE, **options)
+    found = count(settings(values), STAGES[stage], lengths, NOWHERE, **options)
     assert found is not None
     return found
 
@@ -44,7 +44,6 @@ def test_the_papers_batch():
     assert found.waves == 4  # 512 prompts in waves of 32 to 4 generators
     assert found.microbatches == 8  # 64 of 1,024 tokens, 4 at a time, on 2 ranks
     assert (found.pretraining_sequences, found.pretraining_microbatches) == (512, 128)
-    assert (found.tokens, found.response_tokens) == (512 * 1024, 512 * 512)
     assert found.numbers["total_tokens"] == 500 * (512 * 1024 + 8 * 512 * 2048)
 
 
@@ -79,20 +78,21 @@ def test_sft_steps_are_those_that_the_loop_takes(rows: int, batch: int, share: f
     assert (found.minibatch, found.step_tokens) == (batch, batch * 1024)
 
 
-def test_reward_modelling_holds_prompts_out_and_keeps_completions_together():
+def test_reward_modelling_holds_prompts_out_and_keeps_completions_together(tmp_path: Path):
     values = {"plan.ranked_prompts": 1000, "reward.max_tokens_per_microbatch": 1000}
     found = counted("reward", values, Lengths(prompt=50, response=50, longest=50))
     assert (found.rows, found.steps) == (850, 14)
     assert found.microbatches == 32  # two prompts of 400 tokens each
     assert found.numbers["total_tokens"] == 14 * 64 * 400
+    (tmp_path / "one.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="too few"):
-        counted("reward", {"plan.ranked_prompts": 1})
+        counted("reward", {"data.comparisons": tmp_path / "one.jsonl"})
 
 
 def test_sampling_of_each_kind(tmp_path: Path):
     values = {"plan.ranked_prompts": 100, "rollout.prompts_per_wave": 10, "cluster.generators": 4}
     sample = counted("sample", values)
-    assert (sample.numbers["episodes"], sample.waves, sample.response_tokens) == (400, 3, 400 * 512)
+    assert (sample.numbers["episodes"], sample.waves) == (400, 3)
     assert counted("evaluate", values).rows == 128
     assert count(Config(), STAGES["select"], LENGTHS, NOWHERE) is None  # nobody knows how many prompts there are
     assert count(Config(), STAGES["sft"], LENGTHS, NOWHERE) is None
@@ -101,14 +101,14 @@ def test_sampling_of_each_kind(tmp_path: Path):
     assert counted("sample", rounds, rounds=True).rows == 100
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": 2}\n'))
-    assert rows_of(changed(Config(), {"data.demonstrations": packed}), "demonstrations", NOWHERE) == 2
+    assert rows_of(settings({"data.demonstrations": packed}), "demonstrations", NOWHERE) == 2
 
 
 def test_lengths_without_files_are_those_of_the_settings():
-    config = changed(Config(), {"rollout.max_prompt_tokens": 50, "rollout.max_new_tokens": 30})
-    found = lengths_of(config, NOWHERE)
+    values = {"rollout.max_prompt_tokens": 50, "rollout.max_new_tokens": 30}
+    found = lengths_of(settings(values), NOWHERE)
     assert (found.prompt, found.response, found.longest) == (50, 30, 30)
-    stated = lengths_of(changed(config, {"plan.prompt_tokens": 7, "plan.response_tokens": 5}), NOWHERE)
+    stated = lengths_of(settings(values | {"plan.prompt_tokens": 7, "plan.response_tokens": 5}), NOWHERE)
     assert (stated.prompt, stated.response, stated.longest, stated.sequence) == (7, 5, 30, 12)
     assert "plan.prompt_tokens" in stated.source
 
@@ -126,9 +126,9 @@ def test_lengths_of_files_by_the_models_tokenizer_come_first(tmp_path: Path):
     write("prompts", '{"prompt": "Hi there"}', f'{{"prompt": "{long}"}}')
     write("demonstrations", '{"prompt": "Hi", "response": "yes"}')
     length = len(encoding.prompt([Message(role="user", content="Hi there")]))
-    config = changed(Config(), {"plan.prompt_tokens": 7, "rollout.max_prompt_tokens": length + 1})
-    found = lengths_of(config, tmp_path)
+    values = {"plan.prompt_tokens": 7, "rollout.max_prompt_tokens": length + 1}
+    found = lengths_of(settings(values), tmp_path)
     assert (found.prompt, found.response) == (length, len(encoding.response("yes", ended=True)))
     assert "own prompts" in found.source
     write("completions", '{"id": "c", "prompt": "Hi", "completions": [{"text": "no, not at all", "ended": false}]}')
-    assert lengths_of(changed(config, {"rollout.max_new_tokens": 3}), tmp_path).response == 3  # sampling would cut it
+    assert lengths_of(settings(values | {"rollout.max_new_tokens": 3}), tmp_path).response == 3  # sampling would cut it

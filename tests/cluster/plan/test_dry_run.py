@@ -39,7 +39,7 @@ def test_a_plan_is_printed_and_nothing_is_written(
         "2 cores, 24.0 GiB, 0 GPUs",
         "smollm2-135m: 134,515,008 parameters",
         "total_episodes",
-        "learner-0",
+        "2 x generator",
         "policy: optimizer",
         "update policy",
         "20 of a prompt, 13 of a response on average",

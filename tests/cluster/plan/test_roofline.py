@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from cluster.config.schema import Config
 from cluster.pipeline.stages import STAGES
 from cluster.plan.counts import Counts, Lengths
-from cluster.plan.forecast import changed
 from cluster.plan.machines import GIB, GPUS, Device, Machine
+from cluster.plan.memory import Bytes
 from cluster.plan.roofline import CPU_EFFICIENCY, Phase, Roofline, speed, together
 from cluster.plan.shapes import Models, shape_of
 from cluster.runtime.resources import Process
+from tests.settings import settings
 
 CORES = Device(name="8 cores", flops=8e11, bandwidth=4e10, memory=GIB, link=1e10, source="given")
 CPU = Machine(name="a", cpus=8, memory=GIB, gpus=0, device=CORES)
@@ -43,9 +43,9 @@ def phases(stage: str, machine: Machine, counts: dict[str, int], **values: Any) 
     kinds = ("learner-0", "generator-0", "reward-0")
     at = {name: (Process(name=name, threads=8, cpus=8, gpus=gpus), machine) for name in kinds}
     lengths = Lengths(prompt=1, response=999, longest=999)
-    config = changed(Config(), {key.replace("__", "."): value for key, value in values.items()})
-    models = Models(policy=shape, reward=shape)
-    roofline = Roofline(config=config, models=models, lengths=lengths, at=at, cached=10**9)
+    config = settings({key.replace("__", "."): value for key, value in values.items()})
+    models, cached = Models(policy=shape, reward=shape), {"generator-0": {"keys and values": Bytes(device=1e15)}}
+    roofline = Roofline(config=config, models=models, lengths=lengths, at=at, memory=cached)
     none = dict.fromkeys(Counts.__dataclass_fields__, 0)
     return {phase.name: phase for phase in roofline.phases(STAGES[stage], Counts(**none | counts))}
 
