@@ -95,14 +95,14 @@ def logged(run: Path) -> dict[int, dict[str, float]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = rayward(*command(made, whole))
     assert done.returncode == 0, done.stdout + done.stderr
     start_and_kill(command(made, parts), parts)
     assert main(command(made, parts)[3:]) == 2
-    assert "holds a stage 'ppo' that is begun. Remedy: --resume goes on with it" in capsys.readouterr().err
+    assert "holds a stage 'ppo' that is begun. Remedy: --resume goes on with it" in capfd.readouterr().err
     resumed = rayward(*command(made, parts, "--resume"))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"goes on after iteration 2, from {parts}/checkpoints/ppo/version-000002" in resumed.stdout
@@ -114,6 +114,6 @@ def test_a_run_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
         one, other = ((run / "evaluations" / f"{name}.jsonl").read_text() for run in (whole, parts))
         assert one == other
     assert main(["audit", str(parts), "--json"]) == 0
-    stage = json.loads(capsys.readouterr().out)["stages"]["ppo"]
+    stage = json.loads(capfd.readouterr().out)["stages"]["ppo"]
     assert (stage["trained"], stage["twice"], stage["resumed"], stage["outstanding"]) == (48, 0, 1, 0)
     assert stage["issued"] == 48 + sum(stage["dropped"].values())  # of the kill, and of the wave after the last batch

@@ -195,6 +195,8 @@ def head():
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "PYTHONPATH": "", "PATH": path, name: value, **CANARIES}
     start = ["start", "--head", "--disable-usage-stats", "--num-cpus", "2", "--port", "0"]
     start += ["--dashboard-port", str(port), "--temp-dir", f"/tmp/r{value[:8]}"]
+    # another Ray of this machine may have the agent's default port, and without it no job is taken
+    start += ["--dashboard-agent-listen-port", str(free_port("127.0.0.1"))]
     try:
         for words in (["get-auth-token", "--generate"], start):  # the user's own token, made where there is none
             done = subprocess.run(
