@@ -51,6 +51,8 @@ def _read(data: bytes) -> Iterator[bytes]:
             continue
         _, size, kind = struct.unpack_from("<IHB", data, place)
         place += _HEADER
+        if place + size > len(data):
+            return  # the last record is being written
         parts += data[place : place + size]
         place += size
         if kind in (_FULL, _LAST):
