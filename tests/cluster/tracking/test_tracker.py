@@ -14,9 +14,11 @@ import pytest
 
 from cluster.config.schema import AlertsConfig, TrackingConfig
 from cluster.rundir.history import earlier_run
+from cluster.runtime.health import Monitor
 from cluster.tracking.console import Console
 from cluster.tracking.tracker import Tracker
 from reward_server.address import free_port
+from reward_server.client import Pause, RewardClient
 
 
 class FakeRun:
@@ -262,6 +264,20 @@ def test_an_alert_goes_to_the_console_a_file_and_wandb(tmp_path: Path):
     assert "\nstep 7 of ppo: kl is within its bounds again" in shown.getvalue()
     name = f"{tmp_path.name} ppo: kl"
     assert alerted == [(name, row["text"], "WARN"), (f"{name} is over", over["text"], "INFO")]
+
+
+def test_a_run_that_waits_for_scores_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cluster.tracking.tracker._TICK_S", 0.02)
+    monitor, client = Monitor(), RewardClient("http://127.0.0.1:1")
+    monitor.reward_clients.add(client)
+    client.paused = Pause(since=time.time(), reason="HTTP 503")
+    file, end = tmp_path / "alerts.jsonl", time.monotonic() + 10
+    with Tracker(tmp_path, TrackingConfig(mode="disabled"), "ppo", monitor=monitor):
+        while not file.exists() or not file.read_text().endswith("\n"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    (row,) = rows(file)
+    assert (row["kind"], row["text"].endswith("gives no scores: HTTP 503")) == ("paused", True)
 
 
 def test_prometheus_can_scrape_a_run_while_it_works(tmp_path: Path):
