@@ -14,10 +14,9 @@ import psutil
 
 from cluster.doctor.finding import Finding, judge
 from cluster.rundir.environment import gpu_lines
-from cluster.runtime.resources import machine_cores, machine_gpus, machine_memory
+from cluster.runtime.resources import GIB, machine_cores, machine_gpus, machine_memory
 
 PACKAGES = ("torch", "vllm", "deepspeed", "ray", "transformers", "wandb")
-_GIB = 2**30
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,7 +78,7 @@ def disks(run_dir: Path) -> Iterator[Finding]:
         ("/dev/shm", Path("/dev/shm"), 0.25, 1.0, "Ray and PyTorch share memory there (docker run --shm-size=8g)"),
     ):
         if path.exists():
-            free = shutil.disk_usage(path).free / _GIB
+            free = shutil.disk_usage(path).free / GIB
             says, remedy = f"{free:.1f} GiB free in {path}", f"{why}: make room, at least {enough:g} GiB"
             yield judge(f"disk of {name}", says, remedy, fail=free < fewest, warn=free < enough)
 
@@ -88,8 +87,8 @@ def memory() -> Finding:
     """Main memory that a new process can have, within the limit of the control group."""
     total, free, used = machine_memory(), psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.current")
     free = min(free, total - int(used.read_text())) if used.is_file() else free
-    says, remedy = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free", "end what else uses it; see `rayward plan`"
-    return judge("memory", says, remedy, fail=free < 2 * _GIB, warn=free < total / 2)
+    says, remedy = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free", "end what else uses it; see `rayward plan`"
+    return judge("memory", says, remedy, fail=free < 2 * GIB, warn=free < total / 2)
 
 
 def limits() -> Iterator[Finding]:

@@ -16,10 +16,9 @@ from cluster.config.load import settings
 from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from cluster.plan.counts import indivisible_batch
-from cluster.plan.machines import GIB
 from cluster.plan.memory import Bytes, generator_memory, network_memory, total, width
 from cluster.rundir.inputs import KINDS, Model, check_base, check_data, data_file, model_folder
-from cluster.runtime.resources import machine_gpus, machine_memory, plan_run
+from cluster.runtime.resources import GIB, machine_gpus, machine_memory, plan_run
 from reward_server.bearer import bearer_token
 from reward_server.functions import load_function
 

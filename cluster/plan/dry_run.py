@@ -17,9 +17,10 @@ from cluster.pipeline.stage import Stage, preflight
 from cluster.pipeline.stages import STAGES
 from cluster.plan.check import check_config
 from cluster.plan.forecast import Forecast, forecast
-from cluster.plan.machines import GIB, site_of
+from cluster.plan.machines import site_of
 from cluster.plan.memory import Bytes, kinds, total
 from cluster.rundir.record import Start
+from cluster.runtime.resources import GIB
 from cluster.tracking.tracker import Tracker
 
 _MEASURED = (

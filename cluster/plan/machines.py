@@ -9,9 +9,8 @@ from typing import Any
 
 from cluster.config.schema import Config, NodeConfig
 from cluster.rundir.environment import gpu_lines
-from cluster.runtime.resources import machine_cores, machine_gpus, machine_memory
+from cluster.runtime.resources import GIB, machine_cores, machine_gpus, machine_memory
 
-GIB = 2**30
 _PRODUCT = 1024  # rows of the matrices whose product is timed
 
 

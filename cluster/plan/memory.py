@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from cluster.plan.counts import section_of
-from cluster.plan.machines import GIB, Machine
+from cluster.plan.machines import Machine
 from cluster.plan.shapes import Models, Shape
 from cluster.runtime.fitting import Placed
-from cluster.runtime.resources import Kind
+from cluster.runtime.resources import GIB, Kind
 from learner.config import NetworkConfig, OptimizerConfig, RewardModelingConfig, SFTConfig
 
 LIVE_PARAMETERS = 10**9  # that ZeRO-3 gathers at once at most (DeepSpeed's stage3_max_live_parameters)

@@ -16,8 +16,8 @@ import torch
 
 from cluster.doctor import machine
 from cluster.doctor.finding import Finding
+from cluster.runtime.resources import GIB
 
-GIB = 2**30
 FINE: dict[tuple[Any, str], Any] = {
     (platform, "python_version"): "3.11.9",
     (machine, "gpu_lines"): ["NVIDIA H100, 81559 MiB, 570.1"],

@@ -11,7 +11,8 @@ from cluster.config.schema import Config
 from cluster.pipeline.stages import STAGES
 from cluster.plan.dry_run import foresee
 from cluster.plan.forecast import Forecast, forecast
-from cluster.plan.machines import GIB, GPUS, Device, Machine, Site
+from cluster.plan.machines import GPUS, Device, Machine, Site
+from cluster.runtime.resources import GIB
 
 CORES = Device(name="2 cores", flops=4e11, bandwidth=3e10, memory=24 * GIB, link=15e9, source="given")
 

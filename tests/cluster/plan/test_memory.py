@@ -11,7 +11,7 @@ import torch
 
 from cluster.config.schema import Config
 from cluster.pipeline.stages import STAGES
-from cluster.plan.machines import GIB, GPUS, Machine
+from cluster.plan.machines import GPUS, Machine
 from cluster.plan.memory import (
     Bytes,
     Network,
@@ -25,7 +25,7 @@ from cluster.plan.memory import (
 )
 from cluster.plan.shapes import Models, shape_of
 from cluster.runtime.fitting import place_processes
-from cluster.runtime.resources import Process
+from cluster.runtime.resources import GIB, Process
 from learner.config import NetworkConfig, OptimizerConfig
 from learner.data.batch import collate
 from learner.worker.networks import load_network

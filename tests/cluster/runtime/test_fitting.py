@@ -1,9 +1,9 @@
 import pytest
 
 from cluster.config.schema import ClusterConfig, Config
-from cluster.plan.machines import GIB, GPUS, Machine
+from cluster.plan.machines import GPUS, Machine
 from cluster.runtime.fitting import place_processes, plan_cluster
-from cluster.runtime.resources import Process
+from cluster.runtime.resources import GIB, Process
 
 
 def machine(name: str, gpus: int, cpus: int = 16, memory: int = 64 * GIB) -> Machine:
