@@ -170,21 +170,24 @@ def count(config: Config, stage: type[Stage], lengths: Lengths, run_dir: Path, r
 
 def _rows(config: Config, stage: type[Stage], run_dir: Path, rounds: bool) -> tuple[int | None, int, int]:
     """(rows, responses to each, how often), by the files that a stage reads."""
-    read, plan, most = stage.data(config), config.plan, config.evaluation.prompts
-    there = {name: rows_of(config, name, run_dir) for name in read}
+    read, plan = stage.data(config), config.plan
+
+    def there(name: str) -> int | None:
+        return rows_of(config, name, run_dir) if name in read else None
+
     if "ppo.policy_optimizer" in stage.trained(config):
         return config.ppo.prompts_per_batch, config.rollout.samples_per_prompt, config.ppo.iterations
     if "comparisons" in read or "preference_prompts" in read:
         growing = "comparisons" in read and config.rounds.comparisons == "all"
-        rows = there.get("comparisons") or rows_of(config, "preference_prompts", run_dir) or plan.ranked_prompts
+        rows = there("comparisons") or rows_of(config, "preference_prompts", run_dir) or plan.ranked_prompts
         last = config.rounds.prompts * (config.rounds.count if growing else 1)
         return last if rounds else rows, config.sample.completions_per_prompt, 1
     if "demonstrations" in read:
-        return there["demonstrations"] or plan.demonstrations, 1, 1
+        return there("demonstrations") or plan.demonstrations, 1, 1
     if "prompts_valid" in read:
-        models = (config.baseline if config.select.model == "baseline" else config.sft).epochs
-        return there["prompts_valid"], 1, models
-    return min(most, there["prompts_heldout"] or most) if "prompts_heldout" in read else None, 1, 1
+        return there("prompts_valid"), 1, (config.baseline if config.select.model == "baseline" else config.sft).epochs
+    most = config.evaluation.prompts
+    return min(most, there("prompts_heldout") or most) if "prompts_heldout" in read else None, 1, 1
 
 
 def rows_of(config: Config, name: str, run_dir: Path) -> int | None:

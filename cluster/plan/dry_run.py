@@ -124,10 +124,9 @@ def _tables(found: Forecast) -> Iterator[tuple[str, Sequence[str], Iterable[Sequ
             counts = {name: number for name, number in step.batches.numbers.items() if number > 1}
             yield f"{step.name}: counts", ("", ""), ((name, f"{number:,}") for name, number in counts.items())
     yield "Who runs where", ("process", "on", "GPUs", "CPUs", "threads"), _processes(found)
-    for step in found.steps:
-        if first := {name: held for name, held in step.memory.items() if name.endswith("-0")}:
-            names = [name.partition("-")[0] for name in first]
-            yield f"{step.name}: memory of each process in GiB", ("", *names), _memory(found, first)
+    for step in found.steps:  # of each kind of process the first: its twins are alike
+        if first := {name.partition("-")[0]: held for name, held in step.memory.items() if name.endswith("-0")}:
+            yield f"{step.name}: memory of each process in GiB", ("", *first), _memory([*first.values()])
     if any(step.phases for step in found.steps):
         yield "Time", ("phase", "at least", "expect"), _times(found)
 
@@ -144,36 +143,22 @@ def _processes(found: Forecast) -> Iterator[Sequence[str]]:
     yield "the command itself", found.site.machines[0].name, "0", "0", "1"
 
 
-def _memory(found: Forecast, columns: Mapping[str, Mapping[str, Bytes]]) -> Iterator[Sequence[str]]:
-    """A column a kind of process, a row an item: a rank's networks are many, its twins are alike."""
-    at = [found.placed.at[name] for name in columns]
-    gpu = any(process.gpus for process, _ in at)
-    for where, title in (("device", "on a GPU"), ("host", "in main memory"))[not gpu :]:
-        items = dict.fromkeys(item for held in columns.values() for item in held)
-        rows = {item: [getattr(held.get(item, Bytes()), where) for held in columns.values()] for item in items}
-        rows[f"together, {title}"] = [getattr(total(held), where) for held in columns.values()]
-        rows[f"there is {title}"] = [
-            machine.memory if where == "host" else machine.device.memory * (process.gpus > 0) for process, machine in at
-        ]
-        for item, sizes in rows.items():
-            if any(sizes):
-                yield item, *(f"{size / GIB:.2f}" if size else "" for size in sizes)
+def _memory(columns: Sequence[Mapping[str, Bytes]]) -> Iterator[Sequence[str]]:
+    """A column a process, a row an item."""
+    for where, title in (("device", "on a GPU"), ("host", "in main memory")):
+        rows = {
+            item: [getattr(held.get(item, Bytes()), where) for held in columns] for held in columns for item in held
+        }
+        rows[f"together, {title}"] = [getattr(total(held), where) for held in columns]
+        yield from ((item, *(f"{n / GIB:.2f}" if n else "" for n in row)) for item, row in rows.items() if any(row))
 
 
 def _times(found: Forecast) -> Iterator[Sequence[str]]:
-    least = expected = 0.0
     for step in found.steps:
-        for phase in step.phases:
-            yield f"{step.name}: {phase.name}", _span(phase.least), _span(phase.expected)
-        if step.times != 1:
-            yield f"{step.name}: once", _span(step.least_s), _span(step.expected_s)
-        least, expected = least + step.times * step.least_s, expected + step.times * step.expected_s
-        yield (
-            f"{step.name}: {step.times:g} x",
-            _span(step.times * step.least_s),
-            _span(step.times * step.expected_s),
-        )
-    yield "all of it", _span(least), _span(expected)
+        yield from ((f"{step.name}: {phase.name}", _span(phase.least), _span(phase.expected)) for phase in step.phases)
+        yield f"{step.name}: {step.times:g} x", _span(step.times * step.least_s), _span(step.times * step.expected_s)
+    sums = (sum(step.times * getattr(step, which) for step in found.steps) for which in ("least_s", "expected_s"))
+    yield "all of it", *map(_span, sums)
 
 
 def _span(seconds: float) -> str:

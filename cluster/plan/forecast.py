@@ -80,7 +80,9 @@ def forecast(config: Config, site: Site, command: str, stages: Stages, run_dir: 
         except ValueError as error:
             problems.append(str(error))
             batches = None
-        roofline = Roofline(config=config, models=models, lengths=lengths, at=placed.at, memory=memory)
+        cache = memory.get("generator-0", {}).get("keys and values", Bytes())
+        cached = cache.device + cache.host
+        roofline = Roofline(config=config, models=models, lengths=lengths, at=placed.at, cached=cached)
         phases, times = (
             [] if placed.unplaced else roofline.phases(stage, batches),
             float(batches.times if batches else 1),
@@ -89,19 +91,10 @@ def forecast(config: Config, site: Site, command: str, stages: Stages, run_dir: 
             growing = stage.name == "reward" and config.rounds.comparisons == "all"
             times *= (config.rounds.count + 1) / 2 if growing else config.rounds.count
         least, expected = together(phases, config.ppo.max_staleness)
-        timed = {"phases": phases, "least_s": least, "expected_s": expected, "times": times}
-        steps.append(Step(name=stage.name, batches=batches, memory=memory, **timed))
-    return Forecast(
-        command=command,
-        site=site,
-        models=models,
-        lengths=lengths,
-        plan=plan,
-        placed=placed,
-        steps=steps,
-        problems=[*dict.fromkeys(problems)],
-        notes=[*_notes(plan, placed, site, stages)],
-    )
+        seconds = {"phases": phases, "least_s": least, "expected_s": expected, "times": times}
+        steps.append(Step(name=stage.name, batches=batches, memory=memory, **seconds))
+    found = {"problems": [*dict.fromkeys(problems)], "notes": [*_notes(placed)], "steps": steps}
+    return Forecast(command=command, site=site, models=models, lengths=lengths, plan=plan, placed=placed, **found)
 
 
 def _processes(config: Config, site: Site, stages: Stages) -> Plan:
@@ -118,7 +111,7 @@ def _placement_problems(plan: Plan, placed: Placed[Machine], site: Site, stages:
     """Threads, GPUs and bundles that are too many; copies of `rayward serve` only get slower with more threads."""
     if placed.unplaced:
         more = len(placed.unplaced) - 1
-        yield placed.unplaced[0] + (f". So it is with {more} more bundles" if more else "")
+        yield placed.unplaced[0] + f". So it is with {more} more bundles" * bool(more)
     elif len(site.machines) == 1 and "serve" not in stages[0].sections:
         try:
             check(plan, cores=site.machines[0].cpus, gpus=site.machines[0].gpus)
@@ -158,11 +151,8 @@ def _parallel(shape: Shape, size: int) -> bool:
     return shape.heads % size == 0 and (shape.kv_heads % size == 0 or size % shape.kv_heads == 0)
 
 
-def _notes(plan: Plan, placed: Placed[Machine], site: Site, stages: Stages) -> Iterator[str]:
+def _notes(placed: Placed[Machine]) -> Iterator[str]:
     """What works, but not as somebody may think."""
-    threads, cores = sum(one.threads for one in plan.processes), sum(machine.cpus for machine in site.machines)
-    if "serve" in stages[0].sections and threads > cores:
-        yield f"the copies have {threads} threads on {cores} cores: beyond the cores all of them run slower"
     sender = set(placed.devices.get("learner-0", ()))
     beside = [name for name, at in placed.devices.items() if name.startswith("generator-") and sender & set(at)]
     if beside:

@@ -160,7 +160,6 @@ def measured_cores(seconds: float = 0.25) -> Device:
     before, cores = torch.get_num_threads(), machine_cores()
 
     def best(work: Callable[[], object]) -> float:
-        work()
         fastest, end = float("inf"), time.perf_counter() + seconds
         while time.perf_counter() < end:  # the processor's seconds: what else the machine does takes none
             started = time.process_time()
@@ -174,11 +173,5 @@ def measured_cores(seconds: float = 0.25) -> Device:
         flops, bandwidth = 2 * _PRODUCT**3 / best(lambda: square @ square), block.nbytes / best(block.sum)
     finally:
         torch.set_num_threads(before)
-    return Device(
-        name=f"{cores} cores",
-        flops=flops,
-        bandwidth=bandwidth,
-        memory=machine_memory(),
-        link=bandwidth / 2,  # a copy reads and writes
-        source="measured here",
-    )
+    figures = {"flops": flops, "bandwidth": bandwidth, "link": bandwidth / 2}  # a copy reads and writes
+    return Device(name=f"{cores} cores", memory=machine_memory(), source="measured here", **figures)

@@ -1,8 +1,4 @@
-"""What each process of a run holds in memory: weights, gradients, optimizer, activations, logits, cache, overhead.
-
-A learner rank's is held against a real one on a CPU in tests/cluster/plan/test_memory.py; on a GPU nothing of this
-has been measured.
-"""
+"""What each process holds in memory. Held against a real learner rank on a CPU by its test; on GPUs not measured."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +17,9 @@ GPU_CONTEXT = GIB  # of a GPU process before any tensor, with fragments; a guess
 ENGINE_OVERHEAD = 2 * GIB  # of vLLM on a GPU beside weights and cached keys; a guess too
 HOST_PROCESS = int(1.2 * GIB)  # main memory of any process that imported torch; measured 0.5 to 1.2 GiB on a CPU
 OBJECT_STORE = GIB // 4  # of Ray's object store and daemons; a local Ray has exactly this store
-
 _REMEDIES = {
-    "learner": "Lower {0}.max_tokens_per_microbatch, set {0}.network.gradient_checkpointing or {0}.network.lora_rank, "
-    "or raise zero_stage and cluster.learner_ranks",
-    "generator": "Lower generator.kv_cache_gib (on a GPU generator.gpu_memory_utilization) or cluster.generators, or "
-    "raise generator.tensor_parallel_size",
+    "learner": "Lower {0}.max_tokens_per_microbatch, set {0}.network.lora_rank, or raise cluster.learner_ranks",
+    "generator": "Lower generator.kv_cache_gib and gpu_memory_utilization, or raise generator.tensor_parallel_size",
     "reward": "Lower scoring.max_batch_tokens or the number of replicas",
 }
 
@@ -56,9 +49,9 @@ class Network:
     """One network on the learner's ranks."""
 
     name: str
-    """policy, reference, critic or reward"""
+    """policy, reference, critic or reward; the last two have a scalar head, which is always trained"""
     shape: Shape
-    """its size; a critic or reward model has a scalar head instead of the output head"""
+    """its size"""
     config: NetworkConfig
     """what of it is trained"""
     optimizer: OptimizerConfig
@@ -68,28 +61,8 @@ class Network:
 
     @property
     def scalar(self) -> bool:
-        """Whether it has a scalar head, which is always trained."""
+        """Whether it has a scalar head instead of the output head."""
         return self.name in ("critic", "reward")
-
-    @property
-    def parameters(self) -> int:
-        """All of them, adapters included."""
-        return (self.shape.value_parameters if self.scalar else self.shape.parameters) + self._adapters
-
-    @property
-    def trained(self) -> int:
-        """Those that the optimizer moves. LoRA (Hu et al. 2021): rank * (in + out) for a map of [out, in]."""
-        if self.frozen:
-            return 0
-        if self.config.lora_rank or self.config.last_layers:
-            layers = 0 if self.config.lora_rank else self.layers * self.shape.layer
-            return self._adapters + layers + (self.shape.hidden if self.scalar else 0)
-        return self.parameters
-
-    @property
-    def computing(self) -> int:
-        """Those that compute for a token: embeddings are looked up, and an output head counts once."""
-        return self.shape.body + (0 if self.scalar else self.shape.output)
 
     @property
     def layers(self) -> int:
@@ -97,25 +70,40 @@ class Network:
         return min(self.config.last_layers or self.shape.layers, self.shape.layers)
 
     @property
-    def _adapters(self) -> int:
+    def adapters(self) -> int:
+        """Parameters of LoRA (Hu et al. 2021): rank * (in + out) for a map of [out, in]."""
         return self.config.lora_rank * self.shape.adapter_width * self.layers
+
+    @property
+    def parameters(self) -> int:
+        """All of them, adapters included."""
+        return (self.shape.value_parameters if self.scalar else self.shape.parameters) + self.adapters
+
+    @property
+    def trained(self) -> int:
+        """Those that the optimizer moves."""
+        lora, last = self.config.lora_rank, self.config.last_layers
+        part = self.adapters + (0 if lora else self.layers * self.shape.layer) + self.scalar * self.shape.hidden
+        return 0 if self.frozen else part if lora or last else self.parameters
+
+    @property
+    def computing(self) -> int:
+        """Those that compute for a token: embeddings are looked up, and an output head counts once."""
+        return self.shape.body + (0 if self.scalar else self.shape.output)
 
 
 def networks(config: Config, models: Models, stage: type[Stage]) -> list[Network]:
     """The networks on the learner's ranks. Who has generators too compares a policy with its reference."""
-    found, ppo = [], config.ppo
-    for key, (network, optimizer) in stage.trained(config).items():
-        section, _, name = key.partition(".")
-        name = section if section == "reward" else name.removesuffix("optimizer").rstrip("_") or "policy"
-        shape = models.reward if name == "critic" else models.policy  # a reward model starts as the SFT model
-        found.append(Network(name=name, shape=shape, config=network, optimizer=optimizer))
+    found, ppo = dict[str, Network](), config.ppo
     if "learner" in stage.processes and "generator" in stage.processes:  # laid out as the policy is
-        policy, reference = (
-            Network(name=name, shape=models.policy, config=ppo.network, optimizer=ppo.policy_optimizer, frozen=True)
-            for name in ("policy", "reference")
-        )
-        found = [*(found[:1] or [policy]), reference, *found[1:]]
-    return found
+        for name in ("policy", "reference"):
+            layout = {"config": ppo.network, "optimizer": ppo.policy_optimizer}
+            found[name] = Network(name=name, shape=models.policy, frozen=True, **layout)
+    for key, (network, optimizer) in stage.trained(config).items():
+        name = {"ppo.critic_optimizer": "critic", "reward.optimizer": "reward"}.get(key, "policy")
+        shape = models.reward if name == "critic" else models.policy  # a reward model starts as the SFT model
+        found[name] = Network(name=name, shape=shape, config=network, optimizer=optimizer)
+    return [*found.values()]
 
 
 def kinds(stage: type[Stage]) -> tuple[Kind, ...]:
@@ -153,13 +141,12 @@ def _kept(optimizer: OptimizerConfig, size: float) -> Bytes:
 def activation_bytes(shape: Shape, tokens: int, weight: int, checkpointing: bool, layers: int) -> float:
     """What the forward pass of `tokens` keeps for the backward pass of the last `layers` layers.
 
-    Counted as Korthikanti et al. 2022 (section 4) do, for the layers that transformers builds: attention that keeps
-    no T x T matrix, no dropout. Llama's kind (a gated block) has norms in float32; GPT-2's has its GELU in five parts.
-    Checkpointing keeps a layer's input alone, and the whole of one layer.
+    Counted as Korthikanti et al. 2022 (section 4) do: attention that keeps no T x T matrix, no dropout, norms in
+    float32. Checkpointing keeps a layer's input alone, and the whole of one layer.
     """
-    norm = ((4 if shape.gated else 0) + weight) * shape.hidden
+    norm = (4 + weight) * shape.hidden
     attention = 4 * weight * shape.heads * shape.head_dim  # queries, keys and values of all heads, and the result
-    layer = 2 * (norm + weight * shape.hidden) + attention + (4 if shape.gated else 5) * weight * shape.inner
+    layer = 2 * (norm + weight * shape.hidden) + attention + 4 * weight * shape.inner
     kept = layers * weight * shape.hidden + layer if checkpointing else layers * layer
     return float(tokens * (kept + norm))
 
@@ -228,13 +215,13 @@ def held(config: Config, models: Models, placed: Placed[Machine], stage: type[St
     """What every process of a stage holds at its fullest, by its name; those without a place are left out."""
     found = {}
     for name, (process, machine) in placed.at.items():
-        if name.startswith(kinds(stage)):
-            if name.startswith("generator"):
+        if (kind := name.partition("-")[0]) in kinds(stage):
+            if kind == "generator":
                 items = generator_memory(config, models.policy.parameters, machine)
-            elif name.startswith("learner"):
-                items = learner_memory(config, models, stage)
             else:
-                items = reward_memory(config, models.reward)
+                items = (
+                    learner_memory(config, models, stage) if kind == "learner" else reward_memory(config, models.reward)
+                )
             found[name] = items if process.gpus else on_cpu(items)
     return found
 
@@ -246,24 +233,21 @@ def on_cpu(items: Mapping[str, Bytes]) -> dict[str, Bytes]:
 
 def misfits(held: Mapping[str, Mapping[str, Bytes]], placed: Placed[Machine], section: str) -> Iterator[str]:
     """Every device and machine whose processes need more memory than it has, in words; `section`: the learner's."""
-    users: dict[str, list[str]] = {}
+    places = {place: name for name in held for place in (*placed.devices[name], placed.at[name][1].name)}
     for name, items in held.items():
-        for place in (*placed.devices[name], placed.at[name][1].name):
-            users.setdefault(place, []).append(name)
         if (cached := items.get("keys and values", Bytes()).device) < 0:
             yield (
                 f"{name}'s weights leave nothing of its share to keys and values: {-cached / GIB:.1f} GiB are missing. "
                 "Raise generator.gpu_memory_utilization or generator.tensor_parallel_size"
             )
-    for place, names in users.items():
-        machine, gpu = placed.at[names[0]][1], place in placed.devices[names[0]]
+    for place, user in places.items():
+        machine, gpu = placed.at[user][1], place in placed.devices[user]
         what, limit = (place, machine.device.memory) if gpu else (f"the main memory of {place}", machine.memory)
+        names = [name for name in held if place in (*placed.devices[name], placed.at[name][1].name)]
         sizes = {(name, item): size.device if gpu else size.host for name in names for item, size in held[name].items()}
-        needed = sum(sizes.values()) + (0 if gpu else HOST_PROCESS + OBJECT_STORE)
-        if needed > limit:
+        if (needed := sum(sizes.values()) + (0 if gpu else HOST_PROCESS + OBJECT_STORE)) > limit:
             name, item = max(sizes, key=lambda one: sizes[one])
-            remedy = _REMEDIES[name.partition("-")[0]].format(section)
             yield (
-                f"{what} has {limit / GIB:.1f} GiB and needs {needed / GIB:.1f}, the most of it for {name}'s {item}: "
-                f"{sizes[name, item] / GIB:.1f}. {remedy}, or use larger machines"
+                f"{what} has {limit / GIB:.1f} GiB and needs {needed / GIB:.1f}, {sizes[name, item] / GIB:.1f} of it "
+                f"for {name}'s {item}. {_REMEDIES[name.partition('-')[0]].format(section)}, or use larger machines"
             )

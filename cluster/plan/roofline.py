@@ -12,7 +12,7 @@ from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from cluster.plan.counts import Counts, Lengths
 from cluster.plan.machines import Machine
-from cluster.plan.memory import Bytes, Network, networks, width
+from cluster.plan.memory import Network, networks, width
 from cluster.plan.shapes import Models
 from cluster.runtime.resources import Process
 
@@ -20,8 +20,6 @@ CPU_EFFICIENCY = 0.2
 """Of a matrix product's rate, for whole phases: chosen by one quickstart on two cores (docs/cluster.md)."""
 CPU_PUBLISH = 1e8
 """Bytes of published weights a second that CPUs check, load and pack: 2.9 s for 269 MB to two engines on two cores."""
-ADAM_TRAFFIC = 28
-"""Bytes of memory traffic a parameter in an Adam step: gradient, master weight and two means read, three written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,25 +63,22 @@ class Roofline:
     """of prompts and responses"""
     at: Mapping[str, tuple[Process, Machine]]
     """where each process is"""
-    memory: Mapping[str, Mapping[str, Bytes]]
-    """what each of them holds"""
+    cached: float
+    """bytes of keys and values that an engine can hold"""
 
     def phases(self, stage: type[Stage], counts: Counts | None) -> list[Phase]:
         """In order, those of `Counts`; of a stage that only scores, one full batch. None where nothing is counted."""
         if counts is None:
             return self._score(self.config.scoring.max_batch_tokens) if "serve" in stage.sections else []
-        tokens = counts.rows * counts.samples * self.lengths.sequence
-        found, samples = [], "generator" in stage.processes
-        if samples:
-            found.append(self._generate(counts))
+        tokens, samples = counts.rows * counts.samples * self.lengths.sequence, "generator" in stage.processes
+        found = [self._generate(counts)] if samples else []
         if "reward" in stage.processes:
             found += self._score(tokens)
         if "learner" in stage.processes:
             used = networks(self.config, self.models, stage)
-            passes = counts.steps // max(1, counts.epochs) * counts.microbatches or 1
             if samples:  # log-probs and values, without gradients: 2 N T / F of all networks
-                operations = 2 * tokens * sum(one.computing for one in used)
-                found.append(self._learn("evaluate", used, operations, 0, passes))
+                passes = counts.steps // max(1, counts.epochs) * counts.microbatches or 1
+                found.append(self._learn("evaluate", used, 2 * tokens * sum(one.computing for one in used), 0, passes))
             found += [self._update(one, counts) for one in used if not one.frozen]
             if samples and counts.steps:
                 found.append(self._publish(used[0]))
@@ -102,15 +97,14 @@ class Roofline:
         config, shape, lengths = self.config, self.models.policy, self.lengths
         process, machine = self.at["generator-0"]
         flops, bandwidth = speed(process, machine, config.generator.dtype)
-        wide, held = width(config.generator.dtype), self.memory["generator-0"]["keys and values"]
-        parts = min(config.generator.tensor_parallel_size, shape.kv_heads)  # a device has a part of the heads
         each = -(-counts.rows * counts.samples // config.cluster.generators)
         wave = config.rollout.prompts_per_wave * counts.samples * config.rollout.waves_in_flight
-        sequence = wide * shape.kv_elements * (lengths.prompt + lengths.longest) / parts
-        at_once = max(1, min(wave, config.generator.max_num_seqs, each, int((held.device + held.host) / sequence)))
+        parts = min(config.generator.tensor_parallel_size, shape.kv_heads)  # a device holds its part of the heads
+        longest = width(config.generator.dtype) * shape.kv_elements * (lengths.prompt + lengths.longest) / parts
+        at_once = max(1, min(wave, config.generator.max_num_seqs, each, int(self.cached / longest)))
         # Responses end one by one, so fewer sequences are decoded in a step on average than at first.
         running, context = at_once * lengths.response / lengths.longest, lengths.prompt + lengths.response / 2
-        read = wide * (shape.parameters + running * context * shape.kv_elements)
+        read = width(config.generator.dtype) * (shape.parameters + running * context * shape.kv_elements)
         step = max(read / bandwidth, 2 * shape.parameters * running / flops)
         prefill = 2 * shape.body * at_once * lengths.prompt / flops
         return self._phase("generate", machine, math.ceil(each / at_once) * (prefill + lengths.longest * step))
@@ -121,16 +115,13 @@ class Roofline:
         process, machine = self.at["reward-0"]
         if not size or (machine.gpus and not process.gpus):
             return []
-        # Each replica scores a wave of its own.
-        replicas, generators = (sum(name.startswith(kind) for name in self.at) for kind in ("reward-", "generator-"))
-        busy = min(replicas, generators * self.config.rollout.waves_in_flight) or 1
         flops, _ = speed(process, machine, self.config.scoring.dtype)
-        return [self._phase("score", machine, 2 * size * tokens / flops / busy)]
+        replicas = sum(name.startswith("reward-") for name in self.at)
+        return [self._phase("score", machine, 2 * size * tokens / flops / replicas)]
 
     def _update(self, network: Network, counts: Counts) -> Phase:
-        """2 N T forward, 2 N T and 2 N' T backward, N' with a gradient: 6 N T where all is trained, and Adam's memory.
-
-        (Kaplan et al. 2020, section 2.1.)
+        """2 N T forward, 2 N T and 2 N' T backward, N' with a gradient: 6 N T where all is trained (Kaplan et al. 2020,
+        section 2.1).
         """
         text, size = counts.pretraining_sequences * self.config.ppo.pretraining.sequence_tokens, network.computing
         tokens, pieces = counts.step_tokens, counts.microbatches + counts.pretraining_microbatches
@@ -142,18 +133,14 @@ class Roofline:
         return self._learn(f"update {network.name}", [network], operations, counts.steps, 2 * counts.steps * pieces)
 
     def _learn(self, name: str, used: Sequence[Network], operations: float, steps: int, passes: int) -> Phase:
-        """Of all ranks: operations, Adam's steps, a ring all-reduce of the gradients in each, of which 2 (n - 1) / n
-        cross every link (Patarasuk & Yuan 2009), and the weights that ZeRO-3 gathers in each pass.
+        """Operations of all ranks, a ring all-reduce of the gradients in each step, of which 2 (n - 1) / n cross every
+        link (Patarasuk & Yuan 2009), and the weights that ZeRO-3 gathers in each pass.
         """
         ranks, (process, machine) = self.config.cluster.learner_ranks, self.at["learner-0"]
-        flops, bandwidth = speed(process, machine, used[0].config.dtype)
-        computing, moved = operations / ranks / flops, 0.0
-        for one in used:
-            sharing = ranks if one.optimizer.zero_stage else 1
-            computing += steps * ADAM_TRAFFIC * one.trained / sharing / bandwidth
-            gathered = passes * width(one.config.dtype) * one.parameters * (one.optimizer.zero_stage == 3)
-            moved += (steps * 2 * 4 * one.trained + gathered) * (1 - 1 / ranks)
-        return self._phase(name, machine, computing, moved / self._link("learner-"))
+        flops, _ = speed(process, machine, used[0].config.dtype)
+        gathered = sum(width(one.config.dtype) * one.parameters for one in used if one.optimizer.zero_stage == 3)
+        moved = (passes * gathered + steps * 2 * 4 * sum(one.trained for one in used)) * (1 - 1 / ranks)
+        return self._phase(name, machine, operations / ranks / flops, moved / self._link("learner-"))
 
     def _publish(self, policy: Network) -> Phase:
         """N b over a link; a broadcast costs its slowest receiver little more than one transfer."""

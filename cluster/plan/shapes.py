@@ -7,13 +7,14 @@ from typing import Any
 
 from cluster.config.schema import Config
 
-_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_MORE = ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
+_FIELDS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"),
+)
+# As in config.json on the hub; GPT-3 from Brown et al. 2020, table 2.1, but for 16 heads, as 24 do not divide 2048.
 SIZES: dict[str, dict[str, Any]] = {
-    # As in config.json on the hub; GPT-3 from Brown et al. 2020, table 2.1 (InstructGPT's sizes), where the heads of
-    # the 1.3 B are 16, as its 24 do not divide 2048.
-    name: {"model_type": kind, **dict(zip((*_FIELDS, *_MORE), numbers, strict=True))}
-    for name, kind, *numbers in (
+    name: dict(zip(_FIELDS, numbers, strict=True))
+    for name, *numbers in (
         ("smollm2-135m", "llama", 49_152, 576, 1536, 30, 9, 3, 8192, True),
         ("qwen2.5-0.5b", "qwen2", 151_936, 896, 4864, 24, 14, 2, 32_768, True),
         ("llama-3.2-1b", "llama", 128_256, 2048, 8192, 16, 32, 8, 131_072, True),
@@ -48,8 +49,6 @@ class Shape:
     """width of the residual stream"""
     inner: int = 0
     """width inside the feed-forward block"""
-    gated: bool = False
-    """the feed-forward block multiplies two inner products (SwiGLU)"""
     heads: int = 0
     """attention heads"""
     kv_heads: int = 0
@@ -102,23 +101,22 @@ def models_of(config: Config, run_dir: Path, serves: bool = False) -> Models:
     rewards = [one for one in (models.reward, reward, plan.reward_model) if one]
     if serves:
         parts = [part.target for part in config.scoring.parts if part.kind == "model"]
-        scorer = _first_known("reward_model", *parts, *rewards, plan.model) if parts else Shape(name="none")
+        scorer = _first_known(*parts, *rewards, plan.model) if parts else Shape(name="none")
         return Models(policy=scorer, reward=scorer)
-    policy = _first_known("model", models.sft, sft, models.base, plan.model)
-    return Models(policy=policy, reward=_first_known("reward_model", *rewards) if rewards else policy)
+    policy = _first_known(models.sft, sft, models.base, plan.model)
+    return Models(policy=policy, reward=_first_known(*rewards) if rewards else policy)
 
 
-def _first_known(key: str, *sources: Any) -> Shape:
-    """The shape of the first source that has one. Raises ValueError for none; `key`: what of `plan` would do."""
-    what, folder = ("model", "base") if key == "model" else ("reward model", "reward")
-    sizes = ", ".join(SIZES)
-    errors = [f"the size of the {what} is not known: set models.{folder} to a folder, or plan.{key} to one of {sizes}"]
+def _first_known(*sources: Any) -> Shape:
+    """The shape of the first source that has one. Raises ValueError for none."""
+    sizes, errors = ", ".join(SIZES), list[str]()
     for source in filter(None, sources):
         try:
             return shape_of(source)
         except ValueError as error:
             errors.append(str(error))
-    raise ValueError(errors[:2][-1])  # of the first source, where there is one
+    none = f"the size of the model is not known: set models.base to a folder, or plan.model to one of {sizes}"
+    raise ValueError(errors[0] if errors else none)
 
 
 def shape_of(source: str | Path | Mapping[str, Any]) -> Shape:
@@ -169,7 +167,6 @@ def _counted(config: Any, name: str) -> Shape:
         layers=text.num_hidden_layers,
         hidden=hidden,
         inner=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
-        gated=any("gate" in module for module, _ in first.named_modules()),
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or hidden // heads,

@@ -55,9 +55,6 @@ def test_the_presets_agree_with_themselves(preset: str, tmp_path: Path) -> None:
         assert check_config(config, STAGES["quickstart"], tmp_path).problems == ()
 
 
-# --- batches
-
-
 @pytest.mark.parametrize(
     ("prompts", "samples", "size", "said"),
     [
@@ -74,18 +71,6 @@ def test_a_minibatch_that_does_not_divide_the_batch_names_the_nearest_that_do(
     assert f"ppo.minibatch_size = {size} does not divide" in text
     assert f"ppo.prompts_per_batch = {prompts} times rollout.samples_per_prompt = {samples}" in text
     assert text.endswith(f"which is {prompts * samples} responses. Nearest that work: {said}")
-
-
-def test_the_nearest_really_work(run: Path) -> None:
-    given: dict[str, Any] = {"ppo__prompts_per_batch": 90, "rollout__samples_per_prompt": 4, "ppo__minibatch_size": 64}
-    sizes, prompts = problem(run, **given).split("ppo.minibatch_size = ")[2].split(", or ppo.prompts_per_batch = ")
-    for key, numbers in (("ppo__minibatch_size", sizes), ("ppo__prompts_per_batch", prompts)):
-        for number in numbers.split(" or "):
-            given_too: dict[str, Any] = {**given, key: int(number)}
-            assert not found(run, **given_too).problems
-
-
-# --- lengths
 
 
 def test_a_prompt_and_response_longer_than_the_engine_takes(run: Path) -> None:
@@ -142,9 +127,6 @@ def test_a_critic_may_know_more_tokens_than_the_policy_and_needs_no_reward_model
     assert not found(run, models__critic=str(run / "sft"), scoring__parts=parts).problems
 
 
-# --- numbers
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -156,9 +138,6 @@ def test_a_critic_may_know_more_tokens_than_the_policy_and_needs_no_reward_model
 def test_numbers_that_are_none_are_refused(run: Path, key: str, value: str) -> None:
     text = problem(run, **{"command": "ppo", key: value})
     assert text.startswith(f"{key.replace('__', '.')} = {float(value)} is not a finite number")
-
-
-# --- contradictions
 
 
 def test_zero_stage_0_is_for_float32(run: Path) -> None:
@@ -187,9 +166,6 @@ def test_what_is_hardly_meant_is_a_warning(run: Path, overrides: dict[str, Any],
     assert said in text
 
 
-# --- functions
-
-
 def test_functions_of_the_users_own_are_imported_before_anything_starts(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,9 +176,6 @@ def test_functions_of_the_users_own_are_imported_before_anything_starts(
     assert text.startswith("scoring.parts: cannot import the module of 'broken_rewards:score': SyntaxError: ")
     assert "line 1" in text
     assert problem(run, labeler__name="no_such_module:f").startswith("labeler.name: cannot import the module of")
-
-
-# --- the machine
 
 
 def test_more_processes_than_cores(run: Path) -> None:
@@ -233,9 +206,6 @@ def test_a_disk_too_small_for_the_models(run: Path, tmp_path: Path, monkeypatch:
         assert bool(found(run, models__sft=large).problems) == wrong
     text = problem(run, models__sft=large)
     assert text.startswith(f"policy and policy_ema take 0.0 GiB in {run}, and that disk has 0.0 GiB free. Make room")
-
-
-# --- all at once
 
 
 def test_everything_that_is_wrong_is_told_at_once_before_anything_is_made(

@@ -203,7 +203,6 @@ def test_replicas_of_the_reward_service_are_planned(tmp_path: Path, capsys: pyte
     found = planned(capsys, "serve", *words)
     assert [process["name"] for process in found["processes"]] == ["reward-0", "reward-1", "reward-2"]
     assert [phase["name"] for phase in found["steps"]["serve"]["phases"]] == ["score"]
-    assert "3 threads" in found["notes"][0]
     assert found["problems"] == [problem for problem in found["problems"] if "no reward model" in problem]
     rules = planned(capsys, "serve", "--run", tmp_path, "--scoring.parts", '[{kind = "length"}]')
     assert rules["works"]

@@ -23,7 +23,6 @@ def test_counts_are_those_of_the_built_model(tmp_path: Path, family: str, tied: 
     assert (shape.layers, shape.hidden, shape.heads, shape.vocabulary, shape.positions) == (2, 32, 4, 320, 256)
     assert shape.kv_heads == (2 if family == "llama" else 4)
     assert shape.kv_elements == 2 * 2 * shape.kv_heads * 8
-    assert shape.gated == (family == "llama")
     assert shape.inner == (64 if family == "llama" else 128)
 
 
