@@ -73,15 +73,15 @@ def _bad_inputs(config: Config, stage: type[Stage], run_dir: Path, models: dict[
     """
 
     def look(name: str) -> None:
-        if name == "base" and config.models.base is None:
-            raise ValueError("models.base is not set: name a Hugging Face folder or hub id, --models.base NAME")
-        path = Path(config.models.base or "") if name == "base" else model_folder(config, run_dir, name)
-        model = Model(name=name, path=path)
         if name == "base":
-            check_base(str(config.models.base))
+            if config.models.base is None:
+                raise ValueError("models.base is not set: name a Hugging Face folder or hub id, --models.base NAME")
+            model = Model(name=name, path=Path(config.models.base))
+            check_base(config.models.base)
         else:
+            model = Model(name=name, path=model_folder(config, run_dir, name))
             model.check()
-        if (path / "config.json").is_file():
+        if (model.path / "config.json").is_file():
             _ = model.parameters, model.positions
             models[name] = model
 

@@ -156,6 +156,8 @@ def _memory(columns: Sequence[Mapping[str, Bytes]]) -> Iterator[Sequence[str]]:
 def _times(found: Forecast) -> Iterator[Sequence[str]]:
     for step in found.steps:
         yield from ((f"{step.name}: {phase.name}", _span(phase.least), _span(phase.expected)) for phase in step.phases)
+        if step.times != 1:
+            yield f"{step.name}: once", _span(step.least_s), _span(step.expected_s)
         yield f"{step.name}: {step.times:g} x", _span(step.times * step.least_s), _span(step.times * step.expected_s)
     sums = (sum(step.times * getattr(step, which) for step in found.steps) for which in ("least_s", "expected_s"))
     yield "all of it", *map(_span, sums)

@@ -110,20 +110,17 @@ def _processes(config: Config, site: Site, stages: Stages) -> Plan:
 def _placement_problems(plan: Plan, placed: Placed[Machine], site: Site, stages: Stages) -> Iterator[str]:
     """Threads, GPUs and bundles that are too many; copies of `rayward serve` only get slower with more threads."""
     if placed.unplaced:
-        more = len(placed.unplaced) - 1
-        yield placed.unplaced[0] + f". So it is with {more} more bundles" * bool(more)
+        yield placed.unplaced[0]
     elif len(site.machines) == 1 and "serve" not in stages[0].sections:
         try:
             check(plan, cores=site.machines[0].cpus, gpus=site.machines[0].gpus)
         except ResourceError as error:
             yield str(error)
-    ranks = {name: at for name, at in placed.devices.items() if name.startswith("learner-")}
-    shared = [gpu for gpu, number in Counter(gpu for at in ranks.values() for gpu in at).items() if number > 1]
-    if shared:
-        names = ", ".join(name for name, at in ranks.items() if shared[0] in at)
+    used = Counter(gpu for name, at in placed.devices.items() if name.startswith("learner-") for gpu in at)
+    if shared := [gpu for gpu, ranks in used.items() if ranks > 1]:
         yield (
-            f"{names} would share {shared[0]}, and NCCL lets every rank of a group have a GPU of its own only. Lower "
-            "cluster.learner_ranks, or use more GPUs"
+            f"{used[shared[0]]} learner ranks would share {shared[0]}, and NCCL wants a GPU for each rank of a group. "
+            "Lower cluster.learner_ranks, or use more GPUs"
         )
 
 

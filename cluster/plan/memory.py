@@ -19,7 +19,7 @@ HOST_PROCESS = int(1.2 * GIB)  # main memory of any process that imported torch;
 OBJECT_STORE = GIB // 4  # of Ray's object store and daemons; a local Ray has exactly this store
 _REMEDIES = {
     "learner": "Lower {0}.max_tokens_per_microbatch, set {0}.network.lora_rank, or raise cluster.learner_ranks",
-    "generator": "Lower generator.kv_cache_gib and gpu_memory_utilization, or raise generator.tensor_parallel_size",
+    "generator": "Lower generator.kv_cache_gib (on a GPU generator.gpu_memory_utilization) or cluster.generators",
     "reward": "Lower scoring.max_batch_tokens or the number of replicas",
 }
 
@@ -116,9 +116,9 @@ def network_memory(
 ) -> dict[str, Bytes]:
     """Weights, gradients, optimizer and moving average (`ema`) of one network on one rank; `weight`: bytes of one.
 
-    ZeRO (Rajbhandari et al. 2020, section 5): stage 1 divides Adam's 12 bytes a parameter (master weight and two means
-    in float32) by the ranks, stage 2 the gradients too, stage 3 the weights too, of which some are gathered for use.
-    Gradients add up in float32; with bfloat16 weights at stage 1, DeepSpeed keeps those of the last pass beside them.
+    ZeRO (Rajbhandari et al. 2020, section 5): stage 1 divides Adam's 12 bytes a parameter (master weight, two means) by
+    the ranks, stage 2 the gradients too, stage 3 the weights too, of which some are gathered for use. Gradients add up
+    in float32; with bfloat16 weights at stage 1, DeepSpeed keeps those of the last pass beside them.
     """
     zero, low = optimizer.zero_stage, weight < 4
     share = {stage: ranks if zero >= stage else 1 for stage in (1, 2, 3)}
@@ -193,10 +193,11 @@ def learner_memory(config: Config, models: Models, stage: type[Stage]) -> dict[s
 def generator_memory(config: Config, parameters: int, machine: Machine | None = None) -> dict[str, Bytes]:
     """What a vLLM engine takes: on a GPU of `machine` its share of the memory, on a CPU what it is told."""
     weights = width(config.generator.dtype) * parameters / config.generator.tensor_parallel_size
-    cached, gpu = config.generator.kv_cache_gib * GIB, machine is not None and machine.gpus
-    if machine and gpu:
+    cached, processes = config.generator.kv_cache_gib * GIB, 2  # a front and a worker, on a GPU two
+    if machine and machine.gpus:
         cached = machine.device.memory * config.generator.gpu_memory_utilization - weights - ENGINE_OVERHEAD
-    process = Bytes(device=ENGINE_OVERHEAD, host=(3 if gpu else 2) * HOST_PROCESS)
+        processes = 3
+    process = Bytes(device=ENGINE_OVERHEAD, host=processes * HOST_PROCESS)
     return {"process": process, "weights": Bytes(device=weights), "keys and values": Bytes(device=cached)}
 
 

@@ -116,9 +116,7 @@ def test_a_reward_model_of_another_tokenizer_cannot_be_the_critic(run: Path, tmp
     assert not found(run, models__reward=str(other), models__critic=str(run / "sft")).problems
 
 
-def test_a_critic_may_know_more_tokens_than_the_policy_and_needs_no_reward_model_beside_it(
-    run: Path, tmp_path: Path
-) -> None:
+def test_a_critic_may_know_more_tokens_and_needs_no_reward_model_beside_it(run: Path, tmp_path: Path) -> None:
     larger = model_folder(tmp_path / "m", words=("a", "b", "c", "<|pad|>"))
     assert not found(run, models__reward=str(larger)).problems
     shutil.rmtree(run / "reward")
@@ -128,35 +126,27 @@ def test_a_critic_may_know_more_tokens_than_the_policy_and_needs_no_reward_model
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("ppo__policy_optimizer__lr", "inf"),
-        ("rollout__missing_eos__value", "nan"),
-        ("rollout__wave_deadline_s", "1e400"),
-    ],
+    "key", ["ppo__policy_optimizer__lr", "rollout__missing_eos__value", "rollout__wave_deadline_s"]
 )
+@pytest.mark.parametrize("value", ["inf", "1e400"])
 def test_numbers_that_are_none_are_refused(run: Path, key: str, value: str) -> None:
     text = problem(run, **{"command": "ppo", key: value})
-    assert text.startswith(f"{key.replace('__', '.')} = {float(value)} is not a finite number")
+    assert text.startswith(f"{key.replace('__', '.')} = inf is not a finite number")
+    assert "= nan" in problem(run, rollout__missing_eos__value="nan")
 
 
 def test_zero_stage_0_is_for_float32(run: Path) -> None:
     text = problem(run, ppo__critic_optimizer__zero_stage=0)
-    assert text.startswith(
-        "ppo.critic_optimizer.zero_stage = 0 with ppo.network.dtype = bfloat16: stage 0 is for float32"
-    )
+    assert text.startswith("ppo.critic_optimizer.zero_stage = 0 with ppo.network.dtype = bfloat16: stage 0")
     assert not found(run, ppo__critic_optimizer__zero_stage=0, ppo__network__dtype="float32").problems
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (
-            {"generator__dtype": "float32"},
-            "generator.dtype = float32 and ppo.network.dtype = bfloat16 differ, so the log-probs of",
-        ),
-        ({"rollout__missing_eos__value": 1}, "rollout.missing_eos.value = 1 is the score of every cut-off response"),
-        ({"ppo__warmup_iterations": 500}, "ppo.warmup_iterations = 500 of ppo.iterations = 500: the learning rate"),
+        ({"generator__dtype": "float32"}, "generator.dtype = float32 and ppo.network.dtype = bfloat16 differ"),
+        ({"rollout__missing_eos__value": 1}, "rollout.missing_eos.value = 1 is the score of every cut-off"),
+        ({"ppo__warmup_iterations": 500}, "ppo.warmup_iterations = 500 of ppo.iterations = 500"),
     ],
 )
 def test_what_is_hardly_meant_is_a_warning(run: Path, overrides: dict[str, Any], said: str) -> None:

@@ -48,13 +48,8 @@ def test_the_papers_batch():
 
 
 def test_samples_and_epochs_multiply():
-    values = {
-        "ppo.prompts_per_batch": 10,
-        "rollout.samples_per_prompt": 6,
-        "ppo.minibatch_size": 15,
-        "ppo.epochs": 3,
-        "ppo.pretraining.coef": 0.0,
-    }
+    values = {"ppo.prompts_per_batch": 10, "rollout.samples_per_prompt": 6, "ppo.minibatch_size": 15}
+    values |= {"ppo.epochs": 3, "ppo.pretraining.coef": 0}
     found = counted("ppo", PAPER | values)
     assert (found.numbers["episodes"], found.steps) == (60, 12)
     assert (found.pretraining_sequences, found.pretraining_microbatches) == (0, 0)

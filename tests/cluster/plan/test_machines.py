@@ -9,13 +9,8 @@ from cluster.runtime.resources import machine_memory
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA A100-SXM4-40GB", "A100-40G"),
-        ("NVIDIA A100-SXM4-80GB", "A100"),
-        ("NVIDIA GeForce RTX 4090", "RTX4090"),
-        ("NVIDIA L40S", "L40S"),
-        ("L4", "L4"),
-        ("A10G", "A10G"),
+        *(("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-40GB", "A100-40G"), ("NVIDIA A100-SXM4-80GB", "A100")),
+        *(("NVIDIA GeForce RTX 4090", "RTX4090"), ("NVIDIA L40S", "L40S"), ("L4", "L4"), ("A10G", "A10G")),
     ],
 )
 def test_a_gpu_is_known_by_what_its_driver_and_ray_call_it(text: str, name: str):
