@@ -24,7 +24,7 @@ from reward_server.functions import load_function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
+class Diagnostics:
     """What is wrong with a configuration, and what is only odd."""
 
     problems: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Findings:
     """a line each; it may"""
 
 
-def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Findings:
+def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Diagnostics:
     """Everything that can be told of a command's configuration without loading a model or starting a process."""
     sections, models = stage.sections, dict[str, Model]()
     problems = [*_bad_inputs(config, stage, run_dir, models)]
@@ -55,7 +55,7 @@ def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Findings:
     problems += _other_tokenizer(models)
     if "cluster" in sections:
         problems += _too_large(config, stage, run_dir, models)
-    return Findings(problems=tuple(dict.fromkeys(problems)), warnings=tuple(_odd(config, stage)))
+    return Diagnostics(problems=tuple(dict.fromkeys(problems)), warnings=tuple(_odd(config, stage)))
 
 
 def _told(check: Callable[..., Any], *given: Any) -> Iterator[str]:

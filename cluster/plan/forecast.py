@@ -11,7 +11,7 @@ from cluster.plan.check import too_long
 from cluster.plan.counts import Counts, Lengths, count, divisors, lengths_of, neighbours
 from cluster.plan.machines import Machine, Site
 from cluster.plan.memory import Bytes, held, kinds, misfits
-from cluster.plan.roofline import Phase, Roofline, together
+from cluster.plan.roofline import PhaseTime, Roofline, together
 from cluster.plan.shapes import Models, Shape, models_of
 from cluster.runtime.fitting import Placed, place_processes, plan_cluster
 from cluster.runtime.resources import Kind, Plan, ResourceError, check, plan_machine, plan_replicas
@@ -29,7 +29,7 @@ class Step:
     """its arithmetic; None where there is none, or the number of rows is not known"""
     memory: Mapping[str, Mapping[str, Bytes]]
     """what each of its processes holds, by name and item"""
-    phases: Sequence[Phase]
+    phases: Sequence[PhaseTime]
     """what takes time in it; of PPO an iteration's, of `select` those of one epoch's model"""
     least_s: float
     """seconds of these phases together at the devices' peak"""

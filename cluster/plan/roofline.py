@@ -23,7 +23,7 @@ CPU_PUBLISH = 1e8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
+class PhaseTime:
     """One phase of a stage."""
 
     name: str
@@ -34,7 +34,7 @@ class Phase:
     """seconds at the share of the peak that a run is expected to reach"""
 
 
-def together(phases: Sequence[Phase], max_staleness: int) -> tuple[float, float]:
+def together(phases: Sequence[PhaseTime], max_staleness: int) -> tuple[float, float]:
     """(least, expected) seconds: the sum, or where PPO's rollout and learning overlap the longer of both."""
     overlap = max_staleness and any(phase.name == "publish" for phase in phases)
     sides = ([p for p in phases if (p.name in ("generate", "score")) == rollout] for rollout in (True, False))
@@ -66,7 +66,7 @@ class Roofline:
     cached: float
     """bytes of keys and values that an engine can hold"""
 
-    def phases(self, stage: type[Stage], counts: Counts | None) -> list[Phase]:
+    def phases(self, stage: type[Stage], counts: Counts | None) -> list[PhaseTime]:
         """In order, those of `Counts`; of a stage that only scores, one full batch. None where nothing is counted."""
         if counts is None:
             return self._score(self.config.scoring.max_batch_tokens) if "serve" in stage.sections else []
@@ -84,12 +84,12 @@ class Roofline:
                 found.append(self._publish(used[0]))
         return found
 
-    def _phase(self, name: str, machine: Machine, computing: float, moving: float = 0.0) -> Phase:
+    def _phase(self, name: str, machine: Machine, computing: float, moving: float = 0.0) -> PhaseTime:
         """Of seconds at the peak, and seconds on links."""
         share = self.config.plan.efficiency if machine.gpus else CPU_EFFICIENCY
-        return Phase(name=name, least=computing + moving, expected=computing / share + moving)
+        return PhaseTime(name=name, least=computing + moving, expected=computing / share + moving)
 
-    def _generate(self, counts: Counts) -> Phase:
+    def _generate(self, counts: Counts) -> PhaseTime:
         """Rounds of prefill, 2 N T / F, and decoding: as many sequences at once as waves, engine and cache allow.
 
         A step of B sequences with a context of c tokens: max((N b + B c kv) / W, 2 N B / F).
@@ -109,7 +109,7 @@ class Roofline:
         prefill = 2 * shape.body * at_once * lengths.prompt / flops
         return self._phase("generate", machine, math.ceil(each / at_once) * (prefill + lengths.longest * step))
 
-    def _score(self, tokens: int) -> list[Phase]:
+    def _score(self, tokens: int) -> list[PhaseTime]:
         """2 N T / F of every reward model; nothing where none computes, or on cores of which nobody knows the speed."""
         size = sum(part.kind == "model" for part in self.config.scoring.parts) * self.models.reward.body
         process, machine = self.at["reward-0"]
@@ -119,7 +119,7 @@ class Roofline:
         replicas = sum(name.startswith("reward-") for name in self.at)
         return [self._phase("score", machine, 2 * size * tokens / flops / replicas)]
 
-    def _update(self, network: Network, counts: Counts) -> Phase:
+    def _update(self, network: Network, counts: Counts) -> PhaseTime:
         """2 N T forward, 2 N T and 2 N' T backward, N' with a gradient: 6 N T where all is trained (Kaplan et al. 2020,
         section 2.1).
         """
@@ -132,7 +132,7 @@ class Roofline:
         operations = 2 * (size + reached + again + min(network.trained, size)) * counts.steps * tokens
         return self._learn(f"update {network.name}", [network], operations, counts.steps, 2 * counts.steps * pieces)
 
-    def _learn(self, name: str, used: Sequence[Network], operations: float, steps: int, passes: int) -> Phase:
+    def _learn(self, name: str, used: Sequence[Network], operations: float, steps: int, passes: int) -> PhaseTime:
         """Operations of all ranks, a ring all-reduce of the gradients in each step, of which 2 (n - 1) / n cross every
         link (Patarasuk & Yuan 2009), and the weights that ZeRO-3 gathers in each pass.
         """
@@ -142,11 +142,11 @@ class Roofline:
         moved = (passes * gathered + steps * 2 * 4 * sum(one.trained for one in used)) * (1 - 1 / ranks)
         return self._phase(name, machine, operations / ranks / flops, moved / self._link("learner-"))
 
-    def _publish(self, policy: Network) -> Phase:
+    def _publish(self, policy: Network) -> PhaseTime:
         """N b over a link; a broadcast costs its slowest receiver little more than one transfer."""
         size, (_, machine) = policy.shape.parameters * width(policy.config.dtype), self.at["learner-0"]
         moving = size / self._link("generator-", "learner-0")
-        return Phase(name="publish", least=moving, expected=moving + (0 if machine.gpus else size / CPU_PUBLISH))
+        return PhaseTime(name="publish", least=moving, expected=moving + (0 if machine.gpus else size / CPU_PUBLISH))
 
     def _link(self, *names: str) -> float:
         """Bytes a second between neighbours of one machine, or over the network where there are several."""

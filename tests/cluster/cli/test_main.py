@@ -32,7 +32,7 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Entry], None]:
     def replace(name: str, function: Entry) -> None:
         monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], work=function))
         monkeypatch.setattr("cluster.pipeline.stage.execute", lambda done: None)
-        monkeypatch.setattr(checks, "check_config", lambda *_: checks.Findings())  # no model or file is given
+        monkeypatch.setattr(checks, "check_config", lambda *_: checks.Diagnostics())  # no model or file is given
 
     return replace
 

@@ -15,7 +15,7 @@ from cluster.config.load import compose, presets, read_overrides
 from cluster.config.schema import Config
 from cluster.pipeline.stages import STAGES
 from cluster.plan import check as checks
-from cluster.plan.check import Findings, check_config
+from cluster.plan.check import Diagnostics, check_config
 from tests.model_folders import model_folder
 
 
@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def found(run: Path, command: str = "ppo", **overrides: Any) -> Findings:
+def found(run: Path, command: str = "ppo", **overrides: Any) -> Diagnostics:
     given = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
     return check_config(compose(Config, read_overrides(Config, given)), STAGES[command], run)
 
@@ -45,7 +45,7 @@ def problem(run: Path, command: str = "ppo", **overrides: Any) -> str:
 
 
 def test_a_right_configuration_has_no_problem_and_no_warning(run: Path) -> None:
-    assert found(run) == Findings()
+    assert found(run) == Diagnostics()
 
 
 @pytest.mark.parametrize("preset", presets())

@@ -7,7 +7,7 @@ import pytest
 from cluster.pipeline.stages import STAGES
 from cluster.plan.counts import Counts, Lengths
 from cluster.plan.machines import GIB, GPUS, Device, Machine
-from cluster.plan.roofline import CPU_EFFICIENCY, Phase, Roofline, speed, together
+from cluster.plan.roofline import CPU_EFFICIENCY, PhaseTime, Roofline, speed, together
 from cluster.plan.shapes import Models, shape_of
 from cluster.runtime.resources import Process
 from tests.settings import settings
@@ -28,7 +28,7 @@ def test_a_process_has_its_threads_part_of_the_cores_or_whole_gpus():
 
 def test_an_iteration_is_the_sum_or_where_phases_overlap_the_longer_side():
     phases = [
-        Phase(name=name, least=least, expected=2 * least)
+        PhaseTime(name=name, least=least, expected=2 * least)
         for name, least in (("generate", 5.0), ("score", 1.0), ("update policy", 2.0), ("publish", 1.0))
     ]
     assert together(phases, max_staleness=0) == (9.0, 18.0)
@@ -37,7 +37,7 @@ def test_an_iteration_is_the_sum_or_where_phases_overlap_the_longer_side():
     assert together([], max_staleness=0) == (0.0, 0.0)
 
 
-def phases(stage: str, machine: Machine, counts: dict[str, int], **values: Any) -> dict[str, Phase]:
+def phases(stage: str, machine: Machine, counts: dict[str, int], **values: Any) -> dict[str, PhaseTime]:
     shape, gpus = shape_of("llama-3.1-8b"), 1 if machine.gpus else 0
     kinds = ("learner-0", "generator-0", "reward-0")
     at = {name: (Process(name=name, threads=8, cpus=8, gpus=gpus), machine) for name in kinds}
