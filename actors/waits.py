@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 REPORT_S = 60.0
 """Seconds between two lines about the same wait."""
 _SETTLE_S = 0.1  # in which those who are waited for learn of it
+_LOOK_S = 0.5  # between two looks at whom is waited for, as those who show it see the last
 log = logging.getLogger(__name__)
 
 
@@ -59,11 +60,16 @@ class Waits:
             log.warning("for %.0f s %s waits for %s", wait.seconds, wait.who, wait.text)
             timer = loop.call_later(seconds, report)
 
-        timer, settled = loop.call_later(seconds, report), loop.call_later(_SETTLE_S, wait.look)
+        def look() -> None:
+            nonlocal looking
+            wait.look()
+            looking = loop.call_later(_LOOK_S, look)
+
+        timer, looking = loop.call_later(seconds, report), loop.call_later(_SETTLE_S, look)
         self._open.add(wait)
         try:
             yield
         finally:
             timer.cancel()
-            settled.cancel()
+            looking.cancel()
             self._open.discard(wait)

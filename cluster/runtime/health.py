@@ -256,8 +256,6 @@ class Monitor:
     async def _attend(self, every_s: float) -> None:
         while True:
             try:
-                for wait in self.waits.open:
-                    wait.look()
                 await asyncio.gather(*(health.attend(every_s / 2) for health in list(self.health)))
             except Exception:  # what is shown of a run must not stop it
                 log.exception("the state of a process could not be asked for")
