@@ -1,4 +1,4 @@
-"""Prompts and demonstrations from JSONL files, and the endless order in which a run goes through prompts."""
+"""Prompts and demonstrations from data files, and the endless order in which a run goes through prompts."""
 
 import hashlib
 import random
@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
+
+from typing_extensions import TypeVar
 
 from actors.chat import TextEncoding
-from reward_server.preferences.records import read_records, row_conversation, row_id, row_text
+from reward_server.preferences.forms import row_demonstration, row_prompt, row_text
+from reward_server.preferences.records import read_records, row_names
 from reward_server.schema import Message
 
 
@@ -39,68 +42,49 @@ class Demonstration:
     """the instruction it was made of, where several demonstrations were; they stay in one split"""
 
 
-class _Named(Protocol):
-    @property
-    def id(self) -> str: ...
+UsedPrompt = TypeVar("UsedPrompt", default=Prompt)
+UsedDemonstration = TypeVar("UsedDemonstration", default=Demonstration)
 
 
-Record = TypeVar("Record", bound=_Named)
+def read_prompts(
+    path: str | Path, max_bad_rows: int = 0, use: Callable[[Prompt], UsedPrompt] = lambda one: one
+) -> list[UsedPrompt]:
+    """Read rows {"id"?: str, "prompt": str | [messages], "reference"?: str}; other forms are in forms.py.
 
-
-def read_prompts(path: str | Path, max_bad_rows: int = 0) -> list[Prompt]:
-    """Read rows {"id"?: str, "prompt": str | [messages], "reference"?: str}.
-
-    Raises RecordError (file:line, reason, remedy) for what `read_records` refuses, and for an id used twice.
+    Returns what `use` makes of each, which raises ValueError to refuse one. Raises RecordError (file:line, reason,
+    remedy of every bad row) for what `read_records` refuses, and for an id used twice.
     """
+    name = row_names()
 
-    def parse(row: dict[str, Any], line_number: int) -> Prompt:
-        reference = row_text(row, "reference") if row.get("reference") is not None else None
-        return Prompt(id=row_id(row, line_number), messages=row_conversation(row), reference=reference)
+    def parse(row: dict[str, Any], line_number: int) -> UsedPrompt:
+        reference = row_text(row, "reference") if "reference" in row else None
+        return use(Prompt(id=name(row, line_number), messages=row_prompt(row), reference=reference))
 
-    return _read_unique(path, parse, max_bad_rows)
-
-
-def read_demonstrations(path: str | Path, max_bad_rows: int = 0) -> list[Demonstration]:
-    """Read rows {"id"?: str, "prompt": str | [messages], "response": str, "group"?: str}. Raises as `read_prompts`."""
-
-    def parse(row: dict[str, Any], line_number: int) -> Demonstration:
-        return Demonstration(
-            id=row_id(row, line_number),
-            prompt=row_conversation(row),
-            response=row_text(row, "response"),
-            group=row_text(row, "group") if row.get("group") is not None else None,
-        )
-
-    return _read_unique(path, parse, max_bad_rows)
+    return read_records(path, parse, max_bad_rows)
 
 
-def _read_unique(path: str | Path, parse: Callable[[dict[str, Any], int], Record], max_bad_rows: int) -> list[Record]:
-    lines: dict[str, int] = {}
+def read_demonstrations(
+    path: str | Path, max_bad_rows: int = 0, use: Callable[[Demonstration], UsedDemonstration] = lambda one: one
+) -> list[UsedDemonstration]:
+    """Read rows {"id"?: str, "prompt": str | [messages], "response": str, "group"?: str}, as `read_prompts` does."""
+    name = row_names()
 
-    def parse_once(row: dict[str, Any], line_number: int) -> Record:
-        record = parse(row, line_number)
-        if record.id in lines:
-            raise ValueError(f"id {record.id!r} was used in line {lines[record.id]}; give each row its own")
-        lines[record.id] = line_number
-        return record
+    def parse(row: dict[str, Any], line_number: int) -> UsedDemonstration:
+        own, (prompt, response) = name(row, line_number), row_demonstration(row)
+        group = row_text(row, "group") if "group" in row else None
+        return use(Demonstration(id=own, prompt=prompt, response=response, group=group))
 
-    return read_records(path, parse_once, max_bad_rows)
+    return read_records(path, parse, max_bad_rows)
 
 
-def check_prompts(prompts: Sequence[Prompt], encoding: TextEncoding, max_prompt_tokens: int) -> None:
-    """Encode every prompt, so that one that cannot be sampled from is found before anything heavy starts.
+def fitting(encoding: TextEncoding, max_prompt_tokens: int) -> Callable[[Prompt], Prompt]:
+    """What `read_prompts` is to `use`: refuses a prompt that is too long, or that the encoding refuses."""
 
-    Raises ValueError that names the first five bad prompts by id.
-    """
-    bad: list[str] = []
-    for prompt in prompts:
-        try:
-            encode_prompt(prompt, encoding, max_prompt_tokens)
-        except ValueError as error:
-            bad.append(str(error))
-    if bad:
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ValueError(f"{len(bad)} of {len(prompts)} prompts cannot be used: {'; '.join(bad[:5])}{more}")
+    def check(prompt: Prompt) -> Prompt:
+        encode_prompt(prompt, encoding, max_prompt_tokens)
+        return prompt
+
+    return check
 
 
 def encode_prompt(prompt: Prompt, encoding: TextEncoding, max_prompt_tokens: int) -> list[int]:

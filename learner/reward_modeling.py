@@ -49,25 +49,29 @@ class RankedGroup:
         return sum(map(_pairs, ranks.values()))
 
 
-def ranked_groups(comparisons: Sequence[Comparison], encoding: ChatEncoding) -> list[RankedGroup]:
-    """Encode ranked comparisons. Raises ValueError naming a comparison that has no ranks."""
-    groups = []
-    for comparison in comparisons:
-        if comparison.ranks is None:
-            raise ValueError(f"comparison {comparison.id!r} has no ranks: rank it first (rayward rank)")
+def ranked_group(comparison: Comparison, encoding: ChatEncoding) -> RankedGroup:
+    """Encode a ranked comparison. Raises ValueError, naming it, without ranks or with more tokens than positions."""
+    if comparison.ranks is None:
+        raise ValueError(f"comparison {comparison.id!r} has no ranks: rank it first (rayward rank)")
+    try:
         query = encoding.prompt(comparison.prompt)
-        responses = [
-            encoding.response(text, ended) for text, ended in zip(comparison.responses, comparison.ended, strict=True)
-        ]
-        groups.append(
-            RankedGroup(
-                sequences=tuple(tuple(query + response) for response in responses),
-                ranks=comparison.ranks,
-                response_lengths=tuple(map(len, responses)),
-                family=comparison.group or " ".join(map(str, query)),
-            )
+    except ValueError as error:
+        raise ValueError(f"comparison {comparison.id!r}: {error}") from error
+    responses = [
+        encoding.response(text, ended) for text, ended in zip(comparison.responses, comparison.ended, strict=True)
+    ]
+    longest = len(query) + max(map(len, responses))
+    if encoding.positions and longest > encoding.positions:
+        raise ValueError(
+            f"comparison {comparison.id!r} has {longest} tokens, more than the {encoding.positions} positions of "
+            f"{encoding.name}; shorten or remove it, or let data.max_bad_rows be as many as there are"
         )
-    return groups
+    return RankedGroup(
+        sequences=tuple(tuple(query + response) for response in responses),
+        ranks=comparison.ranks,
+        response_lengths=tuple(map(len, responses)),
+        family=comparison.group or " ".join(map(str, query)),
+    )
 
 
 def split_groups(

@@ -34,14 +34,17 @@ class ChatEncoding:
         chat_template: str | None = None,
         stop_ids: Iterable[int] = (),
         name: str = "",
+        positions: int | None = None,
     ) -> None:
         """Take a tokenizer with its EOS.
 
         `chat_template` replaces the tokenizer's own (Jinja text); `stop_ids` are further ids that end a
-        response. Raises ValueError when there is no template, one that does not open the assistant's turn, no
-        EOS, or no token that could be a dedicated PAD.
+        response; `positions` are those of the model beside it, its longest sequence, where it says. Raises ValueError
+        when there is no template, one that does not open the assistant's turn, no EOS, or no token that could be a
+        dedicated PAD.
         """
         self.tokenizer: Any = tokenizer  # transformers types its results as unions over every way to call it
+        self.positions = positions
         self.name = name or tokenizer.name_or_path or type(tokenizer).__name__
         if chat_template is not None:
             tokenizer.chat_template = chat_template
@@ -75,9 +78,10 @@ class ChatEncoding:
             stop = None
         stop_ids = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
         try:
-            size = getattr(AutoConfig.from_pretrained(str(path)).get_text_config(), "vocab_size", None)
+            config = AutoConfig.from_pretrained(str(path)).get_text_config()
         except (OSError, ValueError):  # a tokenizer's folder
-            size = None
+            config = None
+        size, positions = (getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings"))
         largest = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
         if size is not None and largest[1] >= size:
             raise ValueError(
@@ -85,7 +89,7 @@ class ChatEncoding:
                 f"vocabulary has {size}; resize the model's embeddings (resize_token_embeddings), or save the "
                 "tokenizer that the model was trained with beside it"
             )
-        return cls(tokenizer, chat_template, stop_ids, name=str(path))
+        return cls(tokenizer, chat_template, stop_ids, name=str(path), positions=positions)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Encode a conversation and open the assistant's turn.
@@ -109,6 +113,10 @@ class ChatEncoding:
         """Encode a reply as plain text, even where it spells a control token; add the EOS when it `ended`."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*ids, self.eos_id] if ended else list(ids)
+
+    def ends_twice(self, text: str) -> bool:
+        """Whether a reply spells an end of its own, to which the encoding would add another."""
+        return text.rstrip().endswith(tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))))
 
     def document(self, text: str) -> list[int]:
         """Encode a text that is no chat: with the BOS where the model wants one, ended by the tokenizer's EOS."""

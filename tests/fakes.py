@@ -19,6 +19,8 @@ class FakeEncoding:
     pad_id = PAD
     eos_id = EOS
     eos_ids = frozenset({EOS})
+    name = "fake"
+    positions: int | None = None
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         return [i for message in messages for i in (USER, *self._letters(message.content))] + [ASSISTANT]

@@ -23,7 +23,6 @@ from cluster.config.redaction import redact
 from cluster.config.schema import Config
 from cluster.runtime.exit_codes import DONE, EXIT_CODES, FAILED, INTERRUPTED, WRONG
 from cluster.tracking.console import Console
-from reward_server.preferences.records import write_whole
 
 # Their text alone says what happened; of any other error the type belongs to it.
 _TOLD = (ValueError, OSError, RuntimeError)
@@ -149,12 +148,12 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
     from cluster.plan.check import check_config
     from cluster.rundir.environment import write_environment
     from cluster.rundir.history import earlier_run
-    from cluster.rundir.record import ResumeRefused, Start
+    from cluster.rundir.record import Start
     from cluster.runtime.health import Monitor
     from cluster.status.snapshot import reporting
     from cluster.tracking.tracker import Tracker
 
-    run_dir, saved, name = call.run_dir, call.run_dir / "config.toml", command.name
+    run_dir, name = call.run_dir, command.name
     if "json" in call.flags:
         raise ConfigError("--json goes with --dry-run: a run itself writes RUN/metrics.jsonl and RUN/summary.json")
     found = check_config(config, STAGES[name], run_dir)
@@ -162,31 +161,31 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
         raise ConfigError("\n".join(found.problems))
     variant = f" --{call.variant}" if call.variant else ""
     resume = f" Go on with: rayward {name}{variant} --run {run_dir} --resume" if "resume" in command.flags else ""
-    with _recorded(run_dir, words, resume) as (console, end):
+    with _recorded(run_dir, words, resume) as (console, end), contextlib.ExitStack() as recording:
         for warning in found.warnings:
             console.warning(warning)
-        before = saved.read_text(encoding="utf-8") if saved.is_file() else None
-        save_toml(config, saved)
-        write_environment(run_dir, ["rayward", *words])
         console.line(f"rayward {name}: everything goes to {run_dir}")
         run_id, monitor = earlier_run(run_dir, name) if "resume" in call.flags else None, Monitor()
         told = {"settings": config.model_dump(mode="json"), "console": console, "run_id": run_id, "monitor": monitor}
-        with Tracker(run_dir, config.tracking, name, **told) as tracker, reporting(run_dir, name, monitor):
-            job = Job(
-                config=config,
-                run_dir=run_dir,
-                tracker=tracker,
-                monitor=monitor,
-                command=shlex.join(["rayward", *words]),
-                variant=call.variant,
-                start=cast(Start, next(iter(call.flags & {"resume", "restart"}), "new")),
-            )
-            try:
-                execute(command.work(job))
-            except ResumeRefused:  # the run directory keeps the settings of what it holds
-                if before is not None:
-                    write_whole(saved, before)
-                raise
+        tracker = Tracker(run_dir, config.tracking, name, **told)
+        job = Job(
+            config=config,
+            run_dir=run_dir,
+            tracker=tracker,
+            monitor=monitor,
+            command=shlex.join(["rayward", *words]),
+            variant=call.variant,
+            start=cast(Start, next(iter(call.flags & {"resume", "restart"}), "new")),
+        )
+
+        def begin() -> None:
+            """Nothing is recorded, not even the settings, before all that is read is right."""
+            save_toml(config, call.run_dir / "config.toml")
+            write_environment(run_dir, ["rayward", *words])
+            recording.enter_context(tracker)
+            recording.enter_context(reporting(run_dir, name, monitor))
+
+        execute(command.work(job), begin)
     return end.code
 
 

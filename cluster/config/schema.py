@@ -107,7 +107,7 @@ class ModelsConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Files of JSON lines, read by the steps that need them."""
+    """Files that the steps read: JSON lines, CSV, Parquet and others, in the forms of public sets (docs/data.md)."""
 
     demonstrations: Path | None = None
     """{"prompt": text or messages, "response": text}: what SFT learns, and what scores 0 on average. Rows with the same
@@ -131,7 +131,8 @@ class DataConfig(_Section):
     pretraining_valid: Path | None = None
     """The same, held out: the loss on it shows what alignment costs."""
     max_bad_rows: int = Field(default=0, ge=0)
-    """Malformed rows of a file that may be skipped, each with a warning; one more stops the run before it starts."""
+    """Rows of a file that may be skipped as they cannot be read or encoded, each with a warning; with one more the
+    step does not begin, and all are told."""
 
 
 class SampleConfig(_Section):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from actors.prompts import Prompt, check_prompts, read_prompts
+from actors.prompts import Prompt, fitting, read_prompts
 from actors.trajectory import Completion, SampleKey, Trajectory
 from cluster.pipeline.job import Job
 from cluster.pipeline.sft import packed_text
@@ -20,7 +20,7 @@ from cluster.rundir.files import Run, number, read_run
 from cluster.runtime.resources import KINDS
 from learner.config import PPOConfig
 from reward_server.preferences.labeling import Labeler, load_labeler
-from reward_server.preferences.records import write_whole
+from reward_server.preferences.records import read_all, write_whole
 from reward_server.schema import ScoreRequest
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class EvaluationSet:
     """of the SFT model"""
     labeler: Labeler
     """whose verdicts are called gold"""
+    reply_tokens: int
+    """longest response that engine and learner have room for behind any prompt, with one that follows it"""
 
     def probes(self) -> "list[Probe]":
         """Human replies to held-out prompts, on whose log-probs actors and learner must agree."""
@@ -86,6 +88,9 @@ class EvaluationSet:
         prompts = self.prompts[:_PROBES]
         queries = [self.encoding.prompt(prompt.messages) for prompt in prompts]
         replies = [self.encoding.response(prompt.reference or "Yes, I do.", ended=True) for prompt in prompts]
+        if cut := [one.id for one, reply in zip(prompts, replies, strict=True) if len(reply) > self.reply_tokens]:
+            log.warning("the probe compares the first %d tokens of the references of %s", self.reply_tokens, cut)
+        replies = [reply[: self.reply_tokens] for reply in replies]
         return [Probe(ids=query + reply, first=len(query)) for query, reply in zip(queries, replies, strict=True)]
 
 
@@ -93,11 +98,25 @@ def read_evaluation_set(job: Job) -> EvaluationSet:
     """Read and check the files, before anything heavy starts. Raises ValueError."""
     from reward_server.encoding import ChatEncoding
 
-    encoding, labeler = ChatEncoding.load(job.model("sft")), load_labeler(job.config.labeler)
-    prompts = read_prompts(job.file("prompts_heldout"), job.max_bad_rows)[: job.config.evaluation.prompts]
-    check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
-    text = packed_text(job, "pretraining_valid", encoding, job.config.ppo.pretraining.sequence_tokens)
-    return EvaluationSet(prompts=prompts, text=text, encoding=encoding, labeler=labeler)
+    encoding, labeler, rollout = (
+        ChatEncoding.load(job.model("sft")),
+        load_labeler(job.config.labeler),
+        job.config.rollout,
+    )
+    tokens = job.config.ppo.pretraining.sequence_tokens
+    prompts, text = read_all(
+        lambda: read_prompts(
+            job.file("prompts_heldout"), job.max_bad_rows, fitting(encoding, rollout.max_prompt_tokens)
+        ),
+        lambda: packed_text(job, "pretraining_valid", encoding, min(tokens, encoding.positions or tokens)),
+    )
+    return EvaluationSet(
+        prompts=prompts[: job.config.evaluation.prompts],
+        text=text,
+        encoding=encoding,
+        labeler=labeler,
+        reply_tokens=max(rollout.max_new_tokens - 1, 1),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

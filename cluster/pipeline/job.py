@@ -52,7 +52,7 @@ class Job:
         """Those of some data files that are there, by dotted key."""
         own = self.run_dir / "data"
         paths = {f"data.{name}": getattr(self.config.data, name) or own / f"{name}.jsonl" for name in names}
-        return {key: path for key, path in paths.items() if path.is_file()}
+        return {key: path for key, path in paths.items() if path.exists()}
 
     @property
     def reward_to_serve(self) -> Path | None:

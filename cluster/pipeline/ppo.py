@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from actors.prompts import Prompt, PromptStream, check_prompts, read_prompts
+from actors.prompts import Prompt, PromptStream, fitting, read_prompts
 from cluster.config.schema import Config
 from cluster.pipeline.evaluate import Evaluation, EvaluationSet, Evaluator, read_evaluation_set
 from cluster.pipeline.job import Job
@@ -20,6 +20,7 @@ from cluster.rundir.inputs import Model
 from cluster.rundir.record import ResumeRefused
 from cluster.runtime.resources import KINDS
 from learner.config import PPOConfig
+from reward_server.preferences.records import read_all
 
 if TYPE_CHECKING:
     from actors.sampling import Generator
@@ -84,15 +85,17 @@ class PPO(Stage):
     def inputs(self) -> Inputs:
         """Its files, read and checked. Raises ValueError."""
         from learner.data.corpora import TextStream, pack, read_texts
+        from reward_server.encoding import ChatEncoding
 
-        job, mix = self.job, self.job.config.ppo.pretraining
-        held_out = read_evaluation_set(job)
-        prompts = read_prompts(job.file("prompts"), job.max_bad_rows)
-        check_prompts(prompts, held_out.encoding, job.config.rollout.max_prompt_tokens)
-        text = None
-        if mix.coef:
-            packed = pack(read_texts(job.file("pretraining"), job.max_bad_rows), held_out.encoding, mix.sequence_tokens)
-            text = TextStream(packed, job.config.ppo.seed)
+        job, mix, bad = self.job, self.job.config.ppo.pretraining, self.job.max_bad_rows
+        fits = fitting(ChatEncoding.load(job.model("sft")), job.config.rollout.max_prompt_tokens)
+        held_out, prompts, texts = read_all(
+            lambda: read_evaluation_set(job),
+            lambda: read_prompts(job.file("prompts"), bad, fits),
+            lambda: read_texts(job.file("pretraining"), bad) if mix.coef else [],
+        )
+        packed = pack(texts, held_out.encoding, mix.sequence_tokens) if mix.coef else None
+        text = None if packed is None else TextStream(packed, job.config.ppo.seed)
         return Inputs(held_out=held_out, prompts=prompts, text=text)
 
     def check(self) -> Inputs:

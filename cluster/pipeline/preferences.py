@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.prompts import Prompt, check_prompts, read_prompts
+from actors.prompts import Prompt, fitting, read_prompts
 from actors.trajectory import Completion
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
@@ -86,9 +86,8 @@ def preference_prompts(job: Job, model: Path) -> list[Prompt]:
     """The prompts whose completions are compared, which a model has room for. Raises ValueError."""
     from reward_server.encoding import ChatEncoding
 
-    prompts = read_prompts(job.file("preference_prompts"), job.max_bad_rows)
-    check_prompts(prompts, ChatEncoding.load(model), job.config.rollout.max_prompt_tokens)
-    return prompts
+    fits = fitting(ChatEncoding.load(model), job.config.rollout.max_prompt_tokens)
+    return read_prompts(job.file("preference_prompts"), job.max_bad_rows, fits)
 
 
 async def sampled(

@@ -1,16 +1,20 @@
 """Step 2, the reward model: a scalar head learns the rankings."""
 
 import json
+import logging
+import math
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cluster.config.schema import Config
 from cluster.pipeline.stage import SECTIONS, MadeOf, Stage, Trained
-from reward_server.preferences.records import write_whole
+from reward_server.preferences.records import read_all, write_whole
 
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
 
+log = logging.getLogger(__name__)
 _SUMMARISED = (
     *("accuracy", "accuracy_ci", "prompt_accuracy", "prompt_accuracy_ci"),
     *("score_std", "longer_wins", "pairs", "log_loss"),
@@ -40,18 +44,38 @@ class RewardModel(Stage):
 
     def check(self) -> Any:
         """Read, encode and split the files: groups of ranked completions, and demonstrations as token ids."""
-        from actors.prompts import read_demonstrations
-        from learner.reward_modeling import ranked_groups, split_groups
+        from actors.prompts import Demonstration, read_demonstrations
+        from learner.reward_modeling import RankedGroup, ranked_group, split_groups
         from reward_server.encoding import ChatEncoding
-        from reward_server.preferences.labeling import read_comparisons
+        from reward_server.preferences.labeling import Comparison, read_comparisons
 
         job, bad = self.job, self.job.max_bad_rows
         encoding = ChatEncoding.load(job.model("sft"))
-        groups = ranked_groups(read_comparisons(job.file("comparisons"), bad), encoding)
-        demonstrations = [
-            (*encoding.prompt(row.prompt), *encoding.response(row.response, ended=True))
-            for row in read_demonstrations(job.file("demonstrations"), bad)
-        ]
+        limit, odd = encoding.positions or math.inf, Counter[str]()
+
+        def group(row: Comparison) -> RankedGroup:
+            best = [text for text, rank in zip(row.responses, row.ranks or (), strict=False) if not rank]
+            odd["have an empty completion of rank 0"] += any(not text.strip() for text in best)
+            odd["have a completion that ends in an end mark already"] += any(map(encoding.ends_twice, row.responses))
+            return ranked_group(row, encoding)
+
+        def tokens(row: Demonstration) -> tuple[int, ...]:
+            return (*encoding.prompt(row.prompt), *encoding.response(row.response, ended=True))
+
+        groups, rows = read_all(
+            lambda: read_comparisons(job.file("comparisons"), bad, group),
+            lambda: read_demonstrations(job.file("demonstrations"), bad, tokens),
+        )
+        demonstrations = [row for row in rows if len(row) <= limit]
+        if len(demonstrations) < len(rows):
+            told = f"{len(rows) - len(demonstrations)} of {len(rows)} rows of {job.file('demonstrations')} are longer"
+            told += f" than the {limit} positions of the model and do not count in its normalisation"
+            if not demonstrations:
+                raise ValueError(f"{told}; give data.demonstrations shorter ones")
+            log.warning("%s", told)
+        for what, count in odd.items():
+            if count:
+                log.warning("%d of %d comparisons %s", count, len(groups), what)
         split_groups(groups, job.config.reward)
         return groups, demonstrations
 
@@ -64,6 +88,12 @@ class RewardModel(Stage):
         completions = sum(len(group.sequences) for group in split_groups(groups, config)[0])
         with job.tracker.phase(f"reward: {completions} completions, {trained / 1e6:.1f} M parameters", "reward"):
             found = await reward_modeling(learner, groups, demonstrations, config, job.tracker.log)
+        if found.accuracy_ci[0] <= 0.5:
+            log.warning(
+                "the reward model is not told from chance: it ranks %.0f %% of %d held-out pairs as people did (95 %% "
+                "interval from %.0f %%); look at the comparisons, or give more",
+                *(100 * found.accuracy, found.pairs, 100 * found.accuracy_ci[0]),
+            )
         await learner.save("reward", folder)
         await learner.unload()
         calibration = {**asdict(found), "calibration_error": found.calibration_error}

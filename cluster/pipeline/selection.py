@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from actors.prompts import Prompt, check_prompts, read_prompts
+from actors.prompts import Prompt, fitting, read_prompts
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
 from reward_server.schema import ScoreRequest
 
@@ -81,8 +81,9 @@ class Select(Stage):
             )
         _ = job.reward_to_serve
         folders = sorted(found, key=lambda path: int(path.name))
-        prompts, encoding = read_prompts(job.file("prompts_valid"), job.max_bad_rows), ChatEncoding.load(folders[0])
-        check_prompts(prompts, encoding, job.config.rollout.max_prompt_tokens)
+        encoding = ChatEncoding.load(folders[0])
+        fits = fitting(encoding, job.config.rollout.max_prompt_tokens)
+        prompts = read_prompts(job.file("prompts_valid"), job.max_bad_rows, fits)
         return Epochs(folders=tuple(folders), prompts=tuple(prompts), encoding=encoding)
 
     async def run(self, processes: "ProcessPool", inputs: Epochs) -> None:

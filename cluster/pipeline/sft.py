@@ -11,6 +11,7 @@ from cluster.config.schema import Config
 from cluster.pipeline.job import Job
 from cluster.pipeline.stage import SECTIONS, MadeOf, Stage, Trained
 from learner.config import SFTConfig
+from reward_server.preferences.records import read_all
 
 if TYPE_CHECKING:
     from actors.chat import ChatExample
@@ -72,31 +73,38 @@ class SFT(Stage):
 
     def check(self) -> "SFTData":
         """Read and encode the files of step 1."""
-        from actors.prompts import read_demonstrations
-        from learner.data.corpora import demonstration_examples, split_held_out
+        from learner.data.corpora import split_held_out
         from learner.sft import SFTData
         from reward_server.encoding import ChatEncoding
 
-        job, config, bad = self.job, self.settings(self.job.config), self.job.max_bad_rows
+        job, config = self.job, self.settings(self.job.config)
         encoding = ChatEncoding.load(self.base, job.config.models.chat_template)
-        rows = read_demonstrations(job.file("demonstrations"), bad)
+        if encoding.positions and config.max_tokens > encoding.positions:
+            raise ValueError(
+                f"{self.name}.max_tokens = {config.max_tokens} is more than the {encoding.positions} positions of "
+                f"{self.base}. Nearest: {self.name}.max_tokens = {encoding.positions}"
+            )
         valid = job.files("demonstrations_valid").get("data.demonstrations_valid")
-        if valid is None:
-            rows, held_out = split_held_out(rows, instruction, config.valid_share, config.seed)
-        else:
-            held_out = read_demonstrations(valid, bad)
-            if both := len({instruction(row) for row in held_out} & {instruction(row) for row in rows}):
-                log.warning(
-                    "%d instructions of %s are also in data.demonstrations: its loss will look too good", both, valid
-                )
         text = bool(config.pretraining_share)
         measured = text and bool(job.files("pretraining_valid"))
         tokens = min(job.config.ppo.pretraining.sequence_tokens, config.max_tokens)
+        rows, held_out, pretraining, pretraining_valid = read_all(
+            lambda: encoded(job.file("demonstrations"), job.max_bad_rows, encoding, config),
+            lambda: encoded(valid, job.max_bad_rows, encoding, config) if valid else [],
+            lambda: packed_text(job, "pretraining", encoding, tokens) if text else (),
+            lambda: packed_text(job, "pretraining_valid", encoding, tokens) if measured else (),
+        )
+        if valid is None:
+            rows, held_out = split_held_out(rows, lambda row: instruction(row[0]), config.valid_share, config.seed)
+        elif both := len({instruction(row) for row, _ in held_out} & {instruction(row) for row, _ in rows}):
+            log.warning(
+                "%d instructions of %s are also in data.demonstrations: its loss will look too good", both, valid
+            )
         return SFTData(
-            demonstrations=demonstration_examples(rows, encoding, config.max_tokens, config.mask_prompt),
-            valid=demonstration_examples(held_out, encoding, config.max_tokens, config.mask_prompt),
-            pretraining=packed_text(job, "pretraining", encoding, tokens) if text else (),
-            pretraining_valid=packed_text(job, "pretraining_valid", encoding, tokens) if measured else (),
+            demonstrations=[example for _, example in rows],
+            valid=[example for _, example in held_out],
+            pretraining=pretraining,
+            pretraining_valid=pretraining_valid,
         )
 
     async def run(self, processes: "ProcessPool", inputs: "SFTData") -> None:
@@ -153,6 +161,28 @@ class Baseline(SFT):
     @classmethod
     def settings(cls, config: Config) -> SFTConfig:
         return config.baseline
+
+
+def encoded(
+    file: Path, max_bad_rows: int, encoding: "ChatEncoding", config: SFTConfig
+) -> "list[tuple[Demonstration, ChatExample]]":
+    """Read demonstrations with what is learnt of each; those that are cut are counted and warned of."""
+    from actors.chat import chat_example
+    from actors.prompts import read_demonstrations
+
+    rows = read_demonstrations(
+        file,
+        max_bad_rows,
+        lambda row: (row, chat_example(encoding, row.prompt, row.response, config.max_tokens, config.mask_prompt)),
+    )
+    if cut := sum(example.ids[-1] != encoding.eos_id for _, example in rows):
+        log.warning(
+            "%d of %d rows of %s are cut at max_tokens = %d, and so teach no end: raise it, or leave them out",
+            *(cut, len(rows), file, config.max_tokens),
+        )
+    if twice := sum(encoding.ends_twice(row.response) for row, _ in rows):
+        log.warning("%d of %d rows of %s end in an end mark already, and get another: cut it", twice, len(rows), file)
+    return rows
 
 
 def instruction(row: "Demonstration") -> str:

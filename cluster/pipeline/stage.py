@@ -5,13 +5,16 @@ heavy (torch, Ray, transformers) is imported at the top of a stage's file.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cluster.config.load import ConfigError
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
+from cluster.rundir.inputs import KINDS, common_prompts
 from cluster.rundir.record import StageRecord, made_of
 from cluster.runtime.resources import Kind, plan_run
 from learner.config import NetworkConfig, OptimizerConfig
@@ -19,6 +22,7 @@ from learner.config import NetworkConfig, OptimizerConfig
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
 
+log = logging.getLogger(__name__)
 SECTIONS = ("models", "data", "cluster")
 """Sections of every stage that trains."""
 SAMPLING = ("rollout", "generator")
@@ -147,10 +151,19 @@ class Stage:
         """What follows when nothing is left to do."""
 
 
-def execute(stage: Stage) -> None:
-    """The command: run a stage, unless it is complete, with the processes that it needs."""
-    if stage.pending():
-        inputs = stage.check()
+def execute(stage: Stage, begin: Callable[[], object] = lambda: None) -> None:
+    """The command: run a stage, unless it is complete, with the processes that it needs.
+
+    `begin` is called when all is read. Raises ConfigError for what is wrong with that.
+    """
+    try:
+        inputs = _read(stage) if (pending := stage.pending()) else None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    begin()
+    if pending:
         with _pool(stage) as pool:
             asyncio.run(_work(stage, pool, inputs, pool or nullcontext()))
     stage.conclude()
@@ -166,7 +179,17 @@ def preflight(stage: Stage) -> None:
     """What would stop a stage before it starts; reads only. Raises ValueError."""
     if stage.record is not None:
         _ = stage.record.progress
-    stage.check()
+    _read(stage)
+
+
+def _read(stage: Stage) -> Any:
+    """Its files, read and checked; what they have in common and should not is told."""
+    inputs, job = stage.check(), stage.job
+    if "data" in stage.sections:
+        files = {key.removeprefix("data."): path for key, path in job.files(*KINDS).items()}
+        for warning in common_prompts(files, stage.data(job.config) or files):
+            log.warning("%s", warning)
+    return inputs
 
 
 async def _work(stage: Stage, pool: Any, inputs: Any, while_open: AbstractAsyncContextManager[Any]) -> None:

@@ -3,18 +3,23 @@
 Nothing heavy is imported here, so that a wrong path is told in half a second.
 """
 
+import contextlib
 import json
 import math
 import os
 import socket
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.config.schema import Config
-from reward_server.preferences.records import RecordError, kind_of, read_jsonl
+from reward_server.preferences.formats import file_rows
+from reward_server.preferences.forms import kinds_of, row_prompt, row_text
+from reward_server.preferences.records import RecordError, read_rows, without_nulls
 
 _HUB_ANSWERS_S = 5.0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -34,8 +39,6 @@ _ROWS = {
     "comparisons": '{"prompt", "completions", "ranks"} or {"chosen", "rejected"}',
     "pretraining text": '{"text": text}',
 }
-# A demonstration and a comparison have a prompt too, so they can serve as prompts.
-_SERVES = {"prompts": ("prompts", "demonstrations", "comparisons")}
 
 
 def model_folder(config: Config, run_dir: Path, name: str) -> Path:
@@ -60,7 +63,7 @@ def data_file(config: Config, run_dir: Path, name: str) -> Path:
     """The configured data file, else the run's own. Raises ValueError naming the key when there is neither."""
     path, own = getattr(config.data, name), run_dir / "data" / f"{name}.jsonl"
     if path is None and not own.is_file():
-        raise ValueError(f"data.{name} is not set and {own} does not exist: set it to a JSONL file")
+        raise ValueError(f"data.{name} is not set and {own} does not exist: set it to a data file")
     return path or own
 
 
@@ -68,17 +71,49 @@ def check_data(name: str, path: Path) -> None:
     """Raise ValueError when a data file is not there, or its first row is one of another kind of file."""
     kind = KINDS.get(name)
     try:
-        line, row = next(iter(read_jsonl(path)))
+        line, row = next(iter(read_rows(path)))
     except RecordError as error:
-        if not path.is_file() or str(error).startswith(f"{path}: "):  # nothing of it can be read
+        if not path.exists() or str(error).startswith(f"{path}: "):  # nothing of it can be read
             raise ValueError(f"data.{name}: {error}") from error
         return  # one bad row: whoever reads the whole file knows how many may be skipped
-    found = kind_of(row)
-    if kind and found and found not in _SERVES.get(kind, (kind,)):
+    found = kinds_of(without_nulls(row))
+    if kind and found and kind not in found:
         raise ValueError(
-            f"data.{name}: {path}:{line} looks like a row of {found} (its keys are {sorted(row)}), and {kind} are "
+            f"data.{name}: {path}:{line} looks like a row of {found[0]} (its keys are {sorted(row)}), and {kind} are "
             f"wanted: {_ROWS[kind]}. Give data.{name} another file"
         )
+
+
+def common_prompts(files: Mapping[str, Path], read: Collection[str]) -> Iterator[str]:
+    """Warnings of prompts, or pretraining texts, that are trained on and held out; of pairs with a file of `read`.
+
+    Files by their names in `data`. Of rows that cannot be read nothing is said here.
+    """
+    held_out = ("prompts_heldout", "prompts_valid", "demonstrations_valid")
+    trained = ("demonstrations", "preference_prompts", "comparisons", "prompts")
+    pairs = [*product(trained, held_out), ("pretraining", "pretraining_valid")]
+    pairs.remove(("demonstrations", "demonstrations_valid"))  # by their groups, which SFT itself compares
+    pairs = [pair for pair in pairs if files.keys() >= {*pair} and {*pair} & {*read}]
+    said = {name: _said(files[name]) for name in {name for pair in pairs for name in pair}}
+    for one, other in pairs:
+        if both := len(said[one] & said[other]):
+            yield (
+                f"{both} of the {len(said[other])} different rows of data.{other} ({files[other]}) are also in "
+                f"data.{one} ({files[one]}): what is measured on them will look too good. Take them out of one"
+            )
+
+
+def _said(path: Path) -> set[int]:
+    """What the rows ask, or say."""
+    found = set[int]()
+    with contextlib.suppress(ValueError):
+        for _, row in file_rows(path):
+            with contextlib.suppress(ValueError):
+                if isinstance(row, dict):
+                    row = without_nulls(row)
+                    said = row_text(row, "text") if kinds_of(row) == ["pretraining text"] else row_prompt(row)
+                    found.add(hash(said if isinstance(said, str) else tuple((m.role, m.content.strip()) for m in said)))
+    return found
 
 
 def check_base(name: str) -> None:

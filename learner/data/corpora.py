@@ -9,15 +9,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from actors.chat import ChatExample, TextEncoding, chat_example
-from actors.prompts import Demonstration, Shuffle, stable_hash
-from reward_server.preferences.records import read_records, row_text
+from actors.chat import ChatExample, TextEncoding
+from actors.prompts import Shuffle, stable_hash
+from reward_server.preferences.forms import row_text
+from reward_server.preferences.records import read_records
 
 Item = TypeVar("Item")
 
 
 def read_texts(path: str | Path, max_bad_rows: int = 0) -> list[str]:
-    """Read the documents of a JSONL file of {"text": str} rows. Raises RecordError (file:line, reason, remedy)."""
+    """Read the documents of a data file of {"text": str} rows. Raises RecordError (file:line, reason, remedy)."""
     return read_records(path, lambda row, _line: row_text(row, "text"), max_bad_rows)
 
 
@@ -40,19 +41,6 @@ def split_held_out(
         [item for item in items if key(item) not in held_out],
         [item for item in items if key(item) in held_out],
     )
-
-
-def demonstration_examples(
-    demonstrations: Iterable[Demonstration], encoding: TextEncoding, max_tokens: int, mask_prompt: bool
-) -> list[ChatExample]:
-    """Encode demonstrations for `learner.sft`. Raises ValueError that names one whose prompt is too long."""
-    examples = []
-    for one in demonstrations:
-        try:
-            examples.append(chat_example(encoding, one.prompt, one.response, max_tokens, mask_prompt))
-        except ValueError as error:
-            raise ValueError(f"demonstration {one.id!r}: {error}") from error
-    return examples
 
 
 def pack(texts: Iterable[str], encoding: TextEncoding, sequence_tokens: int) -> Tensor:

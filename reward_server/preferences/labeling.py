@@ -3,25 +3,24 @@
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypeVar
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from reward_server.config import LabelerConfig
 from reward_server.functions import call_function, load_function
-from reward_server.preferences.records import RecordError, read_records, row_conversation, row_id, row_text, write_whole
+from reward_server.preferences.forms import has_prompt, row_prompt, row_text, side_of_pair
+from reward_server.preferences.records import RecordError, read_records, row_names, write_whole
 from reward_server.preferences.trees import is_tree, sibling_groups
 from reward_server.schema import Message
 
 VADER = "simulated:vader"
 """Name of the labeler that likes positive sentiment."""
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 log = logging.getLogger(__name__)
 
 
@@ -56,30 +55,32 @@ class Comparison:
             raise ValueError(f'"ranks" must be 0 (best) or more, not {list(self.ranks)}')
 
 
-def read_comparisons(path: str | Path, max_bad_rows: int = 0) -> list[Comparison]:
-    """Read a JSONL file of comparisons, of pairs, or of ranked trees.
+Used = TypeVar("Used", default=Comparison)
+
+
+def read_comparisons(
+    path: str | Path, max_bad_rows: int = 0, use: Callable[[Comparison], Used] = lambda one: one
+) -> list[Used]:
+    """Read a data file of comparisons, of pairs, or of ranked trees; returns what `use` makes of each.
 
     A comparison is {"id"?, "prompt": str | [messages], "completions": [{"text", "ended"?}], "ranks"?,
-    "labeler"?, "group"?}. A pair is {"chosen", "rejected"}: two transcripts "\\n\\nHuman: ..\\n\\nAssistant: .."
-    that differ in the last turn, two lists of messages that do, or two texts beside a "prompt". A tree (see
-    trees.py) gives a comparison for every message with two ranked replies or more; the other replies
-    are left out, with a warning that counts them. Raises RecordError with file:line and reason.
+    "labeler"?, "group"?}. A pair is {"chosen", "rejected"}: two whole conversations that differ in the last turn (see
+    forms.py), or two replies to a prompt beside them. A tree (see trees.py) gives a comparison for every message with
+    two ranked replies or more; the other replies are left out, with a warning that counts them. Raises RecordError
+    with file:line and reason of every bad row; `use` raises ValueError to refuse one.
     """
-    lines: dict[str, int] = {}
-    left_out = 0
+    name, left_out = row_names(), 0
 
-    def parse(row: dict[str, Any], line_number: int) -> list[Comparison]:
+    def parse(row: dict[str, Any], line_number: int) -> list[Used]:
         nonlocal left_out
-        name = row_id(row | {"id": row["message_tree_id"]} if "message_tree_id" in row else row, line_number)
-        if name in lines:
-            raise ValueError(f"id {name!r} was used in line {lines[name]}; give each row its own")
+        own, more = name(row, line_number), 0
         if is_tree(row):
-            comparisons, more = _tree(name, row)
-            left_out += more
+            comparisons, more = _tree(own, row)
         else:
-            comparisons = [_pair(name, row) if "chosen" in row else _comparison(name, row)]
-        lines[name] = line_number
-        return comparisons
+            comparisons = [_pair(own, row) if "chosen" in row else _comparison(own, row)]
+        found = [use(comparison) for comparison in comparisons]
+        left_out += more
+        return found
 
     found = [comparison for row in read_records(path, parse, max_bad_rows) for comparison in row]
     if not found:
@@ -132,7 +133,7 @@ def _comparison(name: str, row: dict[str, Any]) -> Comparison:
         raise ValueError(f'"labeler" must be a string, not {labeler!r:.60}')
     return Comparison(
         id=name,
-        prompt=row_conversation(row),
+        prompt=row_prompt(row),
         responses=tuple(text for text, _ in read),
         ended=tuple(ended for _, ended in read),
         ranks=None if ranks is None else tuple(ranks),
@@ -169,14 +170,11 @@ def _completion(number: int, completion: Any) -> tuple[str, bool]:
 
 
 def _pair(name: str, row: dict[str, Any]) -> Comparison:
-    if "prompt" in row:
-        prompt = row_conversation(row)
-        chosen, rejected = row_text(row, "chosen"), row_text(row, "rejected")
-    else:
-        prompt, chosen = _transcript(row, "chosen")
-        other_prompt, rejected = _transcript(row, "rejected")
-        if prompt != other_prompt:
-            raise ValueError('"chosen" and "rejected" differ before their last turn; give them one prompt')
+    asked = row_prompt(row) if has_prompt(row) else None
+    prompt, chosen = side_of_pair(row, "chosen", asked)
+    other_prompt, rejected = side_of_pair(row, "rejected", asked)
+    if prompt != other_prompt:
+        raise ValueError('"chosen" and "rejected" differ before their last turn; give them one prompt')
     return Comparison(
         id=name,
         prompt=prompt,
@@ -185,27 +183,6 @@ def _pair(name: str, row: dict[str, Any]) -> Comparison:
         ranks=(0, 1),
         labeler=None,
     )
-
-
-def _transcript(row: dict[str, Any], key: str) -> tuple[tuple[Message, ...], str]:
-    """Split a conversation into the prompt and the assistant's last turn."""
-    turns = row.get(key)
-    if isinstance(turns, str):
-        before, *pieces = _TURN.split(turns)
-        if before.strip() or not pieces:
-            raise ValueError(f'"{key}" must start with "\\n\\nHuman:", not {turns[:40]!r}; or give a "prompt" too')
-        turns = [
-            {"role": _ROLES[speaker], "content": text.strip()}
-            for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)
-        ]
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f'"{key}" must be a transcript or a list of messages, not {turns!r:.60}')
-    last = turns[-1]
-    if not isinstance(last, dict) or last.get("role") != "assistant":
-        raise ValueError(f'"{key}" must end with a turn of the assistant, not {last!r:.60}')
-    if not isinstance(last.get("content"), str):
-        raise ValueError(f'the last turn of "{key}" must have a text as its content, not {last!r:.60}')
-    return row_conversation({key: turns[:-1]}, key), last["content"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

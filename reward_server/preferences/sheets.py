@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from reward_server.preferences.labeling import Comparison
-from reward_server.preferences.records import RecordError, read_jsonl, write_whole
+from reward_server.preferences.records import RecordError, read_rows, write_whole
 
 COLUMNS: tuple[str, ...] = ("comparison", "letter", "prompt", "completion", "rank")
 _DELIMITERS = ",;\t"  # spreadsheets of some countries save semicolons
@@ -142,7 +142,7 @@ def _write(path: Path, text: str) -> Path:
 def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row as a spreadsheet numbers them, or line, cells by column)."""
     if path.suffix == ".jsonl":
-        for number, row in read_jsonl(path):
+        for number, row in read_rows(path):
             if missing := [name for name in COLUMNS if name not in row]:
                 raise RecordError(f"{path}: row {number}, column {missing[0]}: is missing; give each row all of them")
             yield number, {name: row[name] for name in COLUMNS}

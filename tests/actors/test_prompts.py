@@ -12,7 +12,7 @@ from actors.prompts import (
     Prompt,
     PromptStream,
     Shuffle,
-    check_prompts,
+    fitting,
     read_demonstrations,
     read_prompts,
     stable_hash,
@@ -107,16 +107,20 @@ def test_the_hash_is_the_same_in_every_process_and_has_63_bits() -> None:
     assert all(0 <= stable_hash(i) < 2**63 for i in range(1000))
 
 
-def test_prompts_that_are_too_long_or_cannot_be_encoded_are_all_named() -> None:
+def test_prompts_that_are_too_long_or_cannot_be_encoded_are_all_named_and_count_as_bad_rows(tmp_path: Path) -> None:
     class Strict(FakeEncoding):
         def prompt(self, messages):  # type: ignore[no-untyped-def]
             if messages[0].content == "b":
                 raise ValueError("the template refuses b")
             return super().prompt(messages)
 
-    long = Prompt(id="long", messages=(Message(role="user", content="aaaa"),), reference=None)
-    check_prompts(prompts(1), Strict(), max_prompt_tokens=3)
-    with pytest.raises(ValueError, match="2 of 3 prompts cannot be used") as caught:
-        check_prompts([*prompts(2), long], Strict(), max_prompt_tokens=5)
-    assert "prompt 'p1': the template refuses b" in str(caught.value)
-    assert "prompt 'long' has 6 tokens, more than the 5 allowed" in str(caught.value)
+    fits = fitting(Strict(), max_prompt_tokens=5)
+    path = _write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"id": "x", "prompt": "b"}, {"prompt": "aaaa"}, {"b": 1}])
+    with pytest.raises(RecordError) as caught:
+        read_prompts(path, 2, fits)
+    told = str(caught.value).splitlines()
+    assert [line.split(": ")[0] for line in told] == [f"{path}:2", f"{path}:3", f"{path}:4", str(path)]
+    assert "prompt 'x': the template refuses b" in told[0]
+    assert "prompt 'row-3' has 6 tokens, more than the 5 allowed" in told[1]
+    assert "3 bad rows; only 2 may be skipped" in told[3]
+    assert [prompt.id for prompt in read_prompts(path, 3, fits)] == ["row-1"]

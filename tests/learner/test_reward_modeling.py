@@ -11,7 +11,7 @@ from learner.config import NetworkConfig, OptimizerConfig, RewardModelingConfig
 from learner.reward_modeling import (
     RankedGroup,
     held_out_accuracy,
-    ranked_groups,
+    ranked_group,
     reward_modeling,
     split_groups,
 )
@@ -44,7 +44,7 @@ def config(**settings) -> RewardModelingConfig:
 
 def test_completions_are_encoded_after_their_prompt_with_an_eos_only_where_they_ended():
     comparison = Comparison(id="x", prompt=ASK, responses=("b", "cc"), ended=(True, False), ranks=(1, 0), labeler=None)
-    (found,) = ranked_groups([comparison], ENCODING)
+    found = ranked_group(comparison, ENCODING)
     query = (USER, 4, ASSISTANT)
     assert found.sequences == ((*query, 5, EOS), (*query, 6, 6))
     assert found.ranks == (1, 0)
@@ -54,7 +54,7 @@ def test_completions_are_encoded_after_their_prompt_with_an_eos_only_where_they_
 def test_a_comparison_without_ranks_is_an_error_that_names_it():
     unranked = Comparison(id="row 7", prompt=ASK, responses=("b", "c"), ended=(True, True), ranks=None, labeler=None)
     with pytest.raises(ValueError, match=r"'row 7' has no ranks: rank it first"):
-        ranked_groups([unranked], ENCODING)
+        ranked_group(unranked, ENCODING)
 
 
 def test_whole_prompts_are_held_out_by_the_seed():
@@ -87,7 +87,7 @@ def compared(prompt: str, number: int, group: str | None = None) -> Comparison:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_prompt_that_is_compared_twice_is_on_one_side(seed):
     comparisons = [compared("abcd"[number % 4], number + 1) for number in range(16)]
-    train, held_out = split_groups(ranked_groups(comparisons, ENCODING), config(seed=seed))
+    train, held_out = split_groups([ranked_group(one, ENCODING) for one in comparisons], config(seed=seed))
     assert (len(train), len(held_out)) == (12, 4)
     queries = [{one.sequences[0][:3] for one in part} for part in (train, held_out)]
     assert not queries[0] & queries[1]
@@ -96,7 +96,7 @@ def test_a_prompt_that_is_compared_twice_is_on_one_side(seed):
 def test_comparisons_of_one_tree_are_on_one_side():
     """Different prompts, but the longer one holds a completion of the shorter."""
     comparisons = [compared("abcdefgh"[number], number + 1, group=f"tree {number // 4}") for number in range(8)]
-    train, held_out = split_groups(ranked_groups(comparisons, ENCODING), config())
+    train, held_out = split_groups([ranked_group(one, ENCODING) for one in comparisons], config())
     assert (len(train), len(held_out)) == (4, 4)
     assert {one.family for one in train} ^ {one.family for one in held_out} == {"tree 0", "tree 1"}
 

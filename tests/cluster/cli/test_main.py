@@ -31,7 +31,7 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Entry], None]:
 
     def replace(name: str, function: Entry) -> None:
         monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], work=function))
-        monkeypatch.setattr("cluster.pipeline.stage.execute", lambda done: None)
+        monkeypatch.setattr("cluster.pipeline.stage.execute", lambda done, begin: begin())
         monkeypatch.setattr(checks, "check_config", lambda *_: checks.Diagnostics())  # no model or file is given
 
     return replace

@@ -7,7 +7,7 @@ from cluster.pipeline.evaluate import read_evaluation_set, samples_to_show, win_
 from reward_server.schema import Message
 from tests.stage_runs import make_job
 from tests.stage_runs import rows as write_rows
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import tiny_causal_lm, tiny_tokenizer
 
 
 def rows(count):
@@ -39,6 +39,24 @@ def test_only_the_first_prompts_are_held_out_for_evaluation(tmp_path):
     found = read_evaluation_set(one).prompts
     assert [prompt.id for prompt in found] == ["0", "1", "2"]
     assert found[0] == Prompt(id="0", messages=(Message(role="user", content="hello"),), reference=None)
+
+
+def test_a_long_reference_is_cut_for_the_probe_and_text_to_the_positions(tmp_path, caplog):
+    """An engine that was given one died of it, and the next ones too."""
+    tiny_causal_lm(tmp_path / "base", max_positions=64)
+    long = {"id": "x", "prompt": "hello", "reference": "good " * 200}
+    data = {
+        "prompts_heldout": write_rows(tmp_path / "p.jsonl", long, {"id": "y", "prompt": "hello", "reference": "good"}),
+        "pretraining_valid": write_rows(tmp_path / "t.jsonl", {"text": "the quick brown fox " * 90}),
+    }
+    rollout = {"max_prompt_tokens": 40, "max_new_tokens": 24}
+    one = make_job(tmp_path / "run", data=data, models={"sft": tmp_path / "base"}, rollout=rollout)
+    found = read_evaluation_set(one)
+    first, second = found.probes()
+    assert len(first.ids) - first.first == 23  # vLLM wants room for one more token
+    assert len(second.ids) - second.first < 10
+    assert "the first 23 tokens of the references of ['x']" in caplog.text
+    assert {len(example.ids) for example in found.text} == {64}
 
 
 # --- win rates

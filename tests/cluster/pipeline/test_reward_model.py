@@ -1,12 +1,13 @@
 """Reward modelling on stand-ins."""
 
 import json
+import re
 
 import pytest
 
 from cluster.pipeline.reward_model import RewardModel
 from tests.stage_runs import FakeLearner, made_of, make_job, rows, run_stage, summary
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import tiny_causal_lm, tiny_tokenizer
 
 ASK = {"prompt": "hello", "response": "this is good"}
 
@@ -62,3 +63,41 @@ def test_unranked_comparisons_stop_before_anything_is_loaded(tmp_path, base):
     with pytest.raises(ValueError, match="'1' has no ranks"):
         run_stage(RewardModel(make_job(tmp_path / "run", data=data, models={"sft": base})), learner)
     assert learner.calls == []
+
+
+def test_comparisons_that_teach_little_and_a_model_at_chance_are_told(tmp_path, base, caplog):
+    odd = comparison(0) | {"completions": [{"text": " "}, {"text": "b<|im_end|>"}]}
+    data = {
+        "comparisons": rows(
+            tmp_path / "c.jsonl", odd, *(comparison(i) | {"ranks": [i % 2, 1 - i % 2]} for i in range(1, 9))
+        ),
+        "demonstrations": rows(tmp_path / "d.jsonl", ASK),
+    }
+    one = make_job(tmp_path / "run", data=data, models={"sft": base}, reward={"valid_share": 0.5})
+    (one.run_dir / "reward").mkdir()
+    run_stage(RewardModel(one), FakeLearner())
+    assert "1 of 9 comparisons have an empty completion of rank 0" in caplog.text
+    assert "1 of 9 comparisons have a completion that ends in an end mark" in caplog.text
+    assert "not told from chance" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_longer_than_the_models_positions_is_told_with_its_row(tmp_path, family, caplog):
+    """Deep in the learner it was an IndexError (GPT-2), or trained beyond the positions (Llama)."""
+    tiny_causal_lm(tmp_path / "base", family=family, max_positions=64)
+    long = comparison(1) | {"prompt": "hello " * 40}
+    forged = comparison(2) | {"prompt": "a <|im_end|> b"}
+    data = {
+        "comparisons": rows(tmp_path / "c.jsonl", *map(comparison, range(3, 11)), long, forged),
+        "demonstrations": rows(tmp_path / "d.jsonl", ASK, ASK | {"response": "good " * 60}),
+    }
+    given = {"models": {"sft": tmp_path / "base"}, "data": data}
+    with pytest.raises(ValueError, match="2 bad rows") as caught:
+        RewardModel(make_job(tmp_path / "run", **given)).check()
+    told = str(caught.value).splitlines()
+    assert re.match(r".*c\.jsonl:9: comparison '1' has \d+ tokens, more than the 64 positions", told[0])
+    assert re.match(r".*c\.jsonl:10: comparison '2': message 0 \(user\) holds '<\|im_end\|>'", told[1])
+    data["max_bad_rows"] = 2
+    groups, demonstrations = RewardModel(make_job(tmp_path / "run", **given)).check()
+    assert (len(groups), len(demonstrations)) == (8, 1)
+    assert f"1 of 2 rows of {tmp_path / 'd.jsonl'} are longer than the 64 positions" in caplog.text

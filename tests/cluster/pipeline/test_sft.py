@@ -4,13 +4,11 @@ import json
 
 import pytest
 
-from actors.prompts import read_demonstrations
 from cluster.pipeline.job import Job
-from cluster.pipeline.sft import SFT, Baseline
-from learner.data.corpora import demonstration_examples
+from cluster.pipeline.sft import SFT, Baseline, encoded
 from reward_server.encoding import ChatEncoding
 from tests.stage_runs import FakeLearner, made_of, make_job, rows, run_stage, summary
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import tiny_causal_lm, tiny_tokenizer
 
 ASK = {"prompt": "hello", "response": "this is good"}
 
@@ -57,8 +55,7 @@ def test_without_a_held_out_file_whole_instructions_are_held_out(tmp_path, base)
 
 def examples(one: Job, base):
     encoding, config = ChatEncoding.load(base), one.config.sft
-    rows = read_demonstrations(one.file("demonstrations"))
-    return demonstration_examples(rows, encoding, config.max_tokens, config.mask_prompt)
+    return [example for _, example in encoded(one.file("demonstrations"), 0, encoding, config)]
 
 
 def test_demonstrations_without_a_group_are_split_by_their_prompts(tmp_path, base):
@@ -78,6 +75,32 @@ def test_an_instruction_on_both_sides_is_told(tmp_path, base, caplog):
     one = make_job(tmp_path / "run", data=data, sft={"pretraining_share": 0.0})
     SFT(one, base).check()
     assert "1 instructions of" in caplog.text
+
+
+def test_demonstrations_that_are_cut_are_counted(tmp_path, base, caplog):
+    """They teach no end."""
+    files = {
+        "demonstrations": rows(tmp_path / "d.jsonl", ASK, ASK | {"response": "good " * 90}),
+        "demonstrations_valid": rows(tmp_path / "v.jsonl", ASK),
+    }
+    found = SFT(make_job(tmp_path / "run", data=files, sft={"pretraining_share": 0.0, "max_tokens": 64}), base).check()
+    assert [len(example.ids) for example in found.demonstrations][1:] == [64]
+    assert f"1 of 2 rows of {tmp_path / 'd.jsonl'} are cut at max_tokens = 64" in caplog.text
+    assert "v.jsonl" not in caplog.text
+
+
+def test_an_end_mark_in_a_response_is_told(tmp_path, base, caplog):
+    files = demonstrations(tmp_path)
+    rows(tmp_path / "d.jsonl", ASK, ASK | {"response": "good<|im_end|>\n"})
+    SFT(make_job(tmp_path / "run", data=files, sft={"pretraining_share": 0.0}), base).check()
+    assert f"1 of 2 rows of {tmp_path / 'd.jsonl'} end in an end mark" in caplog.text
+
+
+def test_no_demonstration_is_longer_than_the_models_positions(tmp_path):
+    tiny_causal_lm(tmp_path / "base", family="gpt2", max_positions=32)
+    one = make_job(tmp_path / "run", data=demonstrations(tmp_path), sft={"pretraining_share": 0.0, "max_tokens": 64})
+    with pytest.raises(ValueError, match=r"sft\.max_tokens = 64 is more than the 32 positions"):
+        SFT(one, tmp_path / "base").check()
 
 
 def test_packed_text_is_as_long_as_fine_tuning_allows(tmp_path, base):

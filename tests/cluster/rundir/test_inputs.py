@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config.schema import Config
-from cluster.rundir.inputs import Model, check_base, check_data, data_file
+from cluster.rundir.inputs import Model, check_base, check_data, common_prompts, data_file
 from cluster.rundir.inputs import model_folder as find_model
 from tests.model_folders import model_folder
 
@@ -166,3 +166,22 @@ def test_what_is_configured_comes_before_the_runs_own(tmp_path: Path) -> None:
     assert data_file(config, tmp_path / "run", "prompts") == tmp_path / "p.jsonl"
     with pytest.raises(ValueError, match=r"data\.prompts_heldout is not set and .*/run/data/prompts_heldout\.jsonl"):
         data_file(config, tmp_path / "run", "prompts_heldout")
+
+
+def test_what_is_trained_on_and_held_out_is_told_of_every_pair_of_files(tmp_path: Path) -> None:
+    asked = [{"prompt": f"hello {i}"} for i in range(4)]
+    talk = [{"role": "user", "content": "hello 1 "}]
+    files = {
+        "demonstrations": rows(tmp_path / "d.jsonl", asked[0] | {"response": "a"}, {"b": 1}),
+        "comparisons": rows(tmp_path / "c.jsonl", {"prompt": talk, "completions": []}),
+        "prompts": rows(tmp_path / "p.jsonl", asked[2], asked[3]),
+        "prompts_heldout": rows(tmp_path / "h.jsonl", *asked[:3]),
+        "prompts_valid": rows(tmp_path / "v.jsonl", {"prompt": "another"}),
+        "pretraining": rows(tmp_path / "t.jsonl", TEXT, {"text": "bye"}),
+        "pretraining_valid": rows(tmp_path / "tv.jsonl", TEXT),
+    }
+    told = list(common_prompts(files, files))
+    pairs = ["demonstrations", "comparisons", "prompts", "pretraining"]
+    assert [re.findall(r"also in data\.(\w+)", line) for line in told] == [[name] for name in pairs]
+    assert all(line.startswith("1 of the ") for line in told)
+    assert list(common_prompts(files, ["prompts"])) == [told[2]]

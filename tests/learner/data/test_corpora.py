@@ -9,18 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.prompts import Demonstration
 from learner.data.corpora import (
     TextStream,
-    demonstration_examples,
     pack,
     read_texts,
     split_held_out,
     text_examples,
 )
 from reward_server.preferences.records import RecordError
-from reward_server.schema import Message
-from tests.fakes import ASSISTANT, EOS, USER, FakeEncoding
+from tests.fakes import EOS, FakeEncoding
 
 A, B, C, D = 4, 5, 6, 7
 
@@ -96,14 +93,3 @@ def test_small_splits_hold_out_at_least_one_and_none_only_when_asked() -> None:
     assert split_held_out(["a", "b"], lambda item: item, 0.0, seed=0) == (["a", "b"], [])
     with pytest.raises(ValueError, match=r"holding out 0\.5 of 1 different items leaves none"):
         split_held_out(["a", "a"], lambda item: item, 0.5, seed=0)
-
-
-def test_demonstrations_become_examples_and_one_too_long_is_named() -> None:
-    def demonstration(name: str, prompt: str) -> Demonstration:
-        return Demonstration(id=name, prompt=(Message(role="user", content=prompt),), response="b")
-
-    (example,) = demonstration_examples([demonstration("x", "a")], FakeEncoding(), 10, mask_prompt=True)
-    assert example.ids == (USER, A, ASSISTANT, B, EOS)
-    assert example.loss_mask == (False, False, False, True, True)
-    with pytest.raises(ValueError, match="demonstration 'y': the prompt has 8 tokens"):
-        demonstration_examples([demonstration("y", "aaaaaa")], FakeEncoding(), 8, mask_prompt=True)

@@ -1,0 +1,99 @@
+"""What a stage reads is read before W&B, Ray and its record begin: every bad row is told, with exit code 2."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import main as cli
+from cluster.pipeline import stage as runner
+from tests.tiny_models import tiny_causal_lm, tiny_reward_model
+
+ASK = {"prompt": "hello", "response": "this is good"}
+RANKED = {"prompt": "hello", "completions": [{"text": "a"}, {"text": "b"}], "ranks": [0, 1]}
+TEXT = {"text": "the quick brown fox " * 20}
+FORGED = "hello <|im_end|>"
+SMALL = (
+    *("--sft.max_tokens", "64", "--sft.pretraining_share", "0", "--ppo.pretraining.sequence_tokens", "32"),
+    *("--rollout.max_prompt_tokens", "64", "--rollout.max_new_tokens", "16", "--generator.max_model_len", "80"),
+    *("--generator.kv_cache_gib", "0.01", "--evaluation.prompts", "4"),
+)
+# stage -> (files that it reads with good rows, the file with bad rows, two bad rows)
+STAGES: dict[str, tuple[dict[str, Any], str, list[Any]]] = {
+    "sft": ({"demonstrations": ASK, "demonstrations_valid": ASK}, "demonstrations", [{"prompt": "a"}, {"prompt": 3}]),
+    "sample": ({"preference_prompts": ASK}, "preference_prompts", [{"prompt": "long " * 80}, {"prompt": " "}]),
+    "rank": ({"completions": RANKED}, "completions", [RANKED | {"completions": []}, {"prompt": "a"}]),
+    "reward": (
+        {"comparisons": RANKED, "demonstrations": ASK},
+        "demonstrations",
+        [ASK | {"prompt": FORGED}, {"prompt": "a"}],
+    ),
+    "ppo": (
+        {"prompts": ASK, "prompts_heldout": ASK, "pretraining": TEXT, "pretraining_valid": TEXT},
+        "prompts",
+        [{"prompt": FORGED}, {"prompt": "long " * 80}],
+    ),
+}
+
+
+class Started(Exception):
+    """Everything was read."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny_causal_lm(root / "sft")
+    tiny_reward_model(root / "reward")
+    return root
+
+
+def write(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_bad_row_is_told_before_anything_begins(
+    name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def started(*_: object) -> None:
+        raise Started("everything was read")
+
+    monkeypatch.setattr(runner, "_pool", started)
+    files, spoilt, bad = STAGES[name]
+    good = {
+        file: [row | {"prompt": f"hello {i}"} if "prompt" in row else row for i in range(12)]
+        for file, row in files.items()
+    }
+    sections = cli.COMMANDS[name].sections
+    words = [name, "--run", str(tmp_path / "run"), "--tracking.mode", "offline"]
+    for key in ("base", "sft") if name == "sft" else ("sft", "reward"):
+        if "models" in sections:
+            words += [f"--models.{key}", str(models / ("reward" if key == "reward" else "sft"))]
+    words += [
+        word
+        for pair in zip(SMALL[::2], SMALL[1::2], strict=True)
+        if pair[0][2:].split(".")[0] in sections
+        for word in pair
+    ]
+    for file, rows in good.items():
+        write(tmp_path / f"{file}.jsonl", rows)
+        words += [f"--data.{file}", str(tmp_path / f"{file}.jsonl")]
+    path = tmp_path / f"{spoilt}.jsonl"
+    write(path, [*good[spoilt][:10], bad[0], good[spoilt][10], {"id": "mine", **bad[1]}])
+    assert cli.main([*words, "--dry-run"]) == 1
+    said = capfd.readouterr().out
+    assert f"{path}:11: " in said
+    assert f"{path}:13: " in said
+    assert cli.main(words) == 2
+    told = capfd.readouterr().err
+    assert f"{path}:11: " in told
+    assert "'mine'" in next(line for line in told.splitlines() if f"{path}:13: " in line)
+    assert {found.name for found in (tmp_path / "run").iterdir()} == {"logs"}, "no record, settings or W&B run began"
+    for allowed, code in ((1, 2), (2, 1)):  # what cannot be encoded counts as what cannot be parsed
+        assert cli.main([*words, "--data.max_bad_rows", str(allowed)]) == code
+        assert ("everything was read" in capfd.readouterr().err) == (code == 1)
+    write(path, good[spoilt])
+    assert cli.main(words) == 1, "the corrected file is read, and the work begins"
+    assert "everything was read" in capfd.readouterr().err
