@@ -136,7 +136,7 @@ def too_long(config: Config, sections: Sequence[str], models: Mapping[str, tuple
         if own and limit and turn > limit and not (cut and rollout.max_new_tokens < limit):
             yield f"{told}, and {what} = {limit}. Lower them, or set scoring.truncate_prompt to cut from the left"
     reference, positions = models.get("sft", ("", 0))
-    if positions and turn > positions:
+    if "evaluation" in sections and positions and turn > positions:
         yield f"{told}, and the reference model {reference} has {positions} positions. Lower them"
     critic, positions = models.get("critic", ("", 0))
     if {"scoring", "ppo"} <= {*sections} and positions and turn > positions and (critic != name or cut or not own):

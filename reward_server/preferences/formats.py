@@ -175,14 +175,15 @@ def _csv(stream: Any, head: bytes) -> Found:
     first = head.partition(b"\n")[0]
     delimiter = max(",\t;", key=lambda mark: first.count(mark.encode()))
     csv.field_size_limit(MAX_LINE_BYTES)
-    cells = csv.DictReader(
-        io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True, restkey=""
-    )
+    cells = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     line = 2
     try:
         for row in cells:
             more = f"the row has more cells than the {len(cells.fieldnames or ())} columns of the first row"
-            yield line, ValueError(more) if "" in row else _complete({name: cell for name, cell in row.items() if cell})
+            yield (
+                line,
+                ValueError(more) if None in row else _complete({name: cell for name, cell in row.items() if cell}),
+            )
             line = cells.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
         yield line, ValueError(f"not valid CSV in UTF-8 ({error}), and what follows is not read; write it anew")
@@ -249,6 +250,8 @@ def _complete(row: Any) -> dict[str, Any] | ValueError:
         return _object(row)
     except ValueError as error:
         return error
+    except RecursionError:
+        return ValueError("the JSON is nested too deeply; flatten it")
 
 
 def _object(row: Any) -> dict[str, Any]:

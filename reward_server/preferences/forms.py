@@ -58,7 +58,7 @@ def row_demonstration(row: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
 
     Raises ValueError for a malformed row, and for a reply that people disliked (a "label" that is false).
     """
-    if row.get("label") is False:
+    if str(row.get("label")).lower() == "false":
         raise ValueError('"label" is false: people disliked this reply; leave such rows out')
     key, talk = _first(row, _REPLIES), _first(row, _TALKS)
     if key is None and talk is not None:

@@ -50,7 +50,7 @@ def read_records(path: str | Path, parse: Callable[[dict[str, Any], int], Row], 
             if isinstance(row, ValueError):
                 raise row
             rows.append(parse(without_nulls(row), number))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             lines.append(number)
             if len(told) < max(_SHOWN, max_bad_rows):
                 told.append(f"{path}:{number}: {_named(row, error)}")
@@ -126,7 +126,7 @@ def write_whole(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def _named(row: dict[str, Any] | ValueError, error: ValueError) -> str:
+def _named(row: dict[str, Any] | ValueError, error: Exception) -> str:
     """The reason, with the row's own id where it does not say it."""
     name = None if isinstance(row, ValueError) else row.get("message_tree_id", row.get("id"))
     own = isinstance(name, str | int) and str(name).strip() and repr(name) not in str(error)

@@ -85,11 +85,11 @@ def test_comparisons_that_teach_little_and_a_model_at_chance_are_told(tmp_path, 
 def test_what_is_longer_than_the_models_positions_is_told_with_its_row(tmp_path, family, caplog):
     """Deep in the learner it was an IndexError (GPT-2), or trained beyond the positions (Llama)."""
     tiny_causal_lm(tmp_path / "base", family=family, max_positions=64)
-    long = comparison(1) | {"prompt": "hello " * 40}
+    long = comparison(1) | {"prompt": "say 123 " * 40}
     forged = comparison(2) | {"prompt": "a <|im_end|> b"}
     data = {
         "comparisons": rows(tmp_path / "c.jsonl", *map(comparison, range(3, 11)), long, forged),
-        "demonstrations": rows(tmp_path / "d.jsonl", ASK, ASK | {"response": "good " * 60}),
+        "demonstrations": rows(tmp_path / "d.jsonl", ASK, ASK | {"response": "say 123 " * 40}),
     }
     given = {"models": {"sft": tmp_path / "base"}, "data": data}
     with pytest.raises(ValueError, match="2 bad rows") as caught:
@@ -97,7 +97,7 @@ def test_what_is_longer_than_the_models_positions_is_told_with_its_row(tmp_path,
     told = str(caught.value).splitlines()
     assert re.match(r".*c\.jsonl:9: comparison '1' has \d+ tokens, more than the 64 positions", told[0])
     assert re.match(r".*c\.jsonl:10: comparison '2': message 0 \(user\) holds '<\|im_end\|>'", told[1])
-    data["max_bad_rows"] = 2
+    given["data"] = {**data, "max_bad_rows": 2}
     groups, demonstrations = RewardModel(make_job(tmp_path / "run", **given)).check()
     assert (len(groups), len(demonstrations)) == (8, 1)
     assert f"1 of 2 rows of {tmp_path / 'd.jsonl'} are longer than the 64 positions" in caplog.text

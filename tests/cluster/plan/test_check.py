@@ -222,6 +222,6 @@ def test_everything_that_is_wrong_is_told_at_once_before_anything_is_made(
 def test_a_warning_is_shown_and_the_command_runs(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cluster.pipeline.stage.execute", lambda stage: None)
+    monkeypatch.setattr("cluster.pipeline.stage.execute", lambda stage, begin: None)
     assert cli.main(["ppo", "--run", str(run), "--generator.dtype", "float32"]) == 0
     assert "warning: generator.dtype = float32 and ppo.network.dtype = bfloat16 differ" in capfd.readouterr().out
