@@ -96,4 +96,6 @@ def test_every_bad_row_is_told_before_anything_begins(
         assert ("everything was read" in capfd.readouterr().err) == (code == 1)
     write(path, good[spoilt])
     assert cli.main(words) == 1, "the corrected file is read, and the work begins"
-    assert "everything was read" in capfd.readouterr().err
+    shown = capfd.readouterr()
+    assert "everything was read" in shown.err
+    assert ("12 of the 12 different rows of data.prompts_heldout" in shown.out) == (name == "ppo")

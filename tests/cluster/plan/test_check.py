@@ -94,6 +94,12 @@ def test_lengths_beyond_the_models_positions(run: Path, tmp_path: Path) -> None:
     assert "sft.max_tokens = 1024 is more than the 1023" in problem(run, "sft", models__base=short(1023))
 
 
+def test_the_reference_model_reads_what_the_policy_wrote(run: Path, tmp_path: Path) -> None:
+    short = str(model_folder(tmp_path / "m", positions=2047))
+    text = problem(run, models__sft=short, models__init=str(run / "sft"))
+    assert f"is 2048 tokens, and the reference model {short} has 2047 positions" in text
+
+
 def test_responses_longer_than_the_reward_model_reads(run: Path, tmp_path: Path) -> None:
     text = problem(run, scoring__max_tokens=2047)
     assert "is 2048 tokens, and scoring.max_tokens = 2047" in text
