@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from cluster.tracking.console import Console
 
 # Their text alone says what happened; of any other error the type belongs to it.
 _TOLD = (ValueError, OSError, RuntimeError)
+_NOBODY = contextlib.nullcontext()
 _OVERVIEW = """rayward: reinforcement learning from human feedback as InstructGPT did it.
 
   rayward COMMAND [--run DIR] [--preset NAME] [--config FILE] [--KEY VALUE ...]
@@ -148,6 +150,7 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
     from cluster.plan.check import check_config
     from cluster.rundir.environment import write_environment
     from cluster.rundir.history import earlier_run
+    from cluster.rundir.lock import owned
     from cluster.rundir.record import Start
     from cluster.runtime.health import Monitor
     from cluster.status.snapshot import reporting
@@ -161,12 +164,14 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
         raise ConfigError("\n".join(found.problems))
     variant = f" --{call.variant}" if call.variant else ""
     resume = f" Go on with: rayward {name}{variant} --run {run_dir} --resume" if "resume" in command.flags else ""
-    with _recorded(run_dir, words, resume) as (console, end), contextlib.ExitStack() as recording:
+    owner = owned(run_dir, name)
+    with _recorded(run_dir, words, owner) as (console, end), contextlib.ExitStack() as recording:
         for warning in found.warnings:
             console.warning(warning)
         console.line(f"rayward {name}: everything goes to {run_dir}")
         run_id, monitor = earlier_run(run_dir, name) if "resume" in call.flags else None, Monitor()
         told = {"settings": config.model_dump(mode="json"), "console": console, "run_id": run_id, "monitor": monitor}
+        end.remedy = resume if "resume" in call.flags else ""
         tracker = Tracker(run_dir, config.tracking, name, **told)
         job = Job(
             config=config,
@@ -180,6 +185,7 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
 
         def begin() -> None:
             """Nothing is recorded, not even the settings, before all that is read is right."""
+            end.remedy = resume
             save_toml(config, call.run_dir / "config.toml")
             write_environment(run_dir, ["rayward", *words])
             recording.enter_context(tracker)
@@ -190,19 +196,22 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
 
 
 @contextlib.contextmanager
-def _recorded(run_dir: Path, words: Sequence[str], resume: str = "", as_json: bool = False) -> Iterator[Any]:
+def _recorded(
+    run_dir: Path, words: Sequence[str], owner: AbstractContextManager[None] = _NOBODY, as_json: bool = False
+) -> Iterator[Any]:
     """A console and an end for what runs in a run directory: what goes wrong is said in a line, and the exit code set.
 
-    Its traceback is kept in a file. Raises ConfigError where the directory cannot be written.
+    Its traceback is kept in a file; `end.remedy` is said when it is stopped. Raises ConfigError where the directory
+    cannot be written, and what entering `owner` raises.
     """
-    logs, told, end = run_dir / "logs", [], SimpleNamespace(code=DONE)
+    logs, told, end = run_dir / "logs", [], SimpleNamespace(code=DONE, remedy="")
     try:
         logs.mkdir(parents=True, exist_ok=True)
         if not all(os.access(folder, os.W_OK) for folder in (run_dir, logs)):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
-    with Console(logs) as console, contextlib.ExitStack() as stack:
+    with owner, Console(logs) as console, contextlib.ExitStack() as stack:
         # SIGTERM unwinds the stack like Ctrl-C, so that everything the run started is stopped.
         before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         stack.callback(signal.signal, signal.SIGTERM, before)
@@ -210,10 +219,10 @@ def _recorded(run_dir: Path, words: Sequence[str], resume: str = "", as_json: bo
         try:
             yield console, end
         except KeyboardInterrupt:
-            tell(f"stopped by Ctrl-C; what is done is in {run_dir}.{resume}")
+            tell(f"stopped by Ctrl-C; what is done is in {run_dir}.{end.remedy}")
             end.code = INTERRUPTED
         except SystemExit as error:
-            tell(f"stopped; what is done is in {run_dir}.{resume}")
+            tell(f"stopped; what is done is in {run_dir}.{end.remedy}")
             end.code = error.code if isinstance(error.code, int) else FAILED
         except ConfigError as error:
             tell(str(error))

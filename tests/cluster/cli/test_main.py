@@ -27,11 +27,11 @@ Entry = Callable[..., None]
 
 @pytest.fixture
 def entry(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Entry], None]:
-    """Put a function in the place of what a command runs."""
+    """Put a function in the place of what a command runs, and what it returns in that of the work that it begins."""
 
     def replace(name: str, function: Entry) -> None:
         monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], work=function))
-        monkeypatch.setattr("cluster.pipeline.stage.execute", lambda done, begin: begin())
+        monkeypatch.setattr("cluster.pipeline.stage.execute", lambda work, begin: (begin(), work and work()))
         monkeypatch.setattr(checks, "check_config", lambda *_: checks.Diagnostics())  # no model or file is given
 
     return replace
@@ -173,12 +173,31 @@ def test_ctrl_c_is_exit_code_130(tmp_path: Path, entry: Any, capfd: pytest.Captu
     def work(job: Job) -> None:
         raise KeyboardInterrupt
 
-    entry("sft", work)
+    entry("sft", lambda job: lambda: work(job))
     assert rayward("sft", "--run", tmp_path) == 130
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == (
-        f"error: stopped by Ctrl-C; what is done is in {tmp_path}. Go on with: rayward sft --run {tmp_path} --resume"
-    )
+    stopped = f"error: stopped by Ctrl-C; what is done is in {tmp_path}."
+    assert line == f"{stopped} Go on with: rayward sft --run {tmp_path} --resume"
+    entry("sft", work)  # while it reads its files
+    assert rayward("sft", "--run", tmp_path) == 130
+    assert capfd.readouterr().err == f"{stopped}\n"
+    assert rayward("sft", "--run", tmp_path, "--resume") == 130
+    assert "--resume" in capfd.readouterr().err
+
+
+def test_a_command_owns_its_run_directory_and_those_that_look_do_not_mind(
+    tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]
+):
+    def work() -> None:
+        assert rayward("ppo", "--run", tmp_path) == 2
+        shown = capfd.readouterr()
+        assert f"rayward ppo: {tmp_path} is at work: `rayward sft`, PID {os.getpid()} on " in shown.err
+        assert [cli.main([name, str(tmp_path)]) for name in ("report", "status")] == [0, 0]
+
+    entry("sft", lambda job: work)
+    entry("ppo", lambda job: None)
+    assert rayward("sft", "--run", tmp_path) == 0
+    assert rayward("ppo", "--run", tmp_path) == 0
 
 
 def test_sigterm_unwinds_the_run(tmp_path: Path, entry: Any):
@@ -339,7 +358,7 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path: Path, entry: Any, capfd: 
     def work(job: Job) -> None:
         raise KeyboardInterrupt
 
-    entry("quickstart", work)
+    entry("quickstart", lambda job: lambda: work(job))
     assert rayward("quickstart", "--tiny", "--run", tmp_path) == 130
     assert capfd.readouterr().err.endswith(f"Go on with: rayward quickstart --tiny --run {tmp_path} --resume\n")
 
