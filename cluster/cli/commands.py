@@ -12,11 +12,11 @@ from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 from cluster.cli.parser import Command, bind, completion_script, load, parse
 from cluster.config.load import ConfigError, nearest
-from cluster.config.redaction import SECRET_NAME
 from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from cluster.pipeline.stages import STAGES
 from cluster.runtime.exit_codes import DONE, FAILED
+from reward_server.redaction import SECRET_NAME
 
 GROUPS = {
     "prepare": "Before a run",

@@ -20,10 +20,10 @@ from typing import Any, cast
 from cluster.cli.commands import COMMANDS, GROUPS
 from cluster.cli.parser import Call, Command, bind, help_text, load, parse
 from cluster.config.load import ConfigError, nearest, save_toml
-from cluster.config.redaction import redact
 from cluster.config.schema import Config
 from cluster.runtime.exit_codes import DONE, EXIT_CODES, FAILED, INTERRUPTED, WRONG
 from cluster.tracking.console import Console
+from reward_server.redaction import redact, shown
 
 # Their text alone says what happened; of any other error the type belongs to it.
 _TOLD = (ValueError, OSError, RuntimeError)
@@ -103,11 +103,11 @@ def overview() -> str:
 
 def _tell(name: str, reasons: Iterable[str], code: int, as_json: bool) -> int:
     """Say on standard error why there is no result, in lines or as a line of JSON; returns the exit code."""
-    shown = [redact(reason) for reason in reasons]
+    told = [shown(reason) for reason in reasons]
     if as_json:
-        sys.stderr.write(json.dumps({"error": shown, "exit_code": code}) + "\n")
+        sys.stderr.write(json.dumps({"error": told, "exit_code": code}) + "\n")
     else:
-        sys.stderr.write("".join(f"rayward {redact(name)}: {line}\n" for line in shown))
+        sys.stderr.write("".join(f"rayward {shown(name)}: {line}\n" for line in told))
     return code
 
 
@@ -178,7 +178,7 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
             run_dir=run_dir,
             tracker=tracker,
             monitor=monitor,
-            command=shlex.join(["rayward", *words]),
+            command=redact(shlex.join(["rayward", *words])),
             variant=call.variant,
             start=cast(Start, next(iter(call.flags & {"resume", "restart"}), "new")),
         )
@@ -232,8 +232,8 @@ def _recorded(
                 tell(reason)
             file, end.code = logs / "error.log", FAILED
             with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:
-                lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {shlex.join(words)}\n")
-                lines.write(redact("".join(traceback.format_exception(error))))
+                lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {redact(shlex.join(words))}\n")
+                lines.write(shown("".join(traceback.format_exception(error))))
             if not as_json:
                 console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
     if told:

@@ -1,4 +1,4 @@
-"""A configuration: its schema, where its values come from, its presets, and the secrets that are kept out of it.
+"""A configuration: its schema, where its values come from, and its presets.
 
 May import: nothing of cluster.
 """

@@ -21,8 +21,8 @@ import tomli_w
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from cluster.config.redaction import SECRET_NAME, holder
 from reward_server.preferences.records import write_whole
+from reward_server.redaction import SECRET_NAME, holder
 
 Section = TypeVar("Section", bound=BaseModel)
 PRESETS = Path(__file__).parent / "presets"

@@ -12,13 +12,14 @@ from rich.text import Text
 from cluster.config.schema import Config
 from cluster.doctor import machine, services
 from cluster.doctor.finding import Finding
+from reward_server.redaction import visible
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def doctor(config: Config, run_dir: Path, command: str, as_data: bool) -> bool:
     """Print the findings, as lines or as JSON; returns whether none of them is a failure."""
-    findings = list(diagnose(config, run_dir))
+    findings = [Finding(**visible(asdict(one))) for one in diagnose(config, run_dir)]
     good = all(finding.state != "fail" for finding in findings)
     if as_data:
         told = {"healthy": good, "findings": [asdict(finding) for finding in findings]}

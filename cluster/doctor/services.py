@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import psutil
 
-from cluster.config.redaction import secret_files
 from cluster.config.schema import Config
 from cluster.doctor.finding import Finding, judge
+from reward_server.redaction import secret_files
 
 _DASHBOARD = 8265
 _RAY_PORTS = {6379: "Ray's control service", _DASHBOARD: "Ray's dashboard and jobs", 10001: "Ray Client"}

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, get_excludes_from_ignore_files
 
 from cluster.config.load import ConfigError, save_toml, to_toml
-from cluster.config.redaction import secrets
+from reward_server.redaction import secrets
 
 PACKAGES = ("reward_server", "actors", "learner", "cluster")
 SETTINGS = "submitted.toml"

@@ -26,8 +26,8 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.config.load import ConfigError
-from cluster.config.redaction import holder
 from cluster.jobs.package import SETTINGS, contents, sizes, working_dir
+from reward_server.redaction import holder, visible
 
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -68,14 +68,14 @@ def _row(details: JobDetails) -> JobRow:
     start, end = (details.start_time or 0) / 1000, (details.end_time or 0) / 1000 or time.time()
     metadata = details.metadata or {}
     return JobRow(
-        id=details.submission_id or "",
+        id=visible(details.submission_id or ""),
         status=str(details.status),
         started=datetime.fromtimestamp(start, UTC).isoformat(timespec="seconds") if start else "",
         seconds=max(end - start, 0.0) if start else 0.0,
-        command=metadata.get("rayward_command", details.entrypoint),
-        run=metadata.get("rayward_run", ""),
-        entrypoint=details.entrypoint,
-        message=(details.message or "").strip(),
+        command=visible(metadata.get("rayward_command", details.entrypoint)),
+        run=visible(metadata.get("rayward_run", "")),
+        entrypoint=visible(details.entrypoint),
+        message=visible((details.message or "").strip()),
     )
 
 
@@ -221,7 +221,7 @@ def follow(client: JobSubmissionClient, name: str, out: TextIO = sys.stdout) -> 
         async for text in client.tail_job_logs(name):
             seen += len(text)
             if seen > printed:
-                out.write(text[printed - seen :])
+                out.write(visible(text[printed - seen :]))
                 out.flush()
                 printed, lost = seen, None
 
@@ -245,7 +245,7 @@ def follow(client: JobSubmissionClient, name: str, out: TextIO = sys.stdout) -> 
 def logs(client: JobSubmissionClient, name: str) -> str:
     """What a job has printed so far."""
     job(client, name)
-    return client.get_job_logs(name)
+    return visible(client.get_job_logs(name))
 
 
 def stop(client: JobSubmissionClient, name: str, deadline_s: float = _STOP_S) -> JobRow:

@@ -22,6 +22,7 @@ from cluster.plan.memory import Bytes, kinds, total
 from cluster.rundir.record import Start
 from cluster.runtime.resources import GIB
 from cluster.tracking.tracker import Tracker
+from reward_server.redaction import shown
 
 _MEASURED = (
     "Estimates, without start-up, saving and held-out measurements. On GPUs none of this has been measured; on "
@@ -101,7 +102,7 @@ def _show(data: Mapping[str, Any], found: Forecast | None, said: Sequence[str], 
     verdict = [*wrong, f"{'This plan' if found else 'It'} cannot work as it stands." if wrong else good]
     # A terminal has these wrapped, and a file or pipe has them on a line each.
     for line in (*said, *[_MEASURED] * timed, *[f"note: {note}" for note in data.get("notes", ())], *verdict):
-        console.print(line, soft_wrap=not console.is_terminal)
+        console.print(shown(line), soft_wrap=not console.is_terminal)
     return data["works"]
 
 

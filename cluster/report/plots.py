@@ -11,7 +11,8 @@ from typing import Any
 from cluster.report import charts
 from cluster.report.charts import Curve
 from cluster.report.plot import BEFORE, SERIES, Plot
-from cluster.rundir.files import Run, number, visible
+from cluster.rundir.files import Run, number
+from reward_server.redaction import visible
 
 _BY_ARM: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 _SCATTER_POINTS = 400  # a model; more would hide one another

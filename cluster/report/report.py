@@ -19,8 +19,9 @@ from rich.text import Text
 
 from cluster.report.plot import png, svg
 from cluster.report.plots import arms, interval, labels, overview, plots, round_table
-from cluster.rundir.files import Change, Run, Sample, number, read_run, visible
+from cluster.rundir.files import Change, Run, Sample, number, read_run
 from cluster.tracking.console import Console
+from reward_server.redaction import visible
 
 _FIRST, _EXTREMES, _TERMINAL = 8, 2, 3  # samples: first by id, of each extreme, in the terminal
 _LONGEST = 700  # characters of a sample that are shown

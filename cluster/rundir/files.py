@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reward_server.redaction import visible
+
 Series = dict[int, float]
 """value by step, in the order of steps"""
 
@@ -189,19 +191,6 @@ def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if is_number else None
-
-
-def visible(text: str) -> str:
-    """Replace what a reader would not see, or would see in another order, by its escape: \\x1b, \\u202e.
-
-    Line breaks, spaces of all kinds and the joiner inside an emoji remain.
-    """
-    return "".join(one if one.isprintable() or one in "\n\u200d" else _escaped(one) for one in text)
-
-
-def _escaped(one: str) -> str:
-    breaks = "\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\u2028\u2029"
-    return " " if one.isspace() and one not in breaks else one.encode("unicode_escape").decode()
 
 
 def _table(parent: dict[str, Any], key: str) -> dict[str, Any]:

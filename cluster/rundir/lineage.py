@@ -19,6 +19,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from learner.weights.checkpoint import file_sha256
+from reward_server.redaction import visible
 
 FILE = "lineage.jsonl"
 _DEEPEST = 3  # folders from a run directory down to what is made in it: RUN/round-1/data/comparisons.jsonl
@@ -191,7 +192,7 @@ def code_version() -> tuple[str, str | None]:
 def lineage_json(run_dir: Path) -> str:
     """The last record of each path with its state, as a JSON list."""
     rows = [asdict(one) | {"state": state(run_dir, one)} for one in latest(read_lineage(run_dir)).values()]
-    return json.dumps(rows, indent=2, ensure_ascii=False)
+    return json.dumps(visible(rows), indent=2, ensure_ascii=False)
 
 
 def lineage_tree(run_dir: Path) -> Tree:
@@ -208,7 +209,7 @@ def lineage_tree(run_dir: Path) -> Tree:
 
 
 def _grow(branch: Tree, run_dir: Path, source: Input, known: Mapping[str, Artefact], shown: set[str]) -> None:
-    label, artefact = Text(source.path, overflow="fold", no_wrap=False), known.get(source.path)
+    label, artefact = Text(visible(source.path), overflow="fold", no_wrap=False), known.get(source.path)
     for note in _notes(run_dir, source, artefact) if artefact else ():
         label.append(f"  {note}", style="bold red")
     label.append(f"  {source.sha256[:12] if source.sha256 else 'not hashed'}", style="dim")
@@ -216,7 +217,7 @@ def _grow(branch: Tree, run_dir: Path, source: Input, known: Mapping[str, Artefa
         branch.add(label)
         return
     label.append(
-        f"  {artefact.kind}, {artefact.time[:16].replace('T', ' ')}, {' '.join(artefact.command.split()[:2])}",
+        f"  {artefact.kind}, {artefact.time[:16].replace('T', ' ')}, {visible(' '.join(artefact.command.split()[:2]))}",
         style="dim",
     )
     if source.path in shown:

@@ -13,7 +13,6 @@ run the constructor on another thread than the calls; and no async method can be
 import asyncio
 import ctypes
 import dataclasses
-import io
 import logging
 import os
 import pickle
@@ -32,10 +31,10 @@ from typing import Any
 import ray.cloudpickle
 import ray.util
 
-from cluster.config.redaction import Output, redact
 from cluster.runtime.health import Stats, measure
 from cluster.runtime.orphans import watch
 from reward_server.address import ADDRESS_VARIABLE
+from reward_server.redaction import LOG_FORMAT, redact, secrets, write_output_to
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _Frames = list[tuple[FrameType, int]]
@@ -47,7 +46,7 @@ class Failure:
     """An exception on its way from an actor to its caller."""
 
     error: bytes | None
-    """The pickled exception; None when it does not survive pickling."""
+    """The pickled exception; None when it does not survive pickling, or holds a secret."""
     summary: str
     """Type and message, for an exception that cannot travel."""
     traceback: str
@@ -57,7 +56,9 @@ class Failure:
     def of(cls, error: BaseException) -> "Failure":
         try:
             data = _dumps(error)
-            whole = type(pickle.loads(data)) is type(error)
+            # Whoever is told may not know a secret of this process, and so could not leave it out.
+            told = any(secret.encode() in data for secret in secrets().values())
+            whole = not told and type(pickle.loads(data)) is type(error)
         except Exception:  # whatever a foreign exception's own pickling raises
             data, whole = b"", False
         return cls(
@@ -75,7 +76,8 @@ class ActorProcess:
     ) -> None:
         """Raises: ValueError for a core to pin to that there is not."""
         if log_file is not None:
-            _write_output_to(Path(log_file))
+            write_output_to(Path(log_file))
+            logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
         _die_with_parent()
         if pin is not None:
             _pin(pin)
@@ -191,22 +193,6 @@ def _below_entry(frames: _Frames) -> _Frames:
     names = [frame.f_code.co_name for frame, _ in frames]
     entry = next((name for name in ("_run", "_construct") if name in names), None)
     return [] if entry is None else frames[names.index(entry) + 1 :]
-
-
-def _write_output_to(path: Path) -> None:
-    """Send stdout and stderr of this process and of the children to come to the end of the file `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-    sys.stdout, sys.stderr = (
-        Output(io.FileIO(file, "wb", closefd=False), encoding="utf-8", errors="replace", write_through=True)
-        for file in (1, 2)
-    )
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def _die_with_parent() -> None:

@@ -17,11 +17,11 @@ import ray
 import ray._private.worker
 
 from cluster.runtime.orphans import SESSION_MARK, SPAWNING, kill_marked, marked, watch
+from reward_server.redaction import LOG_FORMAT, Formatter
 
 _OBJECT_STORE = 256 * 2**20  # bytes, of a local Ray: batches of tokens pass through it, weights do not
 _SHUTDOWN_S = 10.0
 _SPAWNING_S = 30.0  # a thread that hangs while it starts a process must not keep Ray from starting
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _TOKEN = Path(".ray") / "auth_token"  # in the home directory
 
 
@@ -75,7 +75,7 @@ def _start(cpus: int, mark: str) -> None:
             object_store_memory=_OBJECT_STORE,
             include_dashboard=False,
             log_to_driver=False,
-            logging_format=_LOG_FORMAT,
+            logging_format=LOG_FORMAT,
             # Our actors never run in a prestarted worker, as each has an environment of its own.
             _system_config={"prestart_worker_first_driver": False},
         )
@@ -98,7 +98,7 @@ def _connect(address: str, deadline_s: float) -> None:
     if address != "auto":
         _probe(address, deadline_s)  # Ray itself takes two minutes to give up
     try:
-        ray.init(address=address, log_to_driver=False, logging_format=_LOG_FORMAT)
+        ray.init(address=address, log_to_driver=False, logging_format=LOG_FORMAT)
     except (Exception, SystemExit) as error:  # Ray's core ends the process where it cannot connect
         raise ConnectionError(
             f"cannot connect to the Ray cluster at {address}: {error}. For a cluster with token "
@@ -141,6 +141,7 @@ def _messages_to(path: Path) -> Iterator[None]:
     """Write what Ray logs, and what its daemons have it print, to a file; its errors go on to the root logger too."""
     logger = logging.getLogger("ray")
     file, console = logging.FileHandler(path), _ToRoot(logging.ERROR)
+    file.setFormatter(Formatter(LOG_FORMAT))
     worker: Any = ray._private.worker
     before = logger.handlers, logger.level, worker.print_to_stdstream
     logger.handlers = [file, console]

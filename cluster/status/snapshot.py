@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster.rundir.files import read_metrics, read_rows
 from cluster.runtime.health import INTERVAL_S, SILENT_S, Health, Monitor, repeating
+from reward_server.redaction import redact, visible
 
 FILE = "status.json"
 _PACE_STEPS = 10  # steps that the time left is reckoned from
@@ -63,7 +64,7 @@ def reporting(run_dir: Path, command: str, monitor: Monitor, interval_s: float =
     def write(**more: str) -> None:
         aside = run_dir / f".{FILE}.{os.getpid()}"
         with contextlib.suppress(OSError):  # a full disk must not stop the run that it reports on
-            aside.write_text(json.dumps({**snapshot(command, monitor), "started": started, **more}))
+            aside.write_text(redact(json.dumps({**snapshot(command, monitor), "started": started, **more})))
             aside.replace(run_dir / FILE)
 
     write()
@@ -96,7 +97,7 @@ def read(run_dir: Path) -> dict[str, Any]:
     status["progress"] = _progress(status, run_dir)
     alerts = run_dir / "alerts.jsonl"
     status["alerts"] = [row for row in read_rows(alerts) if {"time", "text"} <= row.keys()][-_ALERTS:]
-    return status
+    return visible(status)
 
 
 def _state(status: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console as Rich
 from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 
-from cluster.config.redaction import Formatter, redact
+from reward_server.redaction import LOG_FORMAT, Formatter, shown, write_output_to
 
 LOG_FILE = "driver.log"
 # The metrics of a step that are worth a line, in this order: name or end of the name, label, format.
@@ -88,7 +88,7 @@ class Console:
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """Print a line."""
-        self._print(self._rich, "  " * self._depth + redact(text), style)
+        self._print(self._rich, "  " * self._depth + shown(text), style)
 
     def show(self, renderable: RenderableType) -> None:
         """Print something of rich's, such as a table."""
@@ -101,7 +101,7 @@ class Console:
     def error(self, text: str) -> None:
         """Print a line that says what went wrong."""
         # A bar is drawn on the standard output, and only what goes the same way is kept clear of it.
-        self._print(self._errors if self._progress.disable else self._rich, f"error: {redact(text)}", "bold red")
+        self._print(self._errors if self._progress.disable else self._rich, f"error: {shown(text)}", "bold red")
 
     def _print(self, rich: Rich, what: RenderableType, style: str | None = None) -> None:
         # A terminal that has gone away is no reason to stop a run.
@@ -170,7 +170,7 @@ class Console:
             self.line(f"{name} {note}")
 
     def _task(self, name: str, total: int | None) -> Task:
-        self._progress.add_task("  " * self._depth + name, total=total, note="", reported=time.monotonic())
+        self._progress.add_task("  " * self._depth + shown(name), total=total, note="", reported=time.monotonic())
         return self._progress.tasks[-1]
 
     def _remove(self, task: Task) -> None:
@@ -212,20 +212,15 @@ def _captured(path: Path) -> Iterator[tuple[TextIO, TextIO]]:
 
     Yields what standard output and error were. A crash of the interpreter still shows where the latter was.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     out, err = (os.fdopen(os.dup(file), "w", buffering=1, encoding="utf-8", errors="replace") for file in (1, 2))
     crashes = faulthandler.is_enabled()
     faulthandler.enable(err)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    before = sys.stdout, sys.stderr
+    write_output_to(path)
     try:
         yield out, err
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         (faulthandler.enable if crashes else faulthandler.disable)()
@@ -239,7 +234,7 @@ def _logging_to(path: Path, show: Callable[[logging.LogRecord], None]) -> Iterat
     """Write what is logged, and Python's warnings, to a file; `show` every record from warnings up."""
     root = logging.getLogger()
     file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(Formatter(LOG_FORMAT))
     screen = logging.Handler(logging.WARNING)
     screen.emit = lambda record: show(record)
     before = root.level, root.handlers

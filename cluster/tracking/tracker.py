@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from cluster.tracking.console import Console
 from cluster.tracking.prometheus import Exporter, serving
 from cluster.tracking.tensorboard import event_files, write_samples, write_step
 from cluster.tracking.wandb import WandbFeed
+from reward_server.redaction import shown
 
 log = logging.getLogger(__name__)
 _TICK_S = 5.0
@@ -159,6 +160,7 @@ class Tracker:
         return f"the run has been paused since {since}, as the reward service gives no scores: {pause.reason}"
 
     def _alert(self, alert: Alert) -> None:
+        alert = replace(alert, text=shown(alert.text))
         self._append("alerts.jsonl", {"time": time.time(), **asdict(alert)})
         if alert.over:
             self.console.line(alert.text)

@@ -149,6 +149,7 @@ def test_wrong_usage_is_told_in_a_line_and_leaves_nothing_behind(
     [
         (ValueError("demos.jsonl:3: no response. Add one"), "error: demos.jsonl:3: no response. Add one"),
         (KeyError("x"), "error: KeyError: 'x'"),
+        (ValueError("a\x1b[2J"), "error: a\\x1b[2J"),
         (ExceptionGroup("tasks", [RuntimeError("a died"), RuntimeError("a died")]), "error: a died"),
     ],
 )

@@ -15,6 +15,9 @@ from cluster.config.load import (
     save_toml,
     settings,
 )
+from cluster.config.schema import Config
+
+CANARY = "canary-0123456789abcdef"
 
 
 class Section(BaseModel):
@@ -238,3 +241,35 @@ def test_nearest_takes_the_end_of_a_dotted_key_first():
 
 def test_as_toml_is_what_toml_reads():
     assert as_toml({"a": [1, 2.5, "x"], "b": True}) == '{a = [1, 2.5, "x"], b = true}'
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("tracking.entity", CANARY, "tracking.entity (command line) holds the value of WANDB_API_KEY"),
+        ("tracking.api_key", "something-else-entirely", "tracking.api_key = [hidden] (command line)"),
+        (
+            "scoring.parts",
+            '[{name = "a", kind = "url", target = "http://me:something-else-entirely@host/"}]',
+            "scoring.parts (command line) holds a user and password in a URL",
+        ),
+    ],
+)
+def test_a_secret_in_a_setting_is_refused_and_not_shown(
+    key: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    with pytest.raises(ConfigError) as error:
+        compose(Config, read_overrides(Config, [(key, value)]))
+    text = str(error.value)
+    assert said in text
+    assert "Remedy: set it in the environment or in a file of mode 0600" in text
+    assert CANARY not in text
+    assert "something-else" not in text
+    section, _, name = key.partition(".")
+    file = tmp_path / "mine.toml"
+    file.write_text(f"[{section}]\n{name} = {value if value.startswith('[') else repr(value)}\n")
+    with pytest.raises(ConfigError) as error:
+        compose(Config, read_toml(Config, file))
+    assert CANARY not in str(error.value)
+    assert "something-else" not in str(error.value)

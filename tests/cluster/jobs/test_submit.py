@@ -144,7 +144,7 @@ class Flaky:
             end_time=2,
             metadata={},
             entrypoint="",
-            message="",
+            message="\x1b[2J",
         )
 
     async def tail_job_logs(self, name):
@@ -160,6 +160,14 @@ def test_a_lost_connection_costs_no_line_and_repeats_none(monkeypatch):
     text = io.StringIO()
     assert follow(cast(Any, Flaky(away=3)), "mine", text).status == "SUCCEEDED"
     assert text.getvalue() == "one\ntwo\nthree\n"
+
+
+def test_a_terminal_obeys_no_job(monkeypatch):
+    monkeypatch.setattr("cluster.jobs.submit._POLL_S", 0.01)
+    text = io.StringIO()
+    last = follow(cast(Any, Flaky(away=0, log="one\n\x1b[2J\rtwo\n")), "mine", text)
+    assert text.getvalue() == "one\n\\x1b[2J\\rtwo\n"
+    assert last.message == "\\x1b[2J"
 
 
 def test_a_cluster_that_stays_away_is_told_with_how_to_come_back(monkeypatch):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.rundir.files import number, read_run, visible
+from cluster.rundir.files import number, read_run
 from tests.synthetic_run import evaluation, write_rows, write_run
 
 
@@ -157,17 +157,3 @@ def test_samples_become_visible_text_in_the_order_of_their_ids(tmp_path: Path):
     assert second.prompt == (("user", "hi\\x00"),)
     assert second.response == "a\\u202eb\\x1b[31m"
     assert (second.gold, second.ended) == (None, True)
-
-
-@pytest.mark.parametrize(
-    ("text", "seen"),
-    [
-        ("two\nlines\tand\u00a0a space", "two\nlines and a space"),
-        ("na\u00efve \U0001f600", "na\u00efve \U0001f600"),
-        ("\U0001f468\u200d\U0001f467", "\U0001f468\u200d\U0001f467"),
-        ("\r\x07\u2028\ufeff\u200b", "\\r\\x07\\u2028\\ufeff\\u200b"),
-        ("\ud800", "\\ud800"),
-    ],
-)
-def test_invisible_characters_become_visible(text: str, seen: str):
-    assert visible(text) == seen

@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from cluster.runtime.actor import Handle, RemoteError, remote
+from cluster.runtime.actor_process import Failure
 from cluster.runtime.health import ActorDied
 from cluster.runtime.placement import place
 from cluster.runtime.resources import Process, ResourceError
@@ -203,6 +204,15 @@ def test_exceptions_come_back_as_themselves_with_the_actor_and_its_traceback(wor
     assert "in refuse" in note
     with pytest.raises(TimeoutError, match="the method's own 3"):
         asyncio.run(worker.out_of_time(deadline_s=3))
+
+
+def test_an_exception_with_a_secret_travels_as_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caller, on another machine, may not know that it is one."""
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789abcdef")
+    failure = Failure.of(ValueError("no such key: canary-0123456789abcdef"))
+    assert (failure.error, failure.summary) == (None, "ValueError: no such key: [HF_TOKEN]")
+    assert "canary" not in failure.traceback
+    assert Failure.of(ValueError("no such key")).error
 
 
 def test_an_exception_that_cannot_be_pickled_still_tells_what_happened(worker: Handle) -> None:

@@ -52,6 +52,19 @@ def test_a_process_that_is_found_dead_says_why():
     assert (one["state"], one["died"]) == ("dead", "out of memory")
 
 
+def test_what_a_run_says_of_itself_has_no_secrets_nor_what_a_terminal_obeys(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789abcdef")
+    monitor, client = Monitor(), RewardClient("http://127.0.0.1:1")
+    monitor.reward_clients.add(client)
+    client.paused = Pause(since=time.time(), reason="canary-0123456789abcdef\x1b[2J")
+    with reporting(tmp_path, "ppo", monitor):
+        assert "canary" not in (tmp_path / FILE).read_text()
+        (tmp_path / "alerts.jsonl").write_text(json.dumps({"time": time.time(), "text": "odd\x1b\u202e"}) + "\n")
+        for curves in (False, True):
+            assert "[HF_TOKEN]\\x1b[2J" in shown(tmp_path, curves)
+        assert "odd\\x1b\\u202e" in shown(tmp_path, curves=True)
+
+
 @pytest.mark.parametrize(
     ("error", "ended"),
     [(None, "done"), (ValueError, "failed"), (KeyboardInterrupt, "stopped"), (SystemExit, "stopped")],

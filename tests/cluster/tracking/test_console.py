@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,18 @@ def test_phases_are_nested_and_timed():
         "  inner done",
         "outer done",
     ]
+
+
+def test_what_a_terminal_would_obey_is_shown(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789abcdef")
+    stream = io.StringIO()
+    with Console(stream=stream) as console, console.phase("a\x1b[2J"):
+        console.line("gone\rdone \u202e canary-0123456789abcdef")
+        console.error("\x07 canary-0123456789abcdef")
+    written = stream.getvalue()
+    assert "gone\\rdone \\u202e [HF_TOKEN]\n" in written
+    assert "error: \\x07 [HF_TOKEN]\n" in written
+    assert written.startswith("a\\x1b[2J ...\n")
 
 
 def test_a_phase_that_raises_is_shown_as_failed():
@@ -82,7 +95,7 @@ from pathlib import Path
 from cluster.tracking.console import Console
 
 with Console(Path(sys.argv[1])) as console:
-    print("printed")
+    print("printed", os.environ["HF_TOKEN"])
     os.write(2, b"from C\\n")
     os.system("echo from a child")
     logging.getLogger("vllm").warning("chatter")
@@ -96,13 +109,18 @@ print("after")
 
 def test_everything_else_goes_to_the_log_and_errors_are_shown(tmp_path: Path):
     ran = subprocess.run(
-        [sys.executable, "-c", NOISY, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", NOISY, str(tmp_path)],
+        env={**os.environ, "HF_TOKEN": "canary-0123456789abcdef"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert ran.stdout.splitlines() == ["warning: skipped a row", "progress", "after"]
     assert ran.stderr.splitlines() == ["error: vllm: engine died"]
     log = (tmp_path / "driver.log").read_text()
     for text in (
-        "printed",
+        "printed [HF_TOKEN]",
         "from C",
         "from a child",
         "chatter",

@@ -266,18 +266,26 @@ def test_an_alert_goes_to_the_console_a_file_and_wandb(tmp_path: Path):
     assert alerted == [(name, row["text"], "WARN"), (f"{name} is over", over["text"], "INFO")]
 
 
-def test_a_run_that_waits_for_scores_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_waits_for_scores_alerts_everywhere_without_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789abcdef")
+    fake, alerted, stream = FakeWandb(), [], io.StringIO()
+    fake.run.alert = lambda *told: alerted.append(told)  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr("cluster.tracking.tracker._TICK_S", 0.02)
     monitor, client = Monitor(), RewardClient("http://127.0.0.1:1")
     monitor.reward_clients.add(client)
-    client.paused = Pause(since=time.time(), reason="HTTP 503")
+    client.paused = Pause(since=time.time(), reason="canary-0123456789abcdef\x1b[2J")
     file, end = tmp_path / "alerts.jsonl", time.monotonic() + 10
-    with Tracker(tmp_path, TrackingConfig(mode="disabled"), "ppo", monitor=monitor):
+    told: dict[str, Any] = {"console": Console(stream=stream), "wandb": fake}
+    with told["console"], Tracker(tmp_path, TrackingConfig(), "ppo", monitor=monitor, **told):
         while not file.exists() or not file.read_text().endswith("\n"):
             assert time.monotonic() < end
             time.sleep(0.01)
     (row,) = rows(file)
-    assert (row["kind"], row["text"].endswith("gives no scores: HTTP 503")) == ("paused", True)
+    assert (row["kind"], row["text"].endswith("gives no scores: [HF_TOKEN]\\x1b[2J")) == ("paused", True)
+    assert [text for _, text, _ in alerted] == [row["text"]]
+    assert f"warning: {row['text']}" in stream.getvalue()
 
 
 def test_prometheus_can_scrape_a_run_while_it_works(tmp_path: Path):

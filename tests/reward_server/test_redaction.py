@@ -1,12 +1,12 @@
 import io
+import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
-from cluster.config.load import ConfigError, compose, read_overrides, read_toml
-from cluster.config.redaction import Formatter, Output, holder, redact, secrets
-from cluster.config.schema import Config
+from reward_server.redaction import Formatter, Output, holder, redact, secrets, visible
 
 CANARY = "canary-0123456789abcdef"
 
@@ -63,13 +63,14 @@ def test_a_password_in_a_url_is_hidden_whoever_set_it():
 
 def test_logs_and_output_are_written_without_secrets(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    record = logging.LogRecord("ours", logging.ERROR, "", 0, "with %s", (CANARY,), None)
+    record = logging.LogRecord("ours", logging.ERROR, "", 0, "with %s\x1b[2J", (CANARY,), None)
     try:
         raise ValueError(CANARY)
     except ValueError as error:
         record.exc_info = (ValueError, error, error.__traceback__)
     text = Formatter("%(message)s").format(record)
     assert CANARY not in text
+    assert text.startswith("with [HF_TOKEN]\\x1b[2J\n")
     assert "ValueError: [HF_TOKEN]" in text
     written = io.BytesIO()
     with Output(written, encoding="utf-8", write_through=True) as output:
@@ -77,33 +78,24 @@ def test_logs_and_output_are_written_without_secrets(monkeypatch: pytest.MonkeyP
         assert written.getvalue() == b"key [HF_TOKEN]\n"
 
 
+def test_a_secret_is_found_as_json_writes_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PRIVATE_KEY", 'two\nlines "quoted"')
+    assert redact(json.dumps({"why": f"{os.environ['PRIVATE_KEY']} failed"})) == '{"why": "[PRIVATE_KEY] failed"}'
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("text", "seen"),
     [
-        ("tracking.entity", CANARY, "tracking.entity (command line) holds the value of WANDB_API_KEY"),
-        ("tracking.api_key", "something-else-entirely", "tracking.api_key = [hidden] (command line)"),
-        (
-            "scoring.parts",
-            '[{name = "a", kind = "url", target = "http://me:something-else-entirely@host/"}]',
-            "scoring.parts (command line) holds a user and password in a URL",
-        ),
+        ("two\nlines\tand\u00a0a space", "two\nlines and a space"),
+        ("na\u00efve \U0001f600", "na\u00efve \U0001f600"),
+        ("\U0001f468\u200d\U0001f467", "\U0001f468\u200d\U0001f467"),
+        ("\r\x07\u2028\ufeff\u200b", "\\r\\x07\\u2028\\ufeff\\u200b"),
+        ("\ud800", "\\ud800"),
     ],
 )
-def test_a_secret_in_a_setting_is_refused_and_not_shown(
-    key: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    with pytest.raises(ConfigError) as error:
-        compose(Config, read_overrides(Config, [(key, value)]))
-    text = str(error.value)
-    assert said in text
-    assert "Remedy: set it in the environment or in a file of mode 0600" in text
-    assert CANARY not in text
-    assert "something-else" not in text
-    section, _, name = key.partition(".")
-    file = tmp_path / "mine.toml"
-    file.write_text(f"[{section}]\n{name} = {value if value.startswith('[') else repr(value)}\n")
-    with pytest.raises(ConfigError) as error:
-        compose(Config, read_toml(Config, file))
-    assert CANARY not in str(error.value)
-    assert "something-else" not in str(error.value)
+def test_invisible_characters_become_visible(text: str, seen: str):
+    assert visible(text) == seen
+
+
+def test_every_text_of_json_becomes_visible():
+    assert visible({"a\x1b": ["\x07", 1, None]}) == {"a\\x1b": ["\\x07", 1, None]}
