@@ -1,12 +1,15 @@
 """Learner ranks that tests can hold in a `LearnerGroup`: one in this process, or each in a process of its own."""
 
 import asyncio
+import errno
 import gc
 import multiprocessing
+import os
 import pickle
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from learner.worker.group import LearnerGroup
 from learner.worker.worker import LearnerWorker
 
 DEADLINE_S = 200.0
+_save, _write_text = torch.save, Path.write_text
 
 
 class OpenWorker(LearnerWorker):
@@ -31,6 +35,23 @@ class OpenWorker(LearnerWorker):
         for number, moments in enumerate(state.values()):
             found |= {f"optimizer/{number}/{key}": torch.as_tensor(value) for key, value in moments.items()}
         return {key: value.detach().clone() for key, value in (found | {"rng": torch.get_rng_state()}).items()}
+
+    def fill_disk(self, pattern: str) -> None:
+        """Have writes of files whose path ends so fail, as on a full disk, until it is called with ""."""
+
+        def refuse(file: Any) -> None:
+            if pattern and Path(str(file)).match(pattern):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+        def save(obj: Any, file: Any, **settings: Any) -> None:
+            refuse(file)
+            _save(obj, file, **settings)
+
+        def write_text(file: Path, text: str) -> int:
+            refuse(file)
+            return _write_text(file, text)
+
+        torch.save, Path.write_text = save, write_text  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class InProcess:

@@ -304,13 +304,17 @@ class Progress:
         self, version: int, beta: float, buffer: "Buffer", ledger: "Ledger", learner: "LearnerGroup"
     ) -> None:
         """Write a checkpoint. One that cannot be written is an alarm, not the end: the earlier ones are still there."""
+        from learner.weights.checkpoint import NotSaved
+
         started = time.monotonic()
         # taken before anything else can run: what is under way now is not in it, and is sampled again
         state = {"beta": beta, "buffer": buffer.snapshot()}
         try:
             ledger.sync()
             size = await self.checkpoints.write(version, state, learner.save_state)
-        except (OSError, RuntimeError) as error:
+        except (OSError, NotSaved) as error:
+            if isinstance(error, TimeoutError):  # an OSError to Python; here it is a learner that does not answer
+                raise
             self.failures += 1
             log.error("checkpoint %d was not written, and the run goes on without it: %s", version, error)
             self.job.tracker.log(self.stage, version, {"checkpoint/failures": float(self.failures)})

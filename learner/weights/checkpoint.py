@@ -30,6 +30,10 @@ _ASIDE = ".aside-"  # begins the names of what is not complete, or no longer
 log = logging.getLogger(__name__)
 
 
+class NotSaved(RuntimeError):
+    """A rank could not write its part. Every rank raises it, so that all are alike and can go on without."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A complete checkpoint, as its manifest says."""
@@ -60,7 +64,8 @@ class Checkpoints:
     ) -> int:
         """Write a checkpoint and remove those that are too many; returns its size in bytes.
 
-        Whatever is raised, by the disk or by `save_networks`, leaves the earlier checkpoints as they were.
+        Whatever is raised leaves the earlier checkpoints as they were: OSError of this process's disk, NotSaved of a
+        rank's. A TimeoutError of `save_networks` is no failed save: who does not answer may hang.
         """
         target = self.folder / f"version-{version:06d}"
         assert not target.exists(), target  # a version is completed once

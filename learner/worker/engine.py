@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from learner.config import OptimizerConfig
 from learner.maths.schedules import ema_update, tf1_eps
+from learner.weights.checkpoint import NotSaved
 from learner.worker.networks import Network, PolicyNetwork
 from learner.worker.partitions import clear_leftovers, gradients, master_weights
 
@@ -100,6 +101,32 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+class Attempts:
+    """What a rank tries alone between two collectives: an error is noted, so that it still meets the others."""
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+
+    def noted(self, call: Callable[..., Any]) -> Callable[..., None]:
+        """The same call; an error is kept, the first one, and not raised."""
+
+        def attempt(*args: Any, **settings: Any) -> None:
+            try:
+                call(*args, **settings)
+            except Exception as error:
+                self._error = self._error or error
+
+        return attempt
+
+    def agree(self) -> None:
+        """Raise NotSaved with the words of all ranks that have an error, on every rank. A collective."""
+        error, self._error = self._error, None
+        told: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, error and f"{type(error).__name__}: {error}")
+        if wrong := [f"rank {rank} of the learner: {text}" for rank, text in enumerate(told) if text]:
+            raise NotSaved("; ".join(wrong)) from error
+
+
 class Frozen:
     """A network that is only read: whole on every rank, or sharded over them as ZeRO 3 does."""
 
@@ -171,6 +198,9 @@ class Engine:
         self._ema = [partition.clone() for partition in self._masters] if ema_decay is not None else []
         self._finite_losses = True
         self._config = config
+        self._attempts, writer = Attempts(), self._engine.checkpoint_engine
+        for owner, name in ((writer, "makedirs"), (writer, "save"), (self._engine, "_copy_recovery_script")):
+            setattr(owner, name, self._attempts.noted(getattr(owner, name)))  # between DeepSpeed's own collectives
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` (a scalar, already divided by its global count) to the buffers."""
@@ -241,16 +271,18 @@ class Engine:
     def save_state(self, folder: Path) -> None:
         """Write everything that the next step depends on: weights, optimizer, moving average, random numbers.
 
-        DeepSpeed's own checkpoint without the frozen weights, and beside it a file a rank. A collective.
+        DeepSpeed's own checkpoint without the frozen weights, and beside it a file a rank. A collective: when one rank
+        cannot write, all raise NotSaved.
         """
+        self._attempts.noted(folder.mkdir)(parents=True, exist_ok=True)
         self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
         own: dict[str, Any] = {"ema": self._ema, "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             own["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        torch.save(own, folder / f"rank-{dist.get_rank()}.pt")
+        self._attempts.noted(torch.save)(own, folder / f"rank-{dist.get_rank()}.pt")
         if dist.get_rank() == 0:
-            (folder / "layout.json").write_text(json.dumps(self._layout, indent=2) + "\n")
-        dist.barrier()
+            self._attempts.noted((folder / "layout.json").write_text)(json.dumps(self._layout, indent=2) + "\n")
+        self._attempts.agree()
 
     def load_state(self, folder: Path) -> None:
         """Go on from `save_state`, in an engine that was just made of the same network and configuration.

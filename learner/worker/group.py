@@ -14,7 +14,12 @@ from learner.worker.worker import LearnerWorker
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_LEARN_S = 10.0  # in which the other ranks learn that one has failed
 Method = Callable[Concatenate[LearnerWorker, P], T]
+
+
+class RanksDiffer(RuntimeError):
+    """A call failed on one rank and not, or otherwise, on the others, which are no longer alike."""
 
 
 def _first(answers: Sequence[T]) -> T:
@@ -99,4 +104,22 @@ class LearnerGroup:
         return sums
 
     async def _every(self, method: str, *args: Any, **settings: Any) -> list[Any]:
-        return await asyncio.gather(*(getattr(rank, method)(*args, **settings) for rank in self.ranks))
+        calls = [asyncio.ensure_future(getattr(rank, method)(*args, **settings)) for rank in self.ranks]
+        try:
+            _, late = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            if late:  # one has failed, and the others mostly learn of it
+                await asyncio.wait(late, timeout=_LEARN_S)
+            errors = [call.exception() if call.done() else TimeoutError("it waits for the others") for call in calls]
+        finally:
+            for call in calls:
+                call.cancel()
+        if not any(errors):
+            return [call.result() for call in calls]
+        told = [f"{type(error).__name__}: {error}" if error else "done" for error in errors]
+        error = next(error for error in errors if error)
+        if len(set(told)) == 1:
+            raise error
+        ends = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told))
+        raise RanksDiffer(
+            f"{method} ended otherwise on some ranks of the learner, which cannot go on: {ends}"
+        ) from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from learner.config import NetworkConfig, OptimizerConfig
 from learner.data.batch import microbatches
 from learner.worker.dropout import add_residual_dropout
-from learner.worker.engine import Engine, Frozen, whole
+from learner.worker.engine import Attempts, Engine, Frozen, whole
 from learner.worker.networks import Network, PolicyNetwork, load_network, merged_weights, save_network
 from reward_server.encoding import ChatEncoding
 
@@ -63,7 +63,10 @@ class LoadedNetworks:
         self._encodings.clear()
 
     def save(self, name: str, path: Path, ema: bool = False) -> None:
-        """Write the network (or its moving average) as a plain Hugging Face folder, from rank 0. A collective."""
+        """Write the network (or its moving average) as a plain Hugging Face folder, from rank 0. A collective.
+
+        Raises NotSaved, on every rank, when it cannot be written.
+        """
         if ema:
             engine = self.engine(name)
             with engine.averaged():
@@ -74,15 +77,16 @@ class LoadedNetworks:
     def _write(self, name: str, path: Path, read: Callable[[nn.Parameter], Tensor]) -> None:
         model = self.module(name).model
         weights = merged_weights(model, read)
+        attempts = Attempts()
         if self.rank == 0:
-            save_network(model, self._encodings[name], path, weights)
+            attempts.noted(save_network)(model, self._encodings[name], path, weights)
         for _ in weights:  # the other ranks take part in gathering them
             pass
+        attempts.agree()
 
     def save_state(self, folder: Path) -> None:
-        """Write the training state of every network under `folder`/<name>; frozen ones have none."""
+        """Write the training state of every network under `folder`/<name>; frozen ones have none. Raises NotSaved."""
         for name, engine in self._engines():
-            (folder / name).mkdir(parents=True, exist_ok=True)
             engine.save_state(folder / name)
 
     def load_state(self, folder: Path) -> None:

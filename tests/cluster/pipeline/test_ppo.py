@@ -20,6 +20,7 @@ from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import PPO, Progress
 from cluster.pipeline.stage import advance
 from cluster.rundir.record import ResumeRefused, Start
+from cluster.runtime.health import ActorDied
 from cluster.tracking.console import Console
 from cluster.tracking.tracker import Tracker
 from learner.data.buffer import Buffer
@@ -379,3 +380,15 @@ def test_a_full_disk_is_an_alarm_and_the_earlier_checkpoint_stays(tmp_path: Path
 def test_an_error_of_ours_is_not_taken_for_a_full_disk(tmp_path: Path):
     with pytest.raises(AttributeError):
         save(2, *begin(tmp_path), cast(Any, None))
+
+
+@pytest.mark.parametrize(
+    "error", [ActorDied("learner-1", "out of memory"), TimeoutError("save_state() did not answer")]
+)
+def test_a_rank_that_is_gone_or_silent_is_not_taken_for_a_full_disk(tmp_path: Path, error: Exception):
+    class Gone:
+        async def save_state(self, folder: Path) -> None:
+            raise error
+
+    with pytest.raises(type(error)):
+        save(2, *begin(tmp_path), Gone())

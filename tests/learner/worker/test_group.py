@@ -1,6 +1,8 @@
 """Many ranks as one: what they return is added up, and two real ranks take the very steps that one takes."""
 
 import asyncio
+import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from safetensors.torch import load_file
 from learner.config import NetworkConfig, OptimizerConfig
 from learner.data.batch import collate, minibatches
 from learner.maths.losses import add_sums
-from learner.worker.group import LearnerGroup
+from learner.weights.checkpoint import NotSaved
+from learner.worker.group import LearnerGroup, RanksDiffer
 from learner.worker.ppo_steps import Evaluation, PPOStep, Targets
 from tests.ranks import InProcess, processes
 from tests.tiny_batches import example, tokens, trajectory
@@ -124,6 +127,46 @@ def test_ranks_that_do_not_return_the_same_minibatches_are_an_error(fakes):
     fakes.ranks[1].update = shorter
     with pytest.raises(ValueError, match="zip"):
         call(fakes.update("batch", "targets", [[0], [1]], [[], []], STEP))
+
+
+def ends_of(monkeypatch, **ends):
+    """Two ranks whose `unload` ends as these say."""
+    monkeypatch.setattr("learner.worker.group._LEARN_S", 0.05)
+
+    class Rank:
+        def __init__(self, end):
+            self.end = end
+
+        async def unload(self):
+            if self.end == "hangs":
+                await asyncio.sleep(60)
+            if isinstance(self.end, Exception):
+                raise self.end
+            return 1000
+
+    return LearnerGroup([Rank(end) for end in ends.values()])
+
+
+def test_an_error_that_all_ranks_agree_on_is_raised_as_it_is(monkeypatch):
+    with pytest.raises(ValueError, match=r"^another layout$"):
+        call(ends_of(monkeypatch, a=ValueError("another layout"), b=ValueError("another layout")).unload())
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("done", "done"),
+        ("hangs", "TimeoutError: it waits for the others"),
+        (RuntimeError("Connection closed by peer"), "RuntimeError: Connection closed by peer"),
+    ],
+)
+def test_an_error_of_one_rank_alone_ends_the_call_for_all_with_the_ends_of_both(monkeypatch, other, said):
+    error = MemoryError("no room")
+    for ends in ({"a": error, "b": other}, {"a": other, "b": error}):
+        with pytest.raises(RanksDiffer) as raised:
+            call(ends_of(monkeypatch, **ends).unload())
+        words = [said if end is other else "MemoryError: no room" for end in ends.values()]
+        assert str(raised.value).endswith(f"cannot go on: rank 0: {words[0]}; rank 1: {words[1]}")
 
 
 # --- two processes: the same steps
@@ -303,6 +346,37 @@ def test_two_steps_then_two_from_the_saved_state_are_four(one_and_two, folders, 
             ends.append(call(group._every("state_of", "policy")))
             call(group.unload())
         assert_equal(*ends)
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [(0, "rank-1.pt"), (1, "layout.json"), (1, "deepspeed/*zero_pp_rank_1*"), (3, "deepspeed/*zero_pp_rank_1*")],
+)
+def test_ranks_of_which_one_cannot_save_agree_on_it_and_go_on(one_and_two, folders, tmp_path, stage, file):
+    """Else the other one waits for it until the deadline of the whole group."""
+    group = one_and_two["two"]
+    optimizer = OptimizerConfig(lr=1e-2, zero_stage=stage)
+    call(group.load("policy", "policy", folders / "policy", FULL, optimizer))
+    call(group._every("fill_disk", file))
+    began = time.monotonic()
+    reason = r"^rank \d of the learner: OSError: \[Errno 28\] No space left on device: '.*policy/" + re.escape(file)
+    with pytest.raises(NotSaved, match=reason.replace(r"\*", ".*")):
+        call(group.save_state(tmp_path / "full"))
+    call(group._every("fill_disk", ""))
+    call(group.language_model_step("policy", [example(9, 4), example(6, 3)], 24, 1e-2))
+    call(group.save_state(tmp_path / "whole"))
+    call(group.load_state(tmp_path / "whole", 1))
+    assert time.monotonic() - began < 20
+    assert_ranks_agree(group)
+
+
+def test_a_model_that_cannot_be_written_fails_on_every_rank(one_and_two, folders, tmp_path):
+    group = one_and_two["two"]
+    call(group.load("policy", "policy", folders / "policy", FULL, ADAM))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotSaved, match=r"^rank 0 of the learner: NotADirectoryError: "):
+        call(group.save("policy", tmp_path / "file" / "policy"))
+    assert_ranks_agree(group)
 
 
 def test_a_state_of_other_ranks_is_refused(one_and_two, folders, tmp_path):
