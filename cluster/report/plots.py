@@ -1,11 +1,12 @@
-"""The plots of one run. Each function yields those for which the run has the figures, maybe none."""
+"""The plots and tables of one run. Each function yields those for which the run has the figures, maybe none."""
 
 import math
 import tomllib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cluster.report import charts
@@ -15,15 +16,12 @@ from cluster.rundir.files import Run, number
 from reward_server.redaction import visible
 
 _BY_ARM: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-_SCATTER_POINTS = 400  # a model; more would hide one another
-_BARS = 16
 
 
 def plots(run: Run) -> dict[str, list[Plot]]:
     """Every plot of a run, by what it is about: the names of the functions below, and of the parts of plots.toml."""
     found = {part: list(_by_arm(run, part)) for part in _BY_ARM}
-    found["inside_ppo"] += _parity(run)
-    kinds = (rounds, tax, gold_by_kl, responses, reward_model, supervised, selection, time_spent)
+    kinds = (rounds, tax, gold_by_kl, gold_histogram, reward_model, supervised, selection)
     return found | {kind.__name__: list(kind(run)) for kind in kinds}
 
 
@@ -31,7 +29,7 @@ def overview(run: Run) -> list[Plot]:
     """The four plots that tell the most; fewer when the run has fewer."""
     kl = (plot for plot in _by_arm(run, "learning") if plot.title.startswith("KL"))
     parts = (_by_arm(run, "gold"), tax(run), gold_histogram(run), kl, reward_model(run), supervised(run))
-    return list(islice(chain(*parts, time_spent(run)), 4))
+    return list(islice(chain(*parts), 4))
 
 
 def arms(run: Run) -> list[tuple[str, str, str]]:
@@ -123,18 +121,6 @@ def _by_arm(run: Run, part: str) -> Iterator[Plot]:
             yield charts.lines(title.format(labeler=run.labeler), xlabel, curves)
 
 
-def _parity(run: Run) -> Iterator[Plot]:
-    """How far sampler and learner are apart: the largest gap of each PPO run, of a single one the mean, too."""
-    if len(run.arms) > 1:
-        found = [_curve(run, arm, "parity/max_gap", name, colour) for arm, name, colour in arms(run)]
-    else:
-        kinds = product(run.arms, zip(("max", "mean"), SERIES, strict=False))
-        found = [_curve(run, arm, f"parity/{kind}_gap", kind, colour) for arm, (kind, colour) in kinds]
-    if gaps := list(chain.from_iterable(found)):
-        positive = all(value > 0 for curve in gaps for value in curve.y)
-        yield charts.lines("Parity gap, nats", "PPO iteration", gaps, log=positive)
-
-
 def tax(run: Run) -> Iterator[Plot]:
     """The loss on pretraining text before and after each PPO run."""
     changes = [(name, colour, run.change(arm, "pretraining_loss")) for arm, name, colour in arms(run)]
@@ -166,53 +152,29 @@ def gold_histogram(run: Run) -> Iterator[Plot]:
         yield charts.histogram(f"Gold score of responses, {run.labeler}", groups)
 
 
-def responses(run: Run) -> Iterator[Plot]:
-    """Verdicts on held-out responses, and whether the score still agrees with them (over-optimisation)."""
-    yield from gold_histogram(run)
-    groups = []
-    for label, name, colour in labels(run):
-        pairs = [(one.score, one.gold) for one in run.evaluations[label]]
-        if points := [(score, gold) for score, gold in pairs if score is not None and gold is not None]:
-            groups.append((name, colour, *zip(*points[:_SCATTER_POINTS], strict=True)))
-    if groups:
-        title = "Does the score still mean gold?"
-        yield charts.scatter(title, groups, "score of the reward model", f"gold, {run.labeler}")
-
-
 def reward_model(run: Run) -> Iterator[Plot]:
-    """Accuracy beside the baseline and by rank gap, calibration, training."""
-    table = run.figures("reward") | run.calibration
-    kinds = (
-        ("accuracy", "reward model", SERIES[0]),
-        ("prompt_accuracy", "the same, mean of prompts", SERIES[0]),
-        ("longer_wins", 'rule "the longer wins"', BEFORE),
-    )
-    rows = [
-        (name, colour, share, interval(table.get(f"{key}_ci")))
-        for key, name, colour in kinds
-        if (share := number(table.get(key))) is not None
-    ]
-    if rows:
-        yield charts.accuracy("Accuracy on held-out pairs", rows)
-    gaps = [
-        (f"{int(gap)} apart, {count} pairs", SERIES[0], share, None)
-        for gap, share, count in _numbers(table.get("by_rank_gap"), "gap", "accuracy")
-    ]
-    if len(gaps) > 1:
-        yield charts.accuracy("Accuracy by how many ranks apart", gaps)
-    bins = table.get("bins", table.get("calibration"))
-    bins = _numbers(bins.get("bins") if isinstance(bins, dict) else bins, "predicted", "observed")
-    if any(count for *_, count in bins):
-        yield charts.calibration("How often the higher score wins", bins)
+    """Its training."""
     if curves := _curve(run, "reward", "reward_model/loss", "training", SERIES[0]):
-        yield charts.lines("Loss, nats a pair", "step", curves, smooth=True)
+        yield charts.lines("Loss of the reward model, nats a pair", "step", curves, smooth=True)
 
 
-def _numbers(rows: object, first: str, second: str) -> list[tuple[float, float, int]]:
-    """Two figures and the count of each row of a table in a JSON file; rows that lack one are left out."""
-    tables = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    found = [(number(row.get(first)), number(row.get(second)), int(number(row.get("count")) or 0)) for row in tables]
-    return [(one, other, count) for one, other, count in found if one is not None and other is not None]
+def accuracy(run: Run) -> Iterator[tuple[str, str, str]]:
+    """(of what, share of held-out pairs, what to know of it): the reward model beside a baseline, and by rank gap."""
+    table = run.figures("reward") | run.calibration
+    kinds = {
+        "accuracy": "reward model",
+        "prompt_accuracy": "the same, mean of prompts",
+        "longer_wins": 'rule "the longer wins"',
+    }
+    for key, name in kinds.items():
+        if (share := number(table.get(key))) is not None:
+            ends = interval(table.get(f"{key}_ci"))
+            yield name, f"{share:.3f}", f"95% CI {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
+    gaps = table.get("by_rank_gap")
+    for row in (one for one in gaps if isinstance(one, dict)) if isinstance(gaps, list) else ():
+        gap, share, count = (number(row.get(key)) for key in ("gap", "accuracy", "count"))
+        if gap is not None and share is not None:
+            yield f"reward model, {gap:.0f} apart in rank", f"{share:.3f}", f"{count or 0:.0f} pairs"
 
 
 def supervised(run: Run) -> Iterator[Plot]:
@@ -233,26 +195,12 @@ def selection(run: Run) -> Iterator[Plot]:
             yield charts.lines(f"Score of each epoch: {stage.removeprefix('select-')}", "epoch", curves)
 
 
-def time_spent(run: Run) -> Iterator[Plot]:
-    """Seconds of each phase, a colour for each stage, and of the parts of an iteration."""
-    spent: dict[tuple[str, str], float] = defaultdict(float)
+def time_spent(run: Run) -> Iterator[tuple[str, str, str]]:
+    """(stage, phase, seconds) of each phase, and the mean seconds of the parts of a PPO iteration."""
+    spent = Counter[tuple[str, str]]()
     for phase in run.phases:
         spent[phase.stage, phase.name] += phase.seconds
-    stages, often = list(dict.fromkeys(stage for stage, _ in spent)), Counter(name for _, name in spent)
-    rows = [
-        (name if often[name] == 1 else f"{stage}: {name}", SERIES[stages.index(stage) % len(SERIES)], seconds)
-        for (stage, name), seconds in spent.items()
-    ]
-    longest = sorted(rows, key=lambda row: -row[2])
-    if rest := longest[_BARS - 1 :]:
-        seconds = sum(row[2] for row in rest)
-        rows = [*(row for row in rows if row not in rest), (f"{len(rest)} more", BEFORE, seconds)]
-    if rows:
-        yield charts.bars("Time of each phase", rows, "seconds")
-    means = [
-        (f"{name}: {part}" if len(run.arms) > 1 else part, colour, sum(series.values()) / len(series))
-        for (arm, name, colour), part in product(arms(run), ("rollout", "evaluate", "update", "publish"))
-        if (series := run.series(arm, f"time/{part}"))
-    ]
-    if means:
-        yield charts.bars("Mean time of a PPO iteration", means, "seconds", shares=len(run.arms) == 1)
+    for arm, part in product(run.arms, ("rollout", "evaluate", "update", "publish")):
+        if series := run.series(arm, f"time/{part}"):
+            spent[arm, f"an iteration's {part}, on average"] = fmean(series.values())
+    yield from ((stage, name, charts.rounded(seconds)) for (stage, name), seconds in spent.items())

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.report.plot import png, svg
-from cluster.report.plots import arms, interval, labels, overview, plots, round_table
+from cluster.report.plots import accuracy, arms, interval, labels, overview, plots, round_table, time_spent
 from cluster.rundir.files import Change, Run, Sample, number, read_run
-from cluster.tracking.console import Console
+from cluster.tracking.console import Console, duration
 from reward_server.redaction import visible
 
 _FIRST, _EXTREMES, _TERMINAL = 8, 2, 3  # samples: first by id, of each extreme, in the terminal
@@ -56,16 +56,17 @@ def write_report(run_dir: Path) -> Path:
     results = list(_results(run))
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template.filters |= {"visible": lambda value: visible(str(value)), "svg": svg}
-    template.filters["tone"] = lambda gold: _tone(run, gold)
     page = template.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).render(
         run=run,
         title=_subject(run),
         date=str(run.environment.get("date", ""))[:10],
-        duration=_duration(_seconds(run)),
+        duration=duration(_seconds(run)),
         results=results,
         arms=list(dict.fromkeys(result.arm for result in results if result.arm)),
         mixed=len({name.split()[0] for _, name, _ in arms(run)}) > 1,
         plots=plots(run),
+        accuracy=list(accuracy(run)),
+        time_spent=list(time_spent(run)),
         exchanges=exchanges(run),
         longest=_LONGEST,
         facts=[(visible(name), visible(_plain(value))) for name, value in _facts(run)],
@@ -168,7 +169,7 @@ def _results(run: Run) -> Iterator[Result]:
         if before is not None and after is not None:
             yield Result(name, _moved(Change(before=before, after=after)), f"nats a token of held-out {what}")
     if seconds := _seconds(run):
-        yield Result("Time", _duration(seconds), "all phases")
+        yield Result("Time", duration(seconds), "all phases")
 
 
 def _moved(change: Change) -> str:
@@ -187,21 +188,6 @@ def _ci(value: object, sign: str = "") -> str:
 
 def _seconds(run: Run) -> float:
     return number(run.summary.get("seconds")) or sum(phase.seconds for phase in run.phases)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _tone(run: Run, gold: float) -> str:
-    """The class of a gold score's colour, bad-2 to good-2, on the scale of the largest one in the run."""
-    samples = (sample for found in run.evaluations.values() for sample in found)
-    largest = max(abs(sample.gold) for sample in samples if sample.gold is not None)
-    level = round(2 * gold / max(largest, 1e-9))
-    return f"good-{level}" if level > 0 else f"bad-{-level}" if level < 0 else "even"
 
 
 def _facts(run: Run) -> Iterator[tuple[str, Any]]:

@@ -199,11 +199,11 @@ def _rich(stream: TextIO | None, live: bool | None) -> Rich:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 3.4 s, 2 min 05 s."""
+    """Seconds for people: 3.4 s, 2 min 05 s, 1 h 06 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 @contextlib.contextmanager

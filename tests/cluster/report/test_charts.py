@@ -1,5 +1,4 @@
 import math
-import re
 
 import numpy as np
 import pytest
@@ -65,13 +64,6 @@ def test_long_curves_are_smoothed_by_a_running_mean_over_a_fifteenth():
     assert np.asarray(mean.get_ydata()) == pytest.approx([0.5] * 57)  # windows of four, two zeros and two ones each
 
 
-def test_a_logarithmic_axis_has_plain_numbers():
-    axes = drawn(charts.lines("Gap", "publish", [curve([0.002, 0.012, 0.1])], log=True))
-    assert axes.get_yscale() == "log"
-    axes.figure.canvas.draw()
-    assert {"0.0100", "0.100"} <= {label.get_text() for label in axes.get_yticklabels()}
-
-
 def test_a_path_marks_its_end():
     axes = drawn(charts.lines("Gold by KL", "KL", [Curve(name="ppo", x=(0.0, 2.0, 1.0), y=(0.1, 0.3, 0.4))], path=True))
     assert np.ravel(axes.lines[-1].get_xydata()).tolist() == [1.0, 0.4]
@@ -95,7 +87,6 @@ def test_a_histogram_of_another_scale_covers_it():
 def test_equal_values_draw_without_trouble():
     drawn(charts.histogram("Gold", [("SFT", BEFORE, [5.0, 5.0])]))
     drawn(charts.dumbbells("Tax", [("PPO", SERIES[0], 3.0, 3.0)], "nats"))
-    drawn(charts.bars("Time", [("a", SERIES[0], 0.0)], "seconds"))
     drawn(charts.lines("Loss", "step", [curve([1.0, 1.0])]))
 
 
@@ -106,45 +97,6 @@ def test_a_dumbbell_tells_both_ends_and_shows_a_small_change_small():
     assert "3.97 → 3.98  (+0.01)" in [text.get_text() for text in axes.texts]
     low, high = axes.get_xlim()
     assert 0.01 / (high - low) < 0.15
-
-
-def test_bars_show_values_and_shares_and_shorten_long_names():
-    long = "rank the completions of two hundred and fifty six prompts by the labeler"
-    axes = drawn(charts.bars("Time", [("sft", SERIES[0], 30.0), (long, SERIES[1], 90.0)], "seconds"))
-    assert [text.get_text() for text in axes.texts] == ["30.0  (25%)", "90.0  (75%)"]
-    name = axes.get_yticklabels()[1].get_text()
-    assert name.endswith("…")
-    assert name.count("\n") == 1
-    whole = drawn(charts.bars("Time", [("sft", SERIES[0], 30.0)], "seconds", shares=False))
-    assert [text.get_text() for text in whole.texts] == ["30.0"]
-
-
-def test_accuracy_stands_beside_chance_and_the_baseline():
-    rows = [("reward model", SERIES[0], 0.807, (0.778, 0.836)), ("longer wins", BEFORE, 0.3, None)]
-    plot = charts.accuracy("Accuracy", rows)
-    assert plot.alt == "Accuracy: reward model 0.807; longer wins 0.300; chance 0.5."
-    axes = drawn(plot)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "reward model\n0.807 (0.78 to 0.84)",
-        "longer wins\n0.300",
-    ]
-    assert axes.get_xlim()[0] <= 0.3
-
-
-def test_calibration_draws_counts_as_areas():
-    axes = drawn(charts.calibration("Calibration", [(0.55, 0.5, 100), (0.9, 0.95, 50)]))
-    small, large = sorted(axes.collections[0].get_sizes())  # type: ignore[attr-defined]
-    assert (small - 14) / (large - 14) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "r"),
-    [([0, 1, 2], [1, 3, 5], "1.00"), ([1, 1, 1], [1, 2, 3], "undefined"), ([1], [1], "undefined")],
-)
-def test_a_scatter_tells_the_correlation(x: list[float], y: list[float], r: str):
-    plot = charts.scatter("Score and gold", [("SFT", BEFORE, x, y)], "score", "gold")
-    assert re.search(rf"SFT, r = {re.escape(r)}, {len(x)} responses\.$", plot.alt)
-    drawn(plot)
 
 
 def test_a_level_is_named():

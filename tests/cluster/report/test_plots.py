@@ -68,13 +68,8 @@ def test_a_run_with_one_arm_gives_every_section(one: Run):
             "Loss on held-out pretraining text, nats a token",
         ],
         "What it cost": ["Alignment tax: loss on pretraining text", f"Gold bought with KL, {CAPTION}"],
-        "Held-out responses": [f"Gold score of responses, {CAPTION}", "Does the score still mean gold?"],
-        "The reward model": [
-            "Accuracy on held-out pairs",
-            "Accuracy by how many ranks apart",
-            "How often the higher score wins",
-            "Loss, nats a pair",
-        ],
+        "Held-out responses": [f"Gold score of responses, {CAPTION}"],
+        "The reward model": ["Loss of the reward model, nats a pair"],
         "Supervised training": ["SFT loss, nats a token", "Score of each epoch: baseline"],
         "Inside PPO": [
             "Policy loss",
@@ -85,16 +80,25 @@ def test_a_run_with_one_arm_gives_every_section(one: Run):
             "Responses that end by themselves",
             "Entropy, nats a token",
             "Share of clipped tokens",
-            "Parity gap, nats",
+            "Parity gap, nats, on average",
+            "Parity gap, nats, of the worst token",
         ],
-        "Time": ["Time of each phase", "Mean time of a PPO iteration"],
+        "Time": [],
     }
 
 
 def test_the_reward_model_is_shown_by_pairs_by_prompts_and_by_rank_gap(one: Run):
-    accuracy, gaps, *_ = plots.reward_model(one)
-    assert "reward model 0.807; the same, mean of prompts 0.796" in accuracy.alt
-    assert "1 apart, 480 pairs 0.790; 2 apart, 240 pairs 0.880; 3 apart, 160 pairs 0.970" in gaps.alt
+    assert list(plots.accuracy(one)) == [
+        ("reward model", "0.807", "95% CI 0.78 to 0.84"),
+        ("the same, mean of prompts", "0.796", "95% CI 0.76 to 0.83"),
+        ('rule "the longer wins"', "0.548", ""),
+        ("reward model, 1 apart in rank", "0.790", "480 pairs"),
+        ("reward model, 2 apart in rank", "0.880", "240 pairs"),
+        ("reward model, 3 apart in rank", "0.970", "160 pairs"),
+    ]
+    text = Page(write_report(one.path)).text
+    assert "the same, mean of prompts 0.796 95% CI 0.76 to 0.83" in text
+    assert "ppo an iteration's rollout, on average" in text
 
 
 def test_held_out_curves_go_from_before_to_after_and_two_points_are_no_curve(one: Run, tmp_path: Path):
@@ -159,37 +163,25 @@ def test_samples_without_verdicts_still_have_a_section(tmp_path: Path):
 @pytest.mark.parametrize(
     "table",
     [
-        {
-            "accuracy": "high",
-            "accuracy_ci": [0.1],
-            "bins": [{"predicted": 0.5}, 3, {"predicted": 0.5, "observed": 1}],
-        },
-        {"bins": "none"},
-        {"calibration": {"bins": []}},
+        {"accuracy": "high", "accuracy_ci": [0.1], "by_rank_gap": [3, {"gap": 1}, {"gap": "1", "accuracy": 0.5}]},
+        {"by_rank_gap": "none"},
     ],
 )
-def test_figures_of_the_wrong_kind_give_no_plot(tmp_path: Path, table: dict[str, object]):
+def test_figures_of_the_wrong_kind_give_no_plot_and_no_row(tmp_path: Path, table: dict[str, object]):
     (tmp_path / "summary.json").write_text(json.dumps({"reward": table}))
     assert not any(plots.plots(read_run(tmp_path)).values())
+    assert not list(plots.accuracy(read_run(tmp_path)))
 
 
-def test_calibration_is_also_read_from_the_summary(tmp_path: Path):
-    bins = [{"margin": 0.25, "predicted": 0.56, "observed": 0.5, "count": 8}]
-    (tmp_path / "summary.json").write_text(json.dumps({"reward": {"calibration": bins}}))
-    (found,) = plots.reward_model(read_run(tmp_path))
-    assert found.alt.endswith("0.56 predicted, 0.50 observed, 8 pairs.")
-
-
-def test_many_phases_are_summed_by_name_and_the_shortest_gathered(tmp_path: Path):
-    rows = [{"phase": f"part {number}", "stage": "ppo", "seconds": 10.0 + number} for number in range(20)]
-    rows += [
-        {"phase": "part 19", "stage": "ppo", "seconds": 100.0},
-        {"phase": "part 18", "stage": "sft", "seconds": 5},
+def test_phases_of_the_same_name_are_summed_by_stage(tmp_path: Path):
+    rows = [("sample", "ppo", 10.0), ("sample", "ppo", 2.5), ("sample", "sft", 5)]
+    write_rows(tmp_path / "phases.jsonl", [{"phase": one, "stage": stage, "seconds": s} for one, stage, s in rows])
+    write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": n, "time/rollout": 1.0 * n} for n in (1, 2)])
+    assert list(plots.time_spent(read_run(tmp_path))) == [
+        ("ppo", "sample", "12.5"),
+        ("sft", "sample", "5.00"),
+        ("ppo", "an iteration's rollout, on average", "1.50"),
     ]
-    write_rows(tmp_path / "phases.jsonl", rows)
-    (plot,) = plots.time_spent(read_run(tmp_path))
-    # 21 rows; the longest 15 are parts 5 to 19 of ppo, the rest are parts 0 to 4 (10 to 14 s) and 5 s of sft
-    assert plot.alt.endswith("part 17 27.0; ppo: part 18 28.0; part 19 129; 6 more 65.0.")
 
 
 def test_rounds_are_drawn_in_order_with_the_labelers_name(rounds: Run):

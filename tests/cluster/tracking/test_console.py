@@ -153,7 +153,8 @@ def test_a_terminal_that_has_gone_away_does_not_stop_the_run():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3.44, "3.4 s"), (59.9, "59.9 s"), (125.4, "2 min 05 s"), (3600, "60 min 00 s")]
+    ("seconds", "text"),
+    [(3.44, "3.4 s"), (59.9, "59.9 s"), (125.4, "2 min 05 s"), (3599, "59 min 59 s"), (3960, "1 h 06 min")],
 )
 def test_durations_are_readable(seconds: float, text: str):
     assert duration(seconds) == text
