@@ -1,19 +1,14 @@
 """The batch arithmetic of a stage, as the loops do it, with lengths that are the same for all sequences."""
 
-import contextlib
 import gzip
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 
 from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
-from cluster.rundir.inputs import data_file
 from learner.config import PPOConfig, RewardModelingConfig, SFTConfig
-
-_ROWS = 512  # of a file are counted: more would hardly change a mean
 
 
 def section_of(config: Config, stage: type[Stage]) -> SFTConfig | RewardModelingConfig | PPOConfig | None:
@@ -32,8 +27,6 @@ class Lengths:
     """of a response, on average"""
     longest: int
     """of the longest response, for which the others of its wave are waited for"""
-    source: str = "given"
-    """where they are from, in words"""
 
     @property
     def sequence(self) -> int:
@@ -41,46 +34,11 @@ class Lengths:
         return self.prompt + self.response
 
 
-def lengths_of(config: Config, run_dir: Path) -> Lengths:
-    """Of the configured data, else of the run's own, by its model's tokenizer; else those of the section `plan`.
-
-    Prompts that are too long do not count, and a response counts as far as sampling would let it go. A file that
-    cannot be read counts as none: the checks of the command tell of it.
-    """
-    plan, most, longest = config.plan, config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
-    prompts = _measured(config, run_dir, ("prompts", "preference_prompts"))
-    responses = _measured(config, run_dir, ("completions", "demonstrations"))
-
-    def first(found: Sequence[int], what: str, stated: int | None, allowed: int) -> tuple[int, str]:
-        if found:
-            return round(fmean(found)), f"the run's own {what}s"
-        return (stated, f"plan.{what}_tokens") if stated else (allowed, f"the longest {what}s allowed")
-
-    prompt, one = first([n for n in prompts if n <= most], "prompt", plan.prompt_tokens, most)
-    response, other = first([min(n, longest) for n in responses], "response", plan.response_tokens, longest)
-    return Lengths(prompt=prompt, response=response, longest=longest, source=f"{one} and {other}")
-
-
-def _measured(config: Config, run_dir: Path, names: Sequence[str]) -> list[int]:
-    """Tokens of the prompts or responses in the first of these files that can be read, by the run's own model."""
-    from actors.prompts import read_demonstrations, read_prompts
-    from reward_server.encoding import ChatEncoding
-    from reward_server.preferences.labeling import read_comparisons
-
-    models = config.models
-    folders = ((models.sft or run_dir / "sft", None), (models.base or "", models.chat_template))
-    known = [(folder, template) for folder, template in folders if (Path(folder) / "config.json").is_file()]
-    for name in names if known else ():
-        with contextlib.suppress(ValueError, OSError):
-            encoding, file = ChatEncoding.load(*known[0]), data_file(config, run_dir, name)
-            if name.endswith("prompts"):
-                return [len(encoding.prompt(row.messages)) for row in read_prompts(file)[:_ROWS]]
-            if name == "demonstrations":
-                said = [(row.response, True) for row in read_demonstrations(file)]
-            else:
-                said = [one for row in read_comparisons(file) for one in zip(row.responses, row.ended, strict=True)]
-            return [len(encoding.response(text, ended)) for text, ended in said[:_ROWS]]
-    return []
+def lengths_of(config: Config) -> Lengths:
+    """Those that the section `plan` states, else the longest that sampling allows."""
+    plan, rollout = config.plan, config.rollout
+    prompt, response = plan.prompt_tokens or rollout.max_prompt_tokens, plan.response_tokens or rollout.max_new_tokens
+    return Lengths(prompt=prompt, response=response, longest=rollout.max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

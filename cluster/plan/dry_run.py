@@ -21,12 +21,13 @@ from cluster.plan.machines import site_of
 from cluster.plan.memory import Bytes, kinds, total
 from cluster.rundir.record import Start
 from cluster.runtime.resources import GIB
+from cluster.tracking.console import duration
 from cluster.tracking.tracker import Tracker
 from reward_server.redaction import shown
 
 _MEASURED = (
     "Estimates, without start-up, saving and held-out measurements. On GPUs none of this has been measured; on "
-    "CPUs a learner rank's memory was within 25 %, and the phases of a quickstart took 0.5 to 1.8 times as long."
+    "CPUs a learner rank's memory was within 25 %, and the phases of one quickstart took 0.8 to 1.8 times as long."
 )
 
 
@@ -117,7 +118,7 @@ def _tables(found: Forecast) -> Iterator[tuple[str, Sequence[str], Iterable[Sequ
         "model": f"{models.policy.name}: {models.policy.parameters:,} parameters",
         "reward model, critic": f"{models.reward.name}: {models.reward.value_parameters:,}",
         "tokens": f"{lengths.prompt:,} of a prompt, {lengths.response:,} of a response on average, "
-        f"{lengths.longest:,} at most ({lengths.source})",
+        f"{lengths.longest:,} at most",
     }
     yield "", ("", ""), heading.items()
     for step in found.steps:
@@ -129,7 +130,7 @@ def _tables(found: Forecast) -> Iterator[tuple[str, Sequence[str], Iterable[Sequ
         if first := {name.partition("-")[0]: held for name, held in step.memory.items() if name.endswith("-0")}:
             yield f"{step.name}: memory of each process in GiB", ("", *first), _memory([*first.values()])
     if any(step.phases for step in found.steps):
-        yield "Time", ("phase", "at least", "expect"), _times(found)
+        yield "Time", ("phase", "expect"), _times(found)
 
 
 def _processes(found: Forecast) -> Iterator[Sequence[str]]:
@@ -156,17 +157,11 @@ def _memory(columns: Sequence[Mapping[str, Bytes]]) -> Iterator[Sequence[str]]:
 
 def _times(found: Forecast) -> Iterator[Sequence[str]]:
     for step in found.steps:
-        yield from ((f"{step.name}: {phase.name}", _span(phase.least), _span(phase.expected)) for phase in step.phases)
+        yield from ((f"{step.name}: {phase}", duration(seconds)) for phase, seconds in step.phases.items())
         if step.times != 1:
-            yield f"{step.name}: once", _span(step.least_s), _span(step.expected_s)
-        yield f"{step.name}: {step.times:g} x", _span(step.times * step.least_s), _span(step.times * step.expected_s)
-    sums = (sum(step.times * getattr(step, which) for step in found.steps) for which in ("least_s", "expected_s"))
-    yield "all of it", *map(_span, sums)
-
-
-def _span(seconds: float) -> str:
-    units = (("days", 86_400), ("h", 3600), ("min", 60))
-    return next((f"{seconds / size:.1f} {unit}" for unit, size in units if seconds >= 2 * size), f"{seconds:.3g} s")
+            yield f"{step.name}: once", duration(step.seconds)
+        yield f"{step.name}: {step.times:g} x", duration(step.times * step.seconds)
+    yield "all of it", duration(sum(step.times * step.seconds for step in found.steps))
 
 
 def as_json(found: Forecast) -> dict[str, Any]:

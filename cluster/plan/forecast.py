@@ -11,7 +11,7 @@ from cluster.plan.check import too_long
 from cluster.plan.counts import Counts, Lengths, count, divisors, lengths_of, neighbours
 from cluster.plan.machines import Machine, Site
 from cluster.plan.memory import Bytes, held, kinds, misfits
-from cluster.plan.roofline import PhaseTime, Roofline, together
+from cluster.plan.roofline import Roofline, together
 from cluster.plan.shapes import Models, Shape, models_of
 from cluster.runtime.fitting import Placed, place_processes, plan_cluster
 from cluster.runtime.resources import Kind, Plan, ResourceError, check, plan_machine, plan_replicas
@@ -29,12 +29,10 @@ class Step:
     """its arithmetic; None where there is none, or the number of rows is not known"""
     memory: Mapping[str, Mapping[str, Bytes]]
     """what each of its processes holds, by name and item"""
-    phases: Sequence[PhaseTime]
-    """what takes time in it; of PPO an iteration's, of `select` those of one epoch's model"""
-    least_s: float
-    """seconds of these phases together at the devices' peak"""
-    expected_s: float
-    """seconds of these phases together"""
+    phases: Mapping[str, float]
+    """seconds of what takes time in it; of PPO an iteration's, of `select` those of one epoch's model"""
+    seconds: float
+    """of these phases together"""
     times: float
     """how often they are gone through"""
 
@@ -69,7 +67,7 @@ def forecast(config: Config, site: Site, command: str, stages: Stages, run_dir: 
     Raises ValueError where the size of a model is not known, so that nothing can be said.
     """
     rounds, models = command == "rounds", models_of(config, run_dir, serves="serve" in stages[0].sections)
-    lengths, plan = lengths_of(config, run_dir), _processes(config, site, stages)
+    lengths, plan = lengths_of(config), _processes(config, site, stages)
     placed = place_processes(plan.processes, site.machines, by_cpus=not site.local)
     problems, steps = [*_shape_problems(config, models, stages), *_placement_problems(plan, placed, site, stages)], []
     for stage in stages:
@@ -84,15 +82,15 @@ def forecast(config: Config, site: Site, command: str, stages: Stages, run_dir: 
         cached = cache.device + cache.host
         roofline = Roofline(config=config, models=models, lengths=lengths, at=placed.at, cached=cached)
         phases, times = (
-            [] if placed.unplaced else roofline.phases(stage, batches),
+            {} if placed.unplaced else roofline.phases(stage, batches),
             float(batches.times if batches else 1),
         )
         if rounds:  # comparisons add up: the batches are those of the last round, and the others have fewer
             growing = stage.name == "reward" and config.rounds.comparisons == "all"
             times *= (config.rounds.count + 1) / 2 if growing else config.rounds.count
-        least, expected = together(phases, config.ppo.max_staleness)
-        seconds = {"phases": phases, "least_s": least, "expected_s": expected, "times": times}
-        steps.append(Step(name=stage.name, batches=batches, memory=memory, **seconds))
+        seconds = together(phases, config.ppo.max_staleness)
+        step = {"phases": phases, "seconds": seconds, "times": times}
+        steps.append(Step(name=stage.name, batches=batches, memory=memory, **step))
     found = {"problems": [*dict.fromkeys(problems)], "notes": [*_notes(placed)], "steps": steps}
     return Forecast(command=command, site=site, models=models, lengths=lengths, plan=plan, placed=placed, **found)
 

@@ -1,8 +1,7 @@
 """Machines to plan for: described ones, the cluster's, or this one, and how fast their devices are."""
 
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 from cluster.config.schema import Config, NodeConfig
 from cluster.rundir.environment import gpu_lines
 from cluster.runtime.resources import GIB, machine_cores, machine_gpus, machine_memory
-
-_PRODUCT = 1024  # rows of the matrices whose product is timed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +107,7 @@ def gpu_named(text: str) -> Device:
 
 
 def described(nodes: Sequence[NodeConfig]) -> list[Machine]:
-    """The machines of a description; one without GPUs has this machine's cores where it does not say.
+    """The machines of a description; one without GPUs has cores of an assumed speed where it does not say.
 
     Raises ValueError for a GPU of which nothing is known.
     """
@@ -128,50 +125,36 @@ def _device(node: NodeConfig) -> Device:
     if len(given) == 3:
         link = GPUS[gpu].link if gpu in GPUS else 16e9
         return Device(name=gpu or "cores", link=link, source="given", **given)
-    return replace(gpu_named(gpu) if node.gpus else measured_cores(), **given)
+    return replace(gpu_named(gpu) if node.gpus else cores(node.cpus, int(node.memory_gib * GIB)), **given)
 
 
 def this_machine() -> Machine:
-    """The machine that this process runs on, its memory within the control group's limit, its speed measured."""
-    gpus, lines = machine_gpus(), gpu_lines()
-    device = gpu_named(lines[0] if lines else "") if gpus else measured_cores()
-    return Machine(name="this machine", cpus=machine_cores(), memory=machine_memory(), gpus=gpus, device=device)
+    """The machine that this process runs on, its memory within the control group's limit."""
+    gpus, lines, cpus, memory = machine_gpus(), gpu_lines(), machine_cores(), machine_memory()
+    device = gpu_named(lines[0] if lines else "") if gpus else cores(cpus, memory)
+    return Machine(name="this machine", cpus=cpus, memory=memory, gpus=gpus, device=device)
 
 
 def _live_machines(address: str) -> list[Machine]:
-    """The machines of a running cluster. CPUs are those that Ray was told of; a machine's speed is this one's."""
+    """The machines of a running cluster, as Ray was told of them."""
     from cluster.runtime.placement import cluster_nodes
     from cluster.runtime.session import start_ray
 
     with tempfile.TemporaryDirectory() as logs, start_ray(address, cpus=0, log_dir=Path(logs)):
-        nodes = cluster_nodes()
-    cores = measured_cores()
-    devices = [gpu_named(node.accelerator or "") if node.gpus else cores for node in nodes]
+        found = [(node, int(node.cpus), int(node.memory), int(node.gpus)) for node in cluster_nodes()]
     return [
-        Machine(name=node.name, cpus=int(node.cpus), memory=int(node.memory), gpus=int(node.gpus), device=device)
-        for node, device in zip(nodes, devices, strict=True)
+        Machine(
+            name=node.name,
+            cpus=cpus,
+            memory=memory,
+            gpus=gpus,
+            device=gpu_named(node.accelerator or "") if gpus else cores(cpus, memory),
+        )
+        for node, cpus, memory, gpus in found
     ]
 
 
-def measured_cores(seconds: float = 0.25) -> Device:
-    """All cores that this process may use: the best bf16 matrix product and the best read of about `seconds` each."""
-    import torch
-
-    before, cores = torch.get_num_threads(), machine_cores()
-
-    def best(work: Callable[[], object]) -> float:
-        fastest, end = float("inf"), time.perf_counter() + seconds
-        while time.perf_counter() < end:  # the processor's seconds: what else the machine does takes none
-            started = time.process_time()
-            work()
-            fastest = min(fastest, time.process_time() - started)
-        return fastest / cores
-
-    torch.set_num_threads(cores)
-    try:
-        square, block = torch.randn(_PRODUCT, _PRODUCT).bfloat16(), torch.ones(2**26)  # 256 MiB: no cache holds it
-        flops, bandwidth = 2 * _PRODUCT**3 / best(lambda: square @ square), block.nbytes / best(block.sum)
-    finally:
-        torch.set_num_threads(before)
-    figures = {"flops": flops, "bandwidth": bandwidth, "link": bandwidth / 2}  # a copy reads and writes
-    return Device(name=f"{cores} cores", memory=machine_memory(), source="measured here", **figures)
+def cores(count: int, memory: int) -> Device:
+    """All cores of a machine as one device, at rates that are assumed for every kind of core."""
+    figures = {"flops": 2e11 * count, "bandwidth": 1e10 * count, "link": 1e8}  # through gloo, checked and packed
+    return Device(name=f"{count} cores", memory=memory, source="assumed", **figures)

@@ -1,7 +1,7 @@
 """How long each phase of a stage takes: operations over the peak rate, bytes over the bandwidth, and one efficiency.
 
-N are parameters, b bytes of a weight, T tokens, F operations and W bytes a second of a device. Of the peak a GPU is
-expected to reach `plan.efficiency`, of which nothing has been measured, and cores reach CPU_EFFICIENCY.
+N are parameters, b bytes of a weight, T tokens, F operations and W bytes a second of a device. Of the peak a device is
+expected to reach `plan.efficiency`, of which nothing has been measured on GPUs.
 """
 
 import math
@@ -16,31 +16,12 @@ from cluster.plan.memory import Network, networks, width
 from cluster.plan.shapes import Models
 from cluster.runtime.resources import Process
 
-CPU_EFFICIENCY = 0.2
-"""Of a matrix product's rate, for whole phases: chosen by one quickstart on two cores (docs/cluster.md)."""
-CPU_PUBLISH = 1e8
-"""Bytes of published weights a second that CPUs check, load and pack: 2.9 s for 269 MB to two engines on two cores."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseTime:
-    """One phase of a stage."""
-
-    name: str
-    """what happens"""
-    least: float
-    """seconds at the device's peak"""
-    expected: float
-    """seconds at the share of the peak that a run is expected to reach"""
-
-
-def together(phases: Sequence[PhaseTime], max_staleness: int) -> tuple[float, float]:
-    """(least, expected) seconds: the sum, or where PPO's rollout and learning overlap the longer of both."""
-    overlap = max_staleness and any(phase.name == "publish" for phase in phases)
-    sides = ([p for p in phases if (p.name in ("generate", "score")) == rollout] for rollout in (True, False))
-    sums = [(sum(p.least for p in side), sum(p.expected for p in side)) for side in sides]
-    least, expected = ((max if overlap else sum)(both) for both in zip(*sums, strict=True))
-    return least, expected
+def together(phases: Mapping[str, float], max_staleness: int) -> float:
+    """Seconds of these phases: their sum, or where PPO's rollout and learning overlap the longer of both."""
+    rollout = sum(seconds for name, seconds in phases.items() if name in ("generate", "score"))
+    learning = sum(phases.values()) - rollout
+    return max(rollout, learning) if max_staleness and "publish" in phases else rollout + learning
 
 
 def speed(process: Process, machine: Machine, dtype: str) -> tuple[float, float]:
@@ -66,30 +47,25 @@ class Roofline:
     cached: float
     """bytes of keys and values that an engine can hold"""
 
-    def phases(self, stage: type[Stage], counts: Counts | None) -> list[PhaseTime]:
-        """In order, those of `Counts`; of a stage that only scores, one full batch. None where nothing is counted."""
+    def phases(self, stage: type[Stage], counts: Counts | None) -> dict[str, float]:
+        """Seconds of each, in order, for what `Counts` has; of a stage that only scores, for one full batch."""
         if counts is None:
-            return self._score(self.config.scoring.max_batch_tokens) if "serve" in stage.sections else []
+            return self._score(self.config.scoring.max_batch_tokens) if "serve" in stage.sections else {}
         tokens, samples = counts.rows * counts.samples * self.lengths.sequence, "generator" in stage.processes
-        found = [self._generate(counts)] if samples else []
+        found = {"generate": self._generate(counts)} if samples else {}
         if "reward" in stage.processes:
-            found += self._score(tokens)
+            found |= self._score(tokens)
         if "learner" in stage.processes:
             used = networks(self.config, self.models, stage)
             if samples:  # log-probs and values, without gradients: 2 N T / F of all networks
                 passes = counts.steps // max(1, counts.epochs) * counts.microbatches or 1
-                found.append(self._learn("evaluate", used, 2 * tokens * sum(one.computing for one in used), 0, passes))
-            found += [self._update(one, counts) for one in used if not one.frozen]
+                found["evaluate"] = self._learn(used, 2 * tokens * sum(one.computing for one in used), 0, passes)
+            found |= {f"update {one.name}": self._update(one, counts) for one in used if not one.frozen}
             if samples and counts.steps:
-                found.append(self._publish(used[0]))
+                found["publish"] = self._publish(used[0])
         return found
 
-    def _phase(self, name: str, machine: Machine, computing: float, moving: float = 0.0) -> PhaseTime:
-        """Of seconds at the peak, and seconds on links."""
-        share = self.config.plan.efficiency if machine.gpus else CPU_EFFICIENCY
-        return PhaseTime(name=name, least=computing + moving, expected=computing / share + moving)
-
-    def _generate(self, counts: Counts) -> PhaseTime:
+    def _generate(self, counts: Counts) -> float:
         """Rounds of prefill, 2 N T / F, and decoding: as many sequences at once as waves, engine and cache allow.
 
         A step of B sequences with a context of c tokens: max((N b + B c kv) / W, 2 N B / F).
@@ -107,19 +83,19 @@ class Roofline:
         read = width(config.generator.dtype) * (shape.parameters + running * context * shape.kv_elements)
         step = max(read / bandwidth, 2 * shape.parameters * running / flops)
         prefill = 2 * shape.body * at_once * lengths.prompt / flops
-        return self._phase("generate", machine, math.ceil(each / at_once) * (prefill + lengths.longest * step))
+        return math.ceil(each / at_once) * (prefill + lengths.longest * step) / config.plan.efficiency
 
-    def _score(self, tokens: int) -> list[PhaseTime]:
+    def _score(self, tokens: int) -> dict[str, float]:
         """2 N T / F of every reward model; nothing where none computes, or on cores of which nobody knows the speed."""
         size = sum(part.kind == "model" for part in self.config.scoring.parts) * self.models.reward.body
         process, machine = self.at["reward-0"]
         if not size or (machine.gpus and not process.gpus):
-            return []
+            return {}
         flops, _ = speed(process, machine, self.config.scoring.dtype)
         replicas = sum(name.startswith("reward-") for name in self.at)
-        return [self._phase("score", machine, 2 * size * tokens / flops / replicas)]
+        return {"score": 2 * size * tokens / flops / replicas / self.config.plan.efficiency}
 
-    def _update(self, network: Network, counts: Counts) -> PhaseTime:
+    def _update(self, network: Network, counts: Counts) -> float:
         """2 N T forward, 2 N T and 2 N' T backward, N' with a gradient: 6 N T where all is trained (Kaplan et al. 2020,
         section 2.1).
         """
@@ -130,9 +106,9 @@ class Roofline:
         reached = size - network.shape.body * (1 - network.layers / network.shape.layers)
         again = reached * network.config.gradient_checkpointing
         operations = 2 * (size + reached + again + min(network.trained, size)) * counts.steps * tokens
-        return self._learn(f"update {network.name}", [network], operations, counts.steps, 2 * counts.steps * pieces)
+        return self._learn([network], operations, counts.steps, 2 * counts.steps * pieces)
 
-    def _learn(self, name: str, used: Sequence[Network], operations: float, steps: int, passes: int) -> PhaseTime:
+    def _learn(self, used: Sequence[Network], operations: float, steps: int, passes: int) -> float:
         """Operations of all ranks, a ring all-reduce of the gradients in each step, of which 2 (n - 1) / n cross every
         link (Patarasuk & Yuan 2009), and the weights that ZeRO-3 gathers in each pass.
         """
@@ -140,13 +116,11 @@ class Roofline:
         flops, _ = speed(process, machine, used[0].config.dtype)
         gathered = sum(width(one.config.dtype) * one.parameters for one in used if one.optimizer.zero_stage == 3)
         moved = (passes * gathered + steps * 2 * 4 * sum(one.trained for one in used)) * (1 - 1 / ranks)
-        return self._phase(name, machine, operations / ranks / flops, moved / self._link("learner-"))
+        return operations / ranks / flops / self.config.plan.efficiency + moved / self._link("learner-")
 
-    def _publish(self, policy: Network) -> PhaseTime:
+    def _publish(self, policy: Network) -> float:
         """N b over a link; a broadcast costs its slowest receiver little more than one transfer."""
-        size, (_, machine) = policy.shape.parameters * width(policy.config.dtype), self.at["learner-0"]
-        moving = size / self._link("generator-", "learner-0")
-        return PhaseTime(name="publish", least=moving, expected=moving + (0 if machine.gpus else size / CPU_PUBLISH))
+        return policy.shape.parameters * width(policy.config.dtype) / self._link("generator-", "learner-0")
 
     def _link(self, *names: str) -> float:
         """Bytes a second between neighbours of one machine, or over the network where there are several."""

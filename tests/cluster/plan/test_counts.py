@@ -1,4 +1,4 @@
-"""The arithmetic by hand, and beside what the loops themselves do; lengths from files where there are any."""
+"""The arithmetic by hand, and beside what the loops themselves do."""
 
 import gzip
 from pathlib import Path
@@ -13,10 +13,7 @@ from cluster.plan.counts import Counts, Lengths, count, divisors, lengths_of, ne
 from learner.config import SFTConfig
 from learner.data.batch import minibatches
 from learner.sft import sft_batches
-from reward_server.encoding import ChatEncoding
-from reward_server.schema import Message
 from tests.settings import settings
-from tests.tiny_models import tiny_causal_lm
 
 LENGTHS = Lengths(prompt=512, response=512, longest=512)
 NOWHERE = Path("nowhere")
@@ -99,31 +96,9 @@ def test_sampling_of_each_kind(tmp_path: Path):
     assert rows_of(settings({"data.demonstrations": packed}), "demonstrations", NOWHERE) == 2
 
 
-def test_lengths_without_files_are_those_of_the_settings():
+def test_lengths_are_those_of_the_settings():
     values = {"rollout.max_prompt_tokens": 50, "rollout.max_new_tokens": 30}
-    found = lengths_of(settings(values), NOWHERE)
+    found = lengths_of(settings(values))
     assert (found.prompt, found.response, found.longest) == (50, 30, 30)
-    stated = lengths_of(settings(values | {"plan.prompt_tokens": 7, "plan.response_tokens": 5}), NOWHERE)
+    stated = lengths_of(settings(values | {"plan.prompt_tokens": 7, "plan.response_tokens": 5}))
     assert (stated.prompt, stated.response, stated.longest, stated.sequence) == (7, 5, 30, 12)
-    assert "plan.prompt_tokens" in stated.source
-
-
-def test_lengths_of_files_by_the_models_tokenizer_come_first(tmp_path: Path):
-    def write(name: str, *rows: str) -> None:
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-
-    tiny_causal_lm(tmp_path / "sft")
-    encoding = ChatEncoding.load(tmp_path / "sft")
-    write("prompts", "not JSON")
-    assert lengths_of(Config(), tmp_path).prompt == Config().rollout.max_prompt_tokens
-    long = "a much longer prompt that nobody will ever sample from, since it is left out of the run"
-    write("prompts", '{"prompt": "Hi there"}', f'{{"prompt": "{long}"}}')
-    write("demonstrations", '{"prompt": "Hi", "response": "yes"}')
-    length = len(encoding.prompt([Message(role="user", content="Hi there")]))
-    values = {"plan.prompt_tokens": 7, "rollout.max_prompt_tokens": length + 1}
-    found = lengths_of(settings(values), tmp_path)
-    assert (found.prompt, found.response) == (length, len(encoding.response("yes", ended=True)))
-    assert "own prompts" in found.source
-    write("completions", '{"id": "c", "prompt": "Hi", "completions": [{"text": "no, not at all", "ended": false}]}')
-    assert lengths_of(settings(values | {"rollout.max_new_tokens": 3}), tmp_path).response == 3  # sampling would cut it
