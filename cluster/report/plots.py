@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice, product
 from pathlib import Path
@@ -197,7 +197,7 @@ def selection(run: Run) -> Iterator[Plot]:
 
 def time_spent(run: Run) -> Iterator[tuple[str, str, str]]:
     """(stage, phase, seconds) of each phase, and the mean seconds of the parts of a PPO iteration."""
-    spent = Counter[tuple[str, str]]()
+    spent = defaultdict[tuple[str, str], float](float)
     for phase in run.phases:
         spent[phase.stage, phase.name] += phase.seconds
     for arm, part in product(run.arms, ("rollout", "evaluate", "update", "publish")):
