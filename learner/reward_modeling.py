@@ -1,6 +1,5 @@
 """Step 2 of InstructGPT: a reward model from ranked completions (paper section 3.5, eq. 1)."""
 
-import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +17,6 @@ from learner.worker.skipped_steps import SkippedSteps
 from reward_server.encoding import ChatEncoding
 from reward_server.model import Normalisation
 from reward_server.preferences.labeling import Comparison
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +76,11 @@ def split_groups(
 ) -> tuple[list[RankedGroup], list[RankedGroup]]:
     """(train, held out): groups of one prompt, or of one conversation tree, are on one side.
 
-    Groups without a pair are in neither, since they teach and measure nothing; how many there are is warned of, and
-    so is how many pairs of identical completions are ranked differently (those are kept: they cost log 2 each).
-    Raises ValueError when nothing is left to train on or to measure with.
+    Groups without a pair are in neither, since they teach and measure nothing; pairs of identical completions that are
+    ranked differently are kept, and cost log 2 each. Raises ValueError when nothing is left to train on or to measure
+    with.
     """
     useful = [group for group in groups if group.has_pair]
-    if len(useful) < len(groups):
-        _logger.warning(
-            "%d of %d comparisons have no completion ranked above another", len(groups) - len(useful), len(groups)
-        )
-    if identical := sum(group.identical_pairs for group in useful):
-        _logger.warning(
-            "%d pairs of identical completions are ranked differently; no score can tell them apart", identical
-        )
     return split_held_out(useful, lambda group: group.family, config.valid_share, config.seed)
 
 

@@ -73,6 +73,8 @@ class RewardModel(Stage):
             if not demonstrations:
                 raise ValueError(f"{told}; give data.demonstrations shorter ones")
             log.warning("%s", told)
+        odd["have no completion ranked above another"] = sum(not group.has_pair for group in groups)
+        odd["rank identical completions differently"] = sum(group.identical_pairs > 0 for group in groups)
         for what, count in odd.items():
             if count:
                 log.warning("%d of %d comparisons %s", count, len(groups), what)

@@ -101,21 +101,19 @@ def test_comparisons_of_one_tree_are_on_one_side():
     assert {one.family for one in train} ^ {one.family for one in held_out} == {"tree 0", "tree 1"}
 
 
-def test_comparisons_that_teach_nothing_are_left_out_and_counted(caplog):
+def test_comparisons_that_teach_nothing_are_left_out():
     groups = [group(i) for i in range(4)] + [group(5, (0,)), group(6, (2, 2, 2))]
     train, held_out = split_groups(groups, config())
     assert sorted(one.family for one in train + held_out) == ["0", "1", "2", "3"]
-    assert "2 of 6 comparisons have no completion ranked above another" in caplog.text
 
 
-def test_identical_completions_ranked_differently_are_kept_and_told(caplog):
+def test_identical_completions_ranked_differently_are_kept():
     same = RankedGroup(
         sequences=((1, 5), (1, 6), (1, 5), (1, 5)), ranks=(0, 1, 1, 0), response_lengths=(1,) * 4, family="x"
     )
     assert same.identical_pairs == 2  # the third is worse than the first and the fourth, which say the same
     train, held_out = split_groups([same, group(1)], config())
     assert same in train + held_out
-    assert "2 pairs of identical completions are ranked differently" in caplog.text
 
 
 # --- the loop

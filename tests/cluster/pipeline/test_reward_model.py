@@ -69,15 +69,24 @@ def test_comparisons_that_teach_little_and_a_model_at_chance_are_told(tmp_path, 
     odd = comparison(0) | {"completions": [{"text": " "}, {"text": "b<|im_end|>"}]}
     data = {
         "comparisons": rows(
-            tmp_path / "c.jsonl", odd, *(comparison(i) | {"ranks": [i % 2, 1 - i % 2]} for i in range(1, 9))
+            tmp_path / "c.jsonl",
+            odd,
+            *(comparison(i) | {"ranks": [i % 2, 1 - i % 2]} for i in range(1, 9)),
+            *(comparison(i) | {"ranks": [0, 0]} for i in (9, 10)),
+            comparison(11) | {"completions": [{"text": "a"}, {"text": "a"}]},
         ),
         "demonstrations": rows(tmp_path / "d.jsonl", ASK),
     }
     one = make_job(tmp_path / "run", data=data, models={"sft": base}, reward={"valid_share": 0.5})
     (one.run_dir / "reward").mkdir()
     run_stage(RewardModel(one), FakeLearner())
-    assert "1 of 9 comparisons have an empty completion of rank 0" in caplog.text
-    assert "1 of 9 comparisons have a completion that ends in an end mark" in caplog.text
+    for told in (
+        "1 of 12 comparisons have an empty completion of rank 0",
+        "1 of 12 comparisons have a completion that ends in an end mark",
+        "2 of 12 comparisons have no completion ranked above another",
+        "1 of 12 comparisons rank identical completions differently",
+    ):
+        assert caplog.text.count(told) == 1, told
     assert "not told from chance" in caplog.text
 
 
