@@ -1,9 +1,18 @@
 """The reward server's sections of the configuration. Nothing heavy is imported here: the help reads it."""
 
 import re
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+
+@dataclass(frozen=True)
+class NameOrPath:
+    """Marks a text that is the path of a folder where it looks like one or is there, else a name, as of a model hub."""
+
+    kind: str | None = None
+    """of the rows of a list in which that is so; None in any"""
 
 
 class Section(BaseModel):
@@ -41,7 +50,7 @@ class PartConfig(Section):
     """How its scores are called in the parts of a reply and in the metrics."""
     kind: Literal["model", "function", "url", "length", "regex"] = "model"
     """A reward model's folder, a Python function, another reward server, or a rule on the response."""
-    target: str | None = None
+    target: Annotated[str | None, NameOrPath("model")] = None
     """The folder, module:function, URL or pattern. Without one, a model is the run's own reward model. `length` counts
     words; `regex` is 1 where the pattern is found and 0 elsewhere."""
     weight: FiniteFloat = 1.0

@@ -4,14 +4,14 @@ Each imports what it needs when it runs, so that help and mistakes are told at o
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
-from cluster.cli.parser import Command, bind, completion_script, load, parse
-from cluster.config.load import ConfigError, nearest
+from cluster.cli.parser import Command, bind, completion_script, parse, read
+from cluster.config.load import COMMAND_LINE, ConfigError, compose, moved, nearest
 from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from cluster.pipeline.stages import STAGES
@@ -246,7 +246,7 @@ def submit(
     """
     if not 0 <= cpus < float("inf"):
         raise ConfigError(f"--cpus is {cpus}. Remedy: give a number from 0 on")
-    told, run_dir, settings = _told(*words)
+    told, run_dir, settings = _told(include, *words)
     from cluster.jobs import commands
     from cluster.jobs.submit import Order
 
@@ -254,7 +254,7 @@ def submit(
     return commands.submit(order, address, detach=detach, dry_run=dry_run, as_json=json)
 
 
-def _told(name: str = "", *words: str) -> tuple[tuple[str, ...], Path, Config | None]:
+def _told(include: Iterable[Path], name: str = "", *words: str) -> tuple[tuple[str, ...], Path, Config | None]:
     """A job's words, run directory and settings to send. Raises ConfigError for what it would only say there."""
     possible = [known for known, command in COMMANDS.items() if command.submits]
     if name not in possible:
@@ -271,13 +271,26 @@ def _told(name: str = "", *words: str) -> tuple[tuple[str, ...], Path, Config | 
     if not command.sections:
         return (name, *words), bind(command, words).keywords["run"], None
     call = parse(command, words)
-    config = load(Config, call)
+    given = moved(Config, read(Config, call), _sent_along(include))
+    config = compose(Config, given)
     told = [name, "--run", str(call.run_dir), *(f"--{flag}" for flag in sorted(call.flags))]
     told += [f"--{call.variant}"] if call.variant else []
-    told += [] if call.fresh else [word for key, value in call.overrides for word in (f"--{key}", value or "")]
+    overrides = [one for one in given if one.origin == COMMAND_LINE and not call.fresh]
+    told += [word for one in overrides for word in (f"--{one.key}", one.text)]
     if "cluster" in command.sections and not any(key == "cluster.address" for key, _ in call.overrides):
         told += ["--cluster.address", "auto"]
     return tuple(told), call.run_dir, config if call.fresh else None
+
+
+def _sent_along(include: Iterable[Path]) -> Callable[[str, bool], str]:
+    """Where a job finds a path: what is sent along, in its own folder."""
+    folders = [(folder.absolute(), folder.name) for folder in include]
+
+    def there(path: str, named: bool) -> str:
+        inside = (Path(name, Path(path).relative_to(at)) for at, name in folders if Path(path).is_relative_to(at))
+        return str(next(inside, path))
+
+    return there
 
 
 @_command("cluster", "Reads and writes nothing.", "rayward jobs --address http://head:8265", **_HERE)

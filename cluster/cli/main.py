@@ -60,6 +60,9 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"rayward {importlib.metadata.version('rayward')}\n")
         return DONE
     try:
+        for word in (*words, os.getcwd()):
+            if word != word.encode(errors="ignore").decode():
+                raise ConfigError(f"{word!r} is not UTF-8, and settings are kept as text. Remedy: rename it")
         if (command := COMMANDS.get(words[0])) is None:
             near = nearest(words[0], COMMANDS)
             what = "the command stands first" if words[0].startswith("-") else f"there is no command {words[0]!r}"

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from cluster.config.load import (
     PRESETS,
     ConfigError,
+    Given,
     Setting,
     compose,
     nearest,
@@ -139,6 +141,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
     if {"resume", "restart"} <= flags:
         raise ConfigError("--resume goes on and --restart starts over: give one of them")
     run, file, preset = (next(iter(options.get(name, ())), None) for name in ("run", "config", "preset"))
+    run, file = (text and os.path.expanduser(text) for text in (run, file))
     variant = next(iter(flags & command.variants.keys()), None)
     run_dir, preset = Path(run or (f"runs/{variant}" if variant else command.run)), preset or variant
     saved = run_dir / "config.toml"
@@ -159,8 +162,14 @@ def parse(command: Command, words: Sequence[str]) -> Call:
 
 def load(section: type[Section], call: Call) -> Section:
     """Compose preset or earlier settings, file, and the command line, in this order. Raises ConfigError."""
-    given = [one for source in call.sources for one in read_toml(section, source)]
-    return compose(section, [*given, *read_overrides(section, call.overrides)])
+    return compose(section, read(section, call))
+
+
+def read(section: type[BaseModel], call: Call) -> list[Given]:
+    """What preset or earlier settings, file, and the command line give, in this order. Raises ConfigError."""
+    saved = call.run_dir / "config.toml"  # in which earlier versions kept paths as they were given
+    files = (read_toml(section, source, Path.cwd() if source == saved else None) for source in call.sources)
+    return [*(one for file in files for one in file), *read_overrides(section, call.overrides)]
 
 
 def bind(command: Command, words: Sequence[str]) -> functools.partial[int | None]:
@@ -178,7 +187,7 @@ def bind(command: Command, words: Sequence[str]) -> functools.partial[int | None
     words, inner = words[:at], words[at:]
     if "--run" in words[:-1]:  # is the first word, too
         at = words.index("--run")
-        words[: at + 2] = [words[at + 1], *words[:at]]
+        words[: at + 2] = [os.path.expanduser(words[at + 1]), *words[:at]]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

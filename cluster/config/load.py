@@ -2,16 +2,18 @@
 
 A setting has a dotted key: field `coef` of the section `kl` of the section `ppo` is `ppo.kl.coef`; in TOML
 `[ppo.kl]` and `coef = 0.05`, on the command line `--ppo.kl.coef 0.05`. What is given later wins. TOML lacks
-None: `"none"` means it. Nothing here knows any particular section.
+None: `"none"` means it. A path counts from where it is given, a file's folder or the working directory, and is absolute
+from then on. Nothing here knows any particular section.
 """
 
 import contextlib
 import difflib
 import json
+import os
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
@@ -21,10 +23,12 @@ import tomli_w
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from reward_server.config import NameOrPath
 from reward_server.preferences.records import write_whole
 from reward_server.redaction import SECRET_NAME, holder
 
 Section = TypeVar("Section", bound=BaseModel)
+COMMAND_LINE = "command line"
 PRESETS = Path(__file__).parent / "presets"
 _SECRET = "Remedy: set it in the environment or in a file of mode 0600; settings are shown, and kept with the run"
 _IN_SECTION = "Remedy: --{0}.NAME VALUE; --help {0} lists its settings"
@@ -110,8 +114,11 @@ def settings(section: type[BaseModel], default: BaseModel | None = None, prefix:
             yield from settings(inner, value, f"{prefix}{name}.")
 
 
-def read_toml(section: type[BaseModel], path: Path) -> list[Given]:
-    """The values in a TOML file. Raises ConfigError when it cannot be read or is not TOML."""
+def read_toml(section: type[BaseModel], path: Path, folder: Path | None = None) -> list[Given]:
+    """The values in a TOML file, whose paths count from `folder`, by default its own.
+
+    Raises ConfigError when it cannot be read or is not TOML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
@@ -120,10 +127,11 @@ def read_toml(section: type[BaseModel], path: Path) -> list[Given]:
     except ValueError as error:
         raise ConfigError(f"{path} is not a TOML file: {error}. Remedy: correct it there") from error
     plain, lines = {one.key for one in settings(section) if not one.section}, _lines(text)
-    return [
+    given = (
         Given(key=key, value=value, text=as_toml(value), origin=f"{path}{lines.get(key, '')}")
         for key, value in _leaves(plain, table)
-    ]
+    )
+    return moved(section, given, _from(folder or path.absolute().parent))
 
 
 def read_overrides(section: type[BaseModel], pairs: Iterable[tuple[str, str | None]]) -> list[Given]:
@@ -144,8 +152,18 @@ def read_overrides(section: type[BaseModel], pairs: Iterable[tuple[str, str | No
         with contextlib.suppress(tomllib.TOMLDecodeError):
             values.append(tomllib.loads(f"v = {text}")["v"])
         value = next(filter(setting.fits, values), values[-1]) if setting else text
-        given.append(Given(key=key, value=value, text=text, origin="command line"))
-    return given
+        given.append(Given(key=key, value=value, text=text, origin=COMMAND_LINE))
+    return moved(section, given, _from(Path.cwd()))
+
+
+def moved(section: type[BaseModel], given: Iterable[Given], move: Callable[[str, bool], str]) -> list[Given]:
+    """The same with `move(path, whether it may be a name)` for each path."""
+    fields, found = {one.key: one.field for one in settings(section)}, []
+    for one in given:
+        value = _moved(fields[one.key], one.value, move) if one.key in fields else one.value
+        text = value if isinstance(value, str) else as_toml(value)
+        found.append(one if value == one.value else replace(one, value=value, text=text))
+    return found
 
 
 def compose(section: type[Section], given: Sequence[Given]) -> Section:
@@ -204,6 +222,33 @@ def nearest(word: str, words: Iterable[str], likeness: float = 0.6) -> str | Non
     words = list(words)
     ends = [other for other in words if other.endswith("." + word)]
     return next(iter(ends or difflib.get_close_matches(word, words, n=1, cutoff=likeness)), None)
+
+
+def _from(folder: Path) -> Callable[[str, bool], str]:
+    """Makes a path from `folder` absolute."""
+
+    def absolute(text: str, named: bool) -> str:
+        path = folder / os.path.expanduser(text)
+        return text if named and not (text.startswith((".", "/", "~")) or path.exists()) else str(path)
+
+    return absolute
+
+
+def _moved(field: FieldInfo, value: Any, move: Callable[[str, bool], str], kind: str | None = None) -> Any:
+    """A value of a field, with its paths moved; `kind` is that of the row that it is in."""
+    parts = get_args(field.annotation)
+    if isinstance(value, str) and value != "none":
+        named = any(isinstance(one, NameOrPath) and one.kind == kind for one in field.metadata)
+        return move(value, named) if named or Path in (field.annotation, *parts) else value
+    if isinstance(value, list) and (row := next(filter(None, map(_section_of, parts)), None)):
+        return [_moved_row(row, one, move) if isinstance(one, dict) else one for one in value]
+    return value
+
+
+def _moved_row(section: type[BaseModel], row: Mapping[str, Any], move: Callable[[str, bool], str]) -> dict[str, Any]:
+    fields = section.model_fields
+    kind = row.get("kind", fields["kind"].default) if "kind" in fields else None
+    return {key: _moved(fields[key], value, move, kind) if key in fields else value for key, value in row.items()}
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

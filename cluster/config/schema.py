@@ -1,13 +1,13 @@
 """The configuration of a run: the sections that live beside the code they configure, composed."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.config import GeneratorConfig, RolloutConfig
 from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
-from reward_server.config import LabelerConfig, ServeConfig, SourceConfig
+from reward_server.config import LabelerConfig, NameOrPath, ServeConfig, SourceConfig
 
 
 class _Section(BaseModel):
@@ -89,7 +89,7 @@ class TrackingConfig(_Section):
 class ModelsConfig(_Section):
     """Which models the steps start from."""
 
-    base: str | None = None
+    base: Annotated[str | None, NameOrPath()] = None
     """Hugging Face folder or hub id of the language model that is fine-tuned."""
     chat_template: str | None = None
     """Jinja text that replaces the base model's chat template, or gives one to a model without; saved with RUN/sft."""

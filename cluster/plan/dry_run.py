@@ -1,6 +1,7 @@
 """`rayward plan` and --dry-run: what a command would do, as tables or JSON, without starting or writing anything."""
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -45,11 +46,15 @@ def dry_run(config: Config, run_dir: Path, command: str, flags: Set[str]) -> boo
 
     Raises ValueError as `plan` does.
     """
-    stage, found, said = STAGES[command], None, [STAGES[command].files.replace("RUN/", f"{run_dir}/")]
+    found, said = None, [STAGES[command].files.replace("RUN/", f"{run_dir}/")]
+    tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), command)  # is never entered, so it writes nothing
+    start: Start = "resume" if "resume" in flags else "restart" if "restart" in flags else "new"
+    stage = STAGES[command](Job(config=config, run_dir=run_dir, tracker=tracker, start=start))
     # The models and files of described machines are not here.
-    problems = [] if config.plan.nodes else _problems(config, stage, run_dir, flags)
+    problems = [] if config.plan.nodes else _problems(stage)
+    reads = _reads(stage, whole=not (problems or config.plan.nodes))
     data = {"command": command, "works": not problems, "problems": problems, "processes": []}
-    if kinds(stage):
+    if kinds(type(stage)):
         try:
             found = foresee(config, run_dir, command)
             told = [one for one in problems if not any(other.startswith(one) for other in found.problems)]
@@ -60,7 +65,8 @@ def dry_run(config: Config, run_dir: Path, command: str, flags: Set[str]) -> boo
             problems.append(str(error))
     else:
         said.insert(0, f"rayward {command} works in its own process and starts no other.")
-    return _show(data | {"files": said[-1]}, found, said, "json" in flags)
+    told = [f"reads {key}: {path}" for key, path in reads.items()]
+    return _show(data | {"files": said[-1], "reads": reads}, found, [*said, *told], "json" in flags)
 
 
 def foresee(config: Config, run_dir: Path, command: str = "plan") -> Forecast:
@@ -71,14 +77,29 @@ def foresee(config: Config, run_dir: Path, command: str = "plan") -> Forecast:
     return forecast(config, site, command, [STAGES[name] for name in stage.parts or (command,)], run_dir)
 
 
-def _problems(config: Config, stage: type[Stage], run_dir: Path, flags: Set[str]) -> list[str]:
+def _reads(stage: Stage, whole: bool) -> dict[str, str]:
+    """The path, or hub id, of each model and file that a stage reads, by its key; `whole`: it has read them."""
+    config, own, found = stage.job.config, stage.job.run_dir, dict[str, Any]()
+    for one in [STAGES[part] for part in stage.parts] or [type(stage)]:
+        found |= {f"models.{name}": getattr(config.models, name) or own / name for name in one.models(config)}
+        names = one.data(config)
+        found |= {f"data.{name}": getattr(config.data, name) or own / "data" / f"{name}.jsonl" for name in names}
+    if "scoring" in stage.sections:
+        found |= {f"scoring.parts: {one.name}": one.target for one in config.scoring.parts if one.kind == "model"}
+    found = {
+        key: path for key, path in found.items() if path and (own not in Path(path).parents or os.path.exists(path))
+    }
+    found |= stage.made_of()[1] if whole else {}
+    return {key: os.path.abspath(path) if os.path.exists(path) else str(path) for key, path in found.items()}
+
+
+def _problems(stage: Stage) -> list[str]:
     """What would stop a stage, in words: its settings, files and models, or what the run directory holds already."""
-    if problems := check_config(config, stage, run_dir).problems:
+    job = stage.job
+    if problems := check_config(job.config, type(stage), job.run_dir).problems:
         return [*problems]
-    tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), stage.name)  # is never entered, so it writes nothing
-    start: Start = "resume" if "resume" in flags else "restart" if "restart" in flags else "new"
     try:
-        preflight(stage(Job(config=config, run_dir=run_dir, tracker=tracker, start=start)))
+        preflight(stage)
     except (ValueError, OSError) as error:
         return str(error).splitlines()
     return []

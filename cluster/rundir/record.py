@@ -5,6 +5,7 @@ files in one model: a stage goes on only with what it was begun with.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -133,9 +134,17 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
     for key in dict.fromkeys([*then, *now]):
         before, after = (json.loads(json.dumps(one.get(key))) for one in (then, now))
-        if before != after:
+        if _real(before) != _real(after):
             contents = all(str(value).startswith(_CONTENT) for value in (before, after))
             yield f"{key} has other content now" if contents else f"{key} was {_short(before)}, is {_short(after)}"
+
+
+def _real(value: Any) -> Any:
+    """A value with the files that texts in it name: earlier versions kept paths as they were given."""
+    if isinstance(value, list | dict):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: _real(part) for key, part in pairs}
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def _short(value: Any) -> str:

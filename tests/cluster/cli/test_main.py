@@ -89,6 +89,32 @@ def test_a_run_directory_remembers_its_settings(tmp_path: Path, entry: Any):
     assert fresh.iterations != 7
 
 
+def test_a_remembered_path_is_the_same_file_from_everywhere(
+    tmp_path: Path, entry: Any, monkeypatch: pytest.MonkeyPatch
+):
+    jobs: list[Job] = []
+    entry("sft", jobs.append)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    assert rayward("sft", "--run", tmp_path / "run", "--data.demonstrations", "d.jsonl", "--models.base=./base") == 0
+    monkeypatch.chdir(tmp_path / "other")
+    assert rayward("sft", "--run", tmp_path / "run") == 0
+    assert [job.config.data.demonstrations for job in jobs] == [tmp_path / "one" / "d.jsonl"] * 2
+    assert jobs[1].config.models.base == str(tmp_path / "one" / "base")
+    saved = tmp_path / "run" / "config.toml"  # as earlier versions kept it: from wherever one is
+    saved.write_text(saved.read_text().replace(f"{tmp_path}/one/", ""))
+    assert rayward("sft", "--run", tmp_path / "run", "--resume") == 0
+    assert jobs[2].config.data.demonstrations == tmp_path / "other" / "d.jsonl"
+
+
+@pytest.mark.parametrize("option", ["--run", "--data.demonstrations", "--config"])
+def test_a_path_that_is_no_text_is_refused(option: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert rayward("sft", option, os.fsdecode(bytes(tmp_path) + b"/\xff")) == 2
+    assert r"/\udcff' is not UTF-8" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tiny_is_another_preset_and_run_directory(tmp_path: Path, entry: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     seen: list[tuple[Path, bool, int]] = []
@@ -186,13 +212,12 @@ def test_ctrl_c_is_exit_code_130(tmp_path: Path, entry: Any, capfd: pytest.Captu
     assert "--resume" in capfd.readouterr().err
 
 
-def test_a_command_owns_its_run_directory_and_those_that_look_do_not_mind(
-    tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]
-):
+def test_a_command_owns_its_run_directory_and_those_that_look_do_not_mind(tmp_path: Path, entry: Any):
     def work() -> None:
         assert rayward("ppo", "--run", tmp_path) == 2
-        shown = capfd.readouterr()
-        assert f"rayward ppo: {tmp_path} is at work: `rayward sft`, PID {os.getpid()} on " in shown.err
+        sys.stderr.flush()
+        said = (tmp_path / "logs" / "driver.log").read_text()  # where the first has sent what this process prints
+        assert f"rayward ppo: {tmp_path} is at work: `rayward sft`, PID {os.getpid()} on " in said
         assert [cli.main([name, str(tmp_path)]) for name in ("report", "status")] == [0, 0]
 
     entry("sft", lambda job: work)

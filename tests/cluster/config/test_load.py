@@ -1,6 +1,6 @@
 import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,6 +16,7 @@ from cluster.config.load import (
     settings,
 )
 from cluster.config.schema import Config
+from reward_server.config import NameOrPath
 
 CANARY = "canary-0123456789abcdef"
 
@@ -41,8 +42,10 @@ class Optimizer(Section):
 class Part(Section):
     name: str
     """Its name."""
-    target: str | None = None
+    target: Annotated[str | None, NameOrPath("model")] = None
     """What it is."""
+    kind: Literal["model", "regex"] = "model"
+    """How it is read."""
 
 
 class Training(Section):
@@ -62,7 +65,7 @@ class Training(Section):
     """A folder."""
     shuffle: bool = True
     """Whether."""
-    name: str = "x"
+    name: Annotated[str, NameOrPath()] = "x"
     """A name."""
     limit: float = math.inf
     """A limit."""
@@ -140,6 +143,31 @@ def test_a_whole_section_can_be_given_and_changed():
     assert config.penalty == Penalty(coef=2.0, rule="adaptive")
 
 
+def test_paths_count_from_where_they_are_given_and_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    there, here, home = (tmp_path / name for name in ("there", "here", "home"))
+    for folder in (there / "hub" / "local", here):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    file = there / "my.toml"
+    rows = '{name = "a", target = "./rm"}, {name = "b", target = "./.*", kind = "regex"}, {name = "c"}'
+    file.write_text(f'folder = "data"\nname = "hub/id"\nparts = [{rows}]\n')
+    config = compose(Training, read_toml(Training, Path("../there/my.toml")))
+    assert config.folder == here / ".." / "there" / "data"
+    assert config.name == "hub/id"
+    assert [one.target for one in config.parts] == [f"{here}/../there/rm", "./.*", None]
+    file.write_text('folder = "~/data"\nname = "hub/local"\nparts = [{name = "a", target = "/rm"}]\n')
+    config = compose(Training, read_toml(Training, file))
+    assert (config.folder, config.name) == (home / "data", str(there / "hub" / "local"))
+    assert config.parts[0].target == "/rm"
+    config = given(("folder", "data"), ("name", "hub/local"), ("parts", '[{name = "a", target = "~/rm"}]'))
+    assert (config.folder, config.name, config.parts[0].target) == (here / "data", "hub/local", str(home / "rm"))
+    assert given(("folder", "none")).folder is None
+    save_toml(config, here / "saved.toml")
+    monkeypatch.chdir(there)
+    assert compose(Training, read_toml(Training, here / "saved.toml")) == config
+
+
 def test_every_error_names_key_value_origin_and_what_is_allowed():
     assert wrong(("penalty.coef", "-1"), ("penalty.rule", "fixt"), ("warmup", "1")) == [
         "penalty.coef = -1 (command line): input should be greater than or equal to 0. "
@@ -212,7 +240,7 @@ def test_unreadable_files_are_named(tmp_path: Path):
             steps=5,
             tags=('quo"te', "new\nline"),
             parts=(Part(name="p"), Part(name="q", target="t")),
-            folder=Path("a b"),
+            folder=Path("/a b"),
             name="none",
             limit=0.1 + 0.2,
         ),

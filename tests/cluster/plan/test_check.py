@@ -214,9 +214,9 @@ def test_everything_that_is_wrong_is_told_at_once_before_anything_is_made(
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("rayward ppo: ") for line in lines)
     for wanted in (
-        "there is no sft model in nowhere",
+        f"there is no sft model in {tmp_path}/nowhere",
         "there is no reward model in r/reward: run `rayward reward`",
-        "data.prompts: d.jsonl:1 looks like a row of pretraining text",
+        f"data.prompts: {tmp_path}/d.jsonl:1 looks like a row of pretraining text",
         "data.prompts_heldout is not set",
         "ppo.minibatch_size = 48 does not divide",
         "generator.max_model_len is 2048. Nearest: generator.max_model_len = 3024",

@@ -74,7 +74,23 @@ def test_a_dry_run_plans_one_command_and_says_what_would_stop_it(tmp_path: Path,
     assert "sft: memory" in text
     assert "ppo" not in text
     assert "data.demonstrations is not set" in text
+    assert f"reads models.base: {tmp_path / 'base'}\n" in text
     assert not run.exists()
+
+
+def test_a_dry_run_names_every_file_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    Path("run/data").mkdir(parents=True)
+    comparison = '{"id": "a", "prompt": "hi", "completions": [{"text": "a"}, {"text": "b"}]}'
+    Path("run/data/completions.jsonl").write_text(comparison + "\n")
+    assert rayward("rank", "--dry-run", "--run", "run") == 0
+    own = tmp_path / "run" / "data" / "completions.jsonl"
+    assert f"reads data.completions: {own}\n" in capsys.readouterr().out
+    Path("mine.jsonl").write_text(comparison + "\n")
+    assert rayward("rank", "--dry-run", "--run", "run", "--json", "--data.completions", "mine.jsonl") == 0
+    assert json.loads(capsys.readouterr().out)["reads"] == {"data.completions": str(tmp_path / "mine.jsonl")}
 
 
 def test_the_own_model_of_a_run_is_what_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -87,3 +87,17 @@ def test_a_command_of_all_stages_is_refused_where_there_are_any(tmp_path: Path):
     assert stage(tmp_path, "resume").progress == "begun"
     clear(tmp_path, "restart")
     assert stage(tmp_path, "new").progress == "new"
+
+
+def test_a_path_that_was_kept_as_it_was_given_is_the_same_where_it_is_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    parts = [{"name": "mine", "target": "./rm"}]
+    (tmp_path / "here" / "rm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    stage(tmp_path, "new", parts=parts).begin()
+    now = [{"name": "mine", "target": str(tmp_path / "here" / "rm")}]
+    assert stage(tmp_path, "resume", parts=now).progress == "begun"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ResumeRefused, match=r"ppo\.kl\.parts was"):
+        _ = stage(tmp_path, "resume", parts=now).progress
