@@ -9,6 +9,7 @@ from typing import Any, Self
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from reward_server.pretrained import open_with
 from reward_server.schema import Message
 
 log = logging.getLogger(__name__)
@@ -71,14 +72,14 @@ class ChatEncoding:
 
         Raises ValueError when it knows ids that the model does not.
         """
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
+        tokenizer: Any = open_with(AutoTokenizer, path)
         try:
             stop = GenerationConfig.from_pretrained(str(path)).eos_token_id
         except OSError:
             stop = None
         stop_ids = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
         try:
-            config = AutoConfig.from_pretrained(str(path)).get_text_config()
+            config = open_with(AutoConfig, path).get_text_config()
         except (OSError, ValueError):  # a tokenizer's folder
             config = None
         size, positions = (getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings"))

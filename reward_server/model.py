@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from reward_server.encoding import ChatEncoding
+from reward_server.pretrained import Kind, check_weights, load_weights
 
 _NORMALISATION_KEY = "rayward_normalisation"
 
@@ -56,12 +56,12 @@ class ScalarHead(nn.Linear):
         return nn.functional.linear(input.float(), self.weight.float())
 
 
-def new_reward_model(base_path: str | Path, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def new_reward_model(base_path: str | Path, dtype: torch.dtype | None, seed: int) -> PreTrainedModel:
     """Put a fresh head on a causal language model: weight ~ N(0, 1/(d+1)), no bias (lm-human-preferences).
 
     In eval mode, so without dropout; with the dedicated PAD of the base model's encoding.
     """
-    model, _ = _load(base_path, dtype)
+    model = _with_scalar_head(load_weights(base_path, "new_value", dtype))
     pad_id = ChatEncoding.load(base_path).pad_id
     model.config.pad_token_id = pad_id
     model.config.get_text_config().pad_token_id = pad_id
@@ -78,18 +78,14 @@ def load_reward_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises ValueError when it has another head than one scalar, no trained head at all, or no pad_token_id.
     """
-    model, missing = _load(path, dtype)
-    if missing:
-        raise ValueError(
-            f"{path} is not a reward model: its weights lack {', '.join(sorted(missing))}, which would be "
-            "random; train one from it first"
-        )
-    if model.config.get_text_config().pad_token_id is None:
-        raise ValueError(
-            f"{path}/config.json has no pad_token_id, so its score cannot be read in batches; set it to a "
-            "token that no text ends with"
-        )
-    return model
+    return _with_scalar_head(_readable(load_weights(path, "value", dtype)))
+
+
+def check_model(path: str | Path, kind: Kind) -> None:
+    """Raise ValueError for what would stop a model from being used as `kind`; its weights are not read."""
+    model = check_weights(path, kind)
+    if model is not None and kind == "value":
+        normalisation(_readable(model))
 
 
 def set_normalisation(model: PreTrainedModel, normalisation: Normalisation) -> None:
@@ -107,15 +103,6 @@ def normalisation(model: PreTrainedModel) -> Normalisation:
             'demonstrations, or store {"gain": 1.0, "bias": minus the mean score of demonstrations} there'
         )
     return Normalisation(gain=float(stored["gain"]), bias=float(stored["bias"]))
-
-
-def attention(path: str | Path) -> str | None:
-    """The attention implementation that a model must be loaded with, or None for the fastest.
-
-    Gemma 2 caps its attention's logits, which torch's fused attention leaves out without a word.
-    """
-    config = AutoConfig.from_pretrained(str(path)).get_text_config()
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
 def token_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -140,21 +127,15 @@ def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def _load(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, set[str]]:
-    """Load a model with a scalar head; also the names of the weights that its folder lacks."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of a missing head is either expected or our error to raise
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            str(path), num_labels=1, dtype=dtype, attn_implementation=attention(path), output_loading_info=True
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+def _readable(model: PreTrainedModel) -> PreTrainedModel:
+    if model.config.get_text_config().pad_token_id is None:
         raise ValueError(
-            f"{path} is a {type(model).__name__}, which has no linear head 'score' over a decoder; use a "
-            "causal language model such as Llama, Qwen or GPT-2"
+            f"{model.config.name_or_path}/config.json has no pad_token_id, so its score cannot be read in batches; set "
+            "it to a token that no text ends with"
         )
-    head.__class__ = ScalarHead  # the same parameter under the same name, so folders stay plain Hugging Face
-    return model.eval(), set(report["missing_keys"])
+    return model
+
+
+def _with_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
+    model.get_submodule("score").__class__ = ScalarHead  # the same parameter and name: folders stay plain Hugging Face
+    return model

@@ -186,8 +186,7 @@ class PPO(Stage):
         init, sft, critic = job.model("init"), job.model("sft"), Model(name="critic", path=job.model("critic"))
         await learner.load("policy", "policy", init, config.network, config.policy_optimizer, config.ema_decay)
         await learner.load("reference", "policy", sft, config.network, config.policy_optimizer, frozen=True)
-        head = "value" if critic.is_reward_model else "new_value"
-        await learner.load("critic", head, critic.path, config.critic, config.critic_optimizer)
+        await learner.load("critic", critic.kind, critic.path, config.critic, config.critic_optimizer)
 
     async def _measure(self, evaluator: Evaluator, label: str, version: int) -> Evaluation:
         """A point of the held-out curves."""

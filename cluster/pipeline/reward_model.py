@@ -30,6 +30,7 @@ class RewardModel(Stage):
     example = "rayward reward --run runs/mine --data.comparisons comparisons.jsonl"
     sections = (*SECTIONS, "reward", "tracking")
     reads = ("models.sft", "data.comparisons", "data.demonstrations")
+    fresh_head = True
     processes = ("learner",)
     writes = ("reward",)
     results = ("reward",)

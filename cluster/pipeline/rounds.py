@@ -49,6 +49,7 @@ class Rounds(Stage):
         *(*SECTIONS, "rounds", "sample", "labeler", "reward", "ppo", *SAMPLING),
         *("scoring", "publish", "evaluation", "tracking"),
     )
+    reads = ("models.sft",)
     processes = KINDS
     resumes = False
     parts = ("sample", "reward", "ppo")

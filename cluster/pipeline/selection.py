@@ -63,7 +63,7 @@ class Select(Stage):
     )
     example = "rayward select --run runs/mine --data.prompts_valid prompts.jsonl"
     sections = (*SECTIONS, "select", *SAMPLING, "scoring", "tracking")
-    reads = ("data.prompts_valid",)
+    reads = ("models.reward", "data.prompts_valid")
     processes = ("generator", "reward")
     resumes = False
 

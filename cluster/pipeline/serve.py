@@ -24,6 +24,7 @@ class Serve(Stage):
     files = "Reads RUN/reward, or what scoring.parts names. Answers /score, /health, /metrics and /docs."
     example = "rayward serve --run runs/mine --serve.port 8700 --serve.replicas 2"
     sections = ("models", "cluster", "scoring", "serve", "tracking")
+    reads = ("models.reward",)
     resumes = False
 
     def check(self) -> Path | None:

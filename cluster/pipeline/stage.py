@@ -8,16 +8,18 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cluster.config.load import ConfigError
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
-from cluster.rundir.inputs import KINDS, common_prompts
+from cluster.rundir.inputs import KINDS, Model, common_prompts
 from cluster.rundir.record import StageRecord, made_of
 from cluster.runtime.resources import Kind, plan_run
 from learner.config import NetworkConfig, OptimizerConfig
+from reward_server.preferences.records import read_all
 
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
@@ -56,6 +58,8 @@ class Stage:
     """Stages that it is made of."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Models and data files that it reads, by dotted key."""
+    fresh_head: ClassVar[bool] = False
+    """Whether the language model that it reads is given a scalar head."""
     writes: ClassVar[tuple[str, ...]] = ()
     """Models that it writes: folders of the run directory."""
     results: ClassVar[tuple[str, ...]] = ()
@@ -91,6 +95,13 @@ class Stage:
     def _read(cls, table: str, without: str | None) -> tuple[str, ...]:
         names = (key.removeprefix(table) for key in cls.reads if key.startswith(table))
         return tuple(name for name in names if name != without)
+
+    @classmethod
+    def looked_at(cls, config: Config) -> tuple[str, ...]:
+        """Keys of `models` that it reads, and those of other stages that are configured: unless it makes its own."""
+        wanted, others = cls.models(config), ("sft", "init", "reward", "critic", "policy")
+        set_too = [name for name in others if getattr(config.models, name) is not None and name not in wanted]
+        return (*wanted, *(set_too if "models" in cls.sections and not cls.variants else ()))
 
     @classmethod
     def trained(cls, config: Config) -> Trained:
@@ -183,13 +194,35 @@ def preflight(stage: Stage) -> None:
 
 
 def _read(stage: Stage) -> Any:
-    """Its files, read and checked; what they have in common and should not is told."""
-    inputs, job = stage.check(), stage.job
+    """Its models and files, read and checked; what files have in common and should not is told. Raises ValueError."""
+    job = stage.job
+    *_, inputs = read_all(*_weights(stage), stage.check)
     if "data" in stage.sections:
         files = {key.removeprefix("data."): path for key, path in job.files(*KINDS).items()}
         for warning in common_prompts(files, stage.data(job.config) or files):
             log.warning("%s", warning)
     return inputs
+
+
+def _weights(stage: Stage) -> Iterator[Callable[[], None]]:
+    """Checks of the models that it looks at: whether their weights are those of what they are used as."""
+    config, job = stage.job.config, stage.job
+
+    def look(key: str, path: str | Path, kind: Any) -> None:
+        from reward_server.model import check_model
+
+        try:
+            check_model(path, kind)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+
+    for name in stage.looked_at(config):
+        model = Model(name=name, path=Path(config.models.base or "") if name == "base" else job.model(name))
+        kind = "new_value" if stage.fresh_head and model.kind == "policy" else model.kind
+        yield partial(look, f"models.{name}", model.path, kind)
+    for part in config.scoring.parts if "scoring" in stage.sections else ():
+        if part.kind == "model" and part.target:
+            yield partial(look, f"scoring.parts ({part.name})", part.target, "value")
 
 
 async def _work(stage: Stage, pool: Any, inputs: Any, while_open: AbstractAsyncContextManager[Any]) -> None:

@@ -85,11 +85,8 @@ def _bad_inputs(config: Config, stage: type[Stage], run_dir: Path, models: dict[
             _ = model.parameters, model.positions
             models[name] = model
 
-    wanted = stage.models(config)
-    others = ("sft", "init", "reward", "critic", "policy") if "models" in stage.sections and not stage.variants else ()
-    for name in (*["base"] * ("base" in wanted), *others):
-        if name in wanted or getattr(config.models, name) is not None:
-            yield from _told(look, name)
+    for name in stage.looked_at(config):
+        yield from _told(look, name)
     for name in KINDS:
         if name in stage.data(config):
             yield from _told(lambda name: check_data(name, data_file(config, run_dir, name)), name)

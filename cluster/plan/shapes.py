@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.schema import Config
+from reward_server.pretrained import open_with
 
 _FIELDS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -130,7 +131,7 @@ def shape_of(source: str | Path | Mapping[str, Any]) -> Shape:
     if fields is None and not (Path(name) / "config.json").is_file():
         fields = SIZES.get(name.rpartition("/")[2].lower())
     try:
-        config = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(name, local_files_only=True)
+        config = AutoConfig.for_model(**fields) if fields else open_with(AutoConfig, name, local_files_only=True)
         return _counted(config, name)
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
@@ -147,7 +148,7 @@ def _counted(config: Any, name: str) -> Shape:
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
     text = config.get_text_config()
     heads, hidden = text.num_attention_heads, text.hidden_size

@@ -20,6 +20,7 @@ from cluster.config.schema import Config
 from reward_server.preferences.formats import file_rows
 from reward_server.preferences.forms import kinds_of, row_prompt, row_text
 from reward_server.preferences.records import RecordError, read_rows, without_nulls
+from reward_server.pretrained import ADAPTER, Kind, is_hub_id
 
 _HUB_ANSWERS_S = 5.0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -124,7 +125,7 @@ def check_base(name: str) -> None:
     path = Path(name)
     if path.exists():
         Model(name="base", path=path).check()
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif not is_hub_id(name):
         raise ValueError(f"models.base = {name}: there is no such folder. Give a Hugging Face folder, or a hub id")
     elif not _cached(name):
         _check_hub(name)
@@ -168,7 +169,9 @@ class Model:
         if not self.path.is_dir():
             raise ValueError(f"{self._where} is a file, and a model is a folder: name the folder it is in")
         if not (self.path / "config.json").is_file():
-            raise ValueError(f"{self._where} has no config.json, so it is not a model's folder: name another")
+            adapter = (self.path / "adapter_config.json").is_file()
+            told = ADAPTER if adapter else "has no config.json, so it is not a model's folder: name another"
+            raise ValueError(f"{self._where} {told}")
         if not isinstance(self.config.get("model_type"), str):
             raise ValueError(f"{self._where} has a config.json without model_type: name a language model's folder")
         if not any((self.path / file).is_file() for file in _TOKENIZERS):
@@ -198,9 +201,12 @@ class Model:
         return {**fields, **text} if isinstance(text, dict) else fields
 
     @property
-    def is_reward_model(self) -> bool:
-        """Whether it has a scalar head, as a reward model has."""
-        return any(name.endswith("ForSequenceClassification") for name in self.config.get("architectures") or ())
+    def kind(self) -> Kind:
+        """What it is loaded as; a critic starts from a reward model, or from a language model with a fresh head."""
+        if self.name not in ("reward", "critic"):
+            return "policy"
+        scalar = any(name.endswith("ForSequenceClassification") for name in self.config.get("architectures") or ())
+        return "value" if scalar or self.name == "reward" else "new_value"
 
     @property
     def positions(self) -> int | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from learner.worker.dropout import add_residual_dropout
 from learner.worker.engine import Attempts, Engine, Frozen, whole
 from learner.worker.networks import Network, PolicyNetwork, load_network, merged_weights, save_network
 from reward_server.encoding import ChatEncoding
+from reward_server.pretrained import Kind
 
 
 class LoadedNetworks:
@@ -28,7 +29,7 @@ class LoadedNetworks:
     def load(
         self,
         name: str,
-        kind: Literal["policy", "value", "new_value"],
+        kind: Kind,
         path: Path,
         network: NetworkConfig,
         optimizer: OptimizerConfig | None = None,

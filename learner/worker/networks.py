@@ -7,14 +7,13 @@ sampler.
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
@@ -22,14 +21,8 @@ from learner.config import NetworkConfig
 from learner.maths.logprobs import token_logprobs
 from learner.weights.checkpoint import whole_folder
 from reward_server.encoding import ChatEncoding
-from reward_server.model import (
-    Normalisation,
-    attention,
-    load_reward_model,
-    new_reward_model,
-    normalisation,
-    token_values,
-)
+from reward_server.model import Normalisation, load_reward_model, new_reward_model, normalisation, token_values
+from reward_server.pretrained import Kind, load_weights
 
 
 class LogprobHead(nn.Module):
@@ -120,7 +113,7 @@ def check_head(network: PolicyNetwork, path: Path) -> None:
         )
 
 
-def load_network(kind: Literal["policy", "value", "new_value"], path: Path, network: NetworkConfig) -> Network:
+def load_network(kind: Kind, path: Path, network: NetworkConfig) -> Network:
     """A network from a Hugging Face folder, dropout off, on the CPU, with the weights that `network` names trainable.
 
     kind "new_value" puts a fresh scalar head on a language model (the start of reward modelling); "value" is a trained
@@ -128,13 +121,12 @@ def load_network(kind: Literal["policy", "value", "new_value"], path: Path, netw
     """
     dtype: torch.dtype = getattr(torch, network.dtype)
     if kind == "policy":
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention(path))
-        check_head(PolicyNetwork(model.eval(), network.logprob_chunk), path)
+        model = load_weights(path, kind, dtype)
+        check_head(PolicyNetwork(model, network.logprob_chunk), path)
     elif kind == "value":
         model = load_reward_model(path, dtype)
     else:
         model = new_reward_model(path, dtype, seed=0)
-    model.eval()  # dropout off in rollout and training alike
     make_trainable(model, network)
     if network.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -133,7 +133,9 @@ def test_normalisation_is_refused_when_absent_or_malformed_and_survives_saving(t
 
 
 def test_a_base_with_a_normalisation_does_not_hand_it_to_a_new_head(tmp_path: Path) -> None:
-    tiny_reward_model(tmp_path)
+    tiny_causal_lm(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "rayward_normalisation": {"gain": 2.5, "bias": 1.0}}))
     with pytest.raises(ValueError, match="is not normalised"):
         normalisation(new_reward_model(tmp_path, torch.float32, seed=3))
 

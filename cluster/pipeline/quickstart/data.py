@@ -18,6 +18,7 @@ from itertools import chain, pairwise, repeat
 from pathlib import Path
 
 from learner.weights.checkpoint import file_sha256
+from reward_server.pretrained import open_with
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -78,8 +79,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers.utils.quantization_config import GgufConfig
 
     with redirect_stderr(StringIO()):  # progress bars
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        tokenizer = open_with(AutoTokenizer, gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        model = open_with(
+            AutoModelForCausalLM,
             gguf.parent,
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),

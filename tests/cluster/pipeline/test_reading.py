@@ -1,6 +1,7 @@
 """What a stage reads is read before W&B, Ray and its record begin: every bad row is told, with exit code 2."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +54,18 @@ def write(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_every_bad_row_is_told_before_anything_begins(
-    name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-    def started(*_: object) -> None:
-        raise Started("everything was read")
+def started(*_: object) -> None:
+    raise Started("everything was read")
 
-    monkeypatch.setattr(runner, "_pool", started)
-    files, spoilt, bad = STAGES[name]
+
+def call(name: str, models: Path, folder: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    """The words of a stage's command with good files in `folder`, and their rows."""
     good = {
         file: [row | {"prompt": f"hello {i}"} if "prompt" in row else row for i in range(12)]
-        for file, row in files.items()
+        for file, row in STAGES[name][0].items()
     }
     sections = cli.COMMANDS[name].sections
-    words = [name, "--run", str(tmp_path / "run"), "--tracking.mode", "offline"]
+    words = [name, "--run", str(folder / "run"), "--tracking.mode", "offline"]
     for key in ("base", "sft") if name == "sft" else ("sft", "reward"):
         if "models" in sections:
             words += [f"--models.{key}", str(models / ("reward" if key == "reward" else "sft"))]
@@ -78,8 +76,18 @@ def test_every_bad_row_is_told_before_anything_begins(
         for word in pair
     ]
     for file, rows in good.items():
-        write(tmp_path / f"{file}.jsonl", rows)
-        words += [f"--data.{file}", str(tmp_path / f"{file}.jsonl")]
+        write(folder / f"{file}.jsonl", rows)
+        words += [f"--data.{file}", str(folder / f"{file}.jsonl")]
+    return words, good
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_bad_row_is_told_before_anything_begins(
+    name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(runner, "_pool", started)
+    _, spoilt, bad = STAGES[name]
+    words, good = call(name, models, tmp_path)
     path = tmp_path / f"{spoilt}.jsonl"
     write(path, [*good[spoilt][:10], bad[0], good[spoilt][10], {"id": "mine", **bad[1]}])
     assert cli.main([*words, "--dry-run"]) == 1
@@ -99,3 +107,42 @@ def test_every_bad_row_is_told_before_anything_begins(
     shown = capfd.readouterr()
     assert "everything was read" in shown.err
     assert ("12 of the 12 different rows of data.prompts_heldout" in shown.out) == (name == "ppo")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "folder", "said"),
+    [
+        ("sft", "models.base", "reward", "is not a language model: its config.json says LlamaForSequenceClassif"),
+        ("reward", "models.sft", "reward", "is not a language model: its config.json says LlamaForSequenceClassif"),
+        ("ppo", "models.init", "reward", "is not a language model: its config.json says LlamaForSequenceClassif"),
+        ("ppo", "models.reward", "sft", "is not a reward model: its weights lack score.weight"),
+        ("ppo", "models.critic", "raw", "is not normalised"),
+        ("ppo", "scoring.parts", "sft", "is not a reward model: its weights lack score.weight"),
+    ],
+)
+def test_a_model_that_would_be_used_as_another_is_told_with_the_bad_rows_before_anything_begins(
+    name: str,
+    key: str,
+    folder: str,
+    said: str,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+):
+    monkeypatch.setattr(runner, "_pool", started)
+    words, good = call(name, models, tmp_path)
+    wrong = shutil.copytree(models / ("reward" if folder == "raw" else folder), tmp_path / folder)
+    if folder == "raw":
+        fields = json.loads((wrong / "config.json").read_text())
+        (wrong / "config.json").write_text(json.dumps({**fields, "rayward_normalisation": None}))
+    words += [f"--{key}", f'[{{kind = "model", target = "{wrong}"}}]' if key == "scoring.parts" else str(wrong)]
+    _, spoilt, bad = STAGES[name]
+    write(tmp_path / f"{spoilt}.jsonl", [*good[spoilt], bad[0]])
+    assert cli.main([*words, "--dry-run"]) == 1
+    assert said in capfd.readouterr().out
+    assert cli.main(words) == 2
+    told = capfd.readouterr().err
+    assert any(key in line and str(wrong) in line and said in line for line in told.splitlines())
+    assert f"{spoilt}.jsonl:13: " in told
+    assert {found.name for found in (tmp_path / "run").iterdir()} == {"logs"}

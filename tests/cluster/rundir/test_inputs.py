@@ -41,6 +41,7 @@ def test_gpt2_and_models_of_more_than_text_say_it_elsewhere(tmp_path: Path) -> N
     ("spoil", "said"),
     [
         (lambda m: (m / "config.json").unlink(), "has no config.json, so it is not a model's folder"),
+        (lambda m: (m / "config.json").rename(m / "adapter_config.json"), r"holds an adapter.*merge it into its base"),
         (lambda m: (m / "config.json").write_text("{"), r"config\.json cannot be read as JSON \(.*line 1"),
         (lambda m: (m / "config.json").write_text("[]"), r"config\.json holds no JSON object"),
         (lambda m: (m / "config.json").write_text("{}"), "has a config.json without model_type"),
