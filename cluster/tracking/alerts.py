@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from cluster.config.schema import AlertsConfig
 
-_FOR = {"fleet": 3}  # steps in a row before it is told; a newcomer takes its time to join
+_FOR = {"fleet": 3, "eos": 3, "scores": 3}  # steps in a row before it is told: newcomers take time, chance is short
+_FEW, _EQUAL = 0.02, 1e-6  # share of responses; spread of scores, which are float32
 _KEEP_FIRING = 3  # steps in a row before it is over
 
 
@@ -16,7 +17,7 @@ class Alert:
     """Something that somebody should look at, or that it is over."""
 
     kind: str
-    """kl, gap, non-finite, fleet, stalled or paused"""
+    """kl, gap, eos, scores, non-finite, fleet, stalled or paused"""
     text: str
     """what was seen, the bound, and what to look at"""
     over: bool = False
@@ -88,6 +89,16 @@ def _seen(config: AlertsConfig, metrics: Mapping[str, float]) -> Iterator[tuple[
     if size is not None and wanted is not None:
         text = f"{size:g} of {wanted:g} generators have been at work for {_FOR['fleet']} steps"
         yield "fleet", size < wanted, f"{text}; their logs in RUN/logs say why the others are gone"
+    if (ended := metrics.get("response/eos_rate")) is not None:
+        text = f"{ended:.1%} of the responses end by themselves, for {_FOR['eos']} steps: cut off, they score "
+        text += (
+            "rollout.missing_eos and teach little; raise rollout.max_new_tokens, or see whether step 1 taught an EOS"
+        )
+        yield "eos", ended < _FEW, text
+    if (spread := metrics.get("score/std")) is not None:
+        text = f"all responses of a batch score the same, for {_FOR['scores']} steps: there is nothing to learn from; "
+        text += "see the gates of scoring.parts and rollout.missing_eos, and read some samples"
+        yield "scores", spread < _EQUAL, text
     broken = sorted(name for name, value in metrics.items() if not math.isfinite(value))
     skips = (value for name, value in metrics.items() if name.startswith("optimizer/skipped_") and math.isfinite(value))
     skipped = sum(skips)

@@ -81,6 +81,36 @@ def test_generators_that_stay_away_are_told_and_those_that_are_on_their_way_are_
     assert "1 of 2 generators have been at work for 3 steps" in told[0].text
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "values", "words"),
+    [
+        (
+            "response/eos_rate",
+            "eos",
+            (0.5, 0.0, 0.01, 0.02, 0.0, 0.01, 0.0, 0.4, 0.4, 0.4),
+            "0.0% of the responses end",
+        ),
+        (
+            "score/std",
+            "scores",
+            (0.5, 0.0, 0.0, 1e-3, 0.0, 1e-9, 0.0, 0.4, 0.4, 0.4),
+            "responses of a batch score the same",
+        ),
+    ],
+)
+def test_what_makes_learning_pointless_is_told_after_three_steps_and_when_it_is_over(
+    alerts, told, name, kind, values, words
+):
+    for step, value in enumerate(values, start=1):
+        alerts.step("ppo", step, {name: value})
+        alerts.step("ppo", step, {"checkpoint/seconds": 1.0})
+    assert [(alert.kind, alert.over, alert.text.split(":")[0]) for alert in told] == [
+        (kind, False, "step 7 of ppo"),
+        (kind, True, "step 10 of ppo"),
+    ]
+    assert words in told[0].text
+
+
 def test_silence_is_told_once_and_ends_with_a_step(alerts, told, clock):
     alerts.step("ppo", 3, {})
     for later in (60, 1, 1, 500):
