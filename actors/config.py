@@ -48,7 +48,7 @@ class RolloutConfig(Section):
     wave_deadline_s: float = Field(default=600.0, gt=0)
     """Seconds in which a wave must be sampled; after them it counts as lost."""
     max_attempts: int = Field(default=3, ge=1)
-    """Times that a prompt is tried before the run stops; the last time it is sampled alone, which finds the guilty."""
+    """Times that a prompt is tried, for any use, before the run stops; the last time alone, which finds the guilty."""
 
 
 class GeneratorConfig(Section):

@@ -1,21 +1,34 @@
-"""Sampling with generators: within a deadline for everybody, and over many prompts for what feeds no buffer."""
+"""Sampling with generators: waves of prompts within a deadline and a budget of attempts, for whoever needs responses.
+
+Nothing is lost silently: a ticket ends as responses that are taken, or is forfeited with a reason and issued again, or
+stops its user with an error that names its prompt.
+"""
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from actors.chat import TextEncoding
 from actors.config import RolloutConfig
-from actors.prompts import Prompt, stable_hash
-from actors.trajectory import Completion
+from actors.prompts import Prompt, encode_prompt, stable_hash
+from actors.trajectory import Completion, Ticket
 
+# A generator that fails twice in a row is taken to be broken; so a ticket that it has spoilt twice still has
+# its last attempt left for another one.
+_FAILED_WAVES = 2
 log = logging.getLogger(__name__)
 
 
 class GeneratorFailed(RuntimeError):
     """A generator is gone, or failed wave after wave. Its tickets are forfeited; other generators can go on."""
+
+
+class PromptFailed(RuntimeError):
+    """A prompt could not be sampled in as many attempts as it may have."""
 
 
 class Generator(Protocol):
@@ -28,6 +41,25 @@ class Generator(Protocol):
     ) -> list[Completion]: ...
 
 
+class Fleet(Protocol):
+    """What sampling needs of `cluster.fleet.fleet.Fleet`, which documents it."""
+
+    def joining(self) -> AbstractAsyncContextManager[object]: ...
+    def working(
+        self,
+        work: Callable[[Generator, asyncio.Event], Coroutine[Any, Any, None]],
+        fail: Callable[[BaseException], None],
+    ) -> AbstractAsyncContextManager[None]: ...
+
+
+class Tickets(Protocol):
+    """What waves need of whoever issues tickets; `learner.data.buffer.Buffer` documents it."""
+
+    async def admit(self, n: int, holder: str) -> list[Ticket]: ...
+    def forfeit(self, ticket: Ticket, reason: str) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+
+
 async def responses(
     generator: Generator,
     prompts: Sequence[Prompt],
@@ -37,7 +69,8 @@ async def responses(
 ) -> list[list[Completion]]:
     """The responses to each prompt, one a seed of its, all sampled at once; `queries` are the encoded prompts.
 
-    Raises what the generator raises, or TimeoutError that names the prompts when `config.wave_deadline_s` is over.
+    Raises what the generator raises, TimeoutError when `config.wave_deadline_s` is over, and ValueError for what no
+    generator could sample; these two name the prompts.
     """
     flat = [query for query, own in zip(queries, seeds, strict=True) for _ in own]
     limit = asyncio.timeout(config.wave_deadline_s)
@@ -51,13 +84,144 @@ async def responses(
             f"{len(flat)} responses, to prompt {prompts[0].id!r} and those after it, were not sampled within "
             f"{config.wave_deadline_s:g} s; see the generators' logs, or raise rollout.wave_deadline_s"
         ) from None
+    except ValueError as error:
+        names = ", ".join(repr(prompt.id) for prompt in prompts)
+        raise ValueError(f"one of the prompts {names} cannot be sampled: {error}") from error
     assert len(found) == len(flat), f"{len(found)} responses came back for {len(flat)} queries"
     rest = iter(found)
     return [list(islice(rest, len(own))) for own in seeds]
 
 
+@dataclass(slots=True, kw_only=True)
+class Waves:
+    """Sends waves of prompts through one generator; who uses it says what they are made of and who takes them.
+
+    A ticket is tried `config.max_attempts` times, the last time alone, which finds a prompt that breaks its neighbours,
+    or the generator.
+    """
+
+    generator: Generator
+    tickets: Tickets
+    encoding: TextEncoding
+    config: RolloutConfig
+    leave: asyncio.Event
+    """set when it is to take no more work"""
+    failed_waves: int = 0
+    """in a row"""
+    _idle: set[asyncio.Task[None]] = field(default_factory=set)  # these wait for tickets: they have nothing to lose
+
+    def prompt(self, ticket: Ticket) -> Prompt:
+        """The prompt of a ticket."""
+        raise NotImplementedError
+
+    def seeds(self, ticket: Ticket) -> list[int]:
+        """One for each response to it."""
+        raise NotImplementedError
+
+    async def ready(self) -> None:
+        """Wait until responses can be used."""
+
+    async def take(self, sampled: dict[Ticket, list[Completion]]) -> None:
+        """Use the responses, and set `failed_waves` to 0 when they are good."""
+        raise NotImplementedError
+
+    async def work(self, lanes: int) -> list[BaseException]:
+        """Have so many waves under way until `leave` is set and those are done, or one fails; what they raised.
+
+        Cancelled, it gives their tickets back at once.
+        """
+        tasks = [asyncio.create_task(self._run()) for _ in range(lanes)]
+        leaving = asyncio.create_task(self.leave.wait())
+        try:
+            await asyncio.wait([*tasks, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if self.leave.is_set():
+                for lane in self._idle:
+                    lane.cancel()
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in (leaving, *tasks):
+                task.cancel()
+            await asyncio.wait([leaving, *tasks])
+        return [error for lane in tasks if not lane.cancelled() and (error := lane.exception())]
+
+    async def _run(self) -> None:
+        """Admit tickets and send their waves until `leave` is set. Whatever ends it, no ticket stays in flight."""
+        while not self.leave.is_set():
+            tickets = await self._admit()
+            try:
+                await self.ready()
+                last_attempts = [t for t in tickets if t.attempt + 1 >= self.config.max_attempts > 1]
+                together = [t for t in tickets if t not in last_attempts]
+                for wave in (together, *([ticket] for ticket in last_attempts)):
+                    if wave:
+                        await self._wave(wave)
+            except BaseException as error:
+                reasons = {asyncio.CancelledError: "stopped", GeneratorFailed: "generator lost"}
+                reason = reasons.get(type(error), "run failed")
+                for ticket in tickets:
+                    self.tickets.forfeit(ticket, reason)
+                raise
+
+    async def _admit(self) -> list[Ticket]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._idle.add(task)
+        try:
+            return await self.tickets.admit(self.config.prompts_per_wave, self.generator.name)
+        finally:
+            self._idle.discard(task)
+
+    async def _wave(self, tickets: list[Ticket]) -> None:
+        prompts = list(map(self.prompt, tickets))
+        queries = [encode_prompt(prompt, self.encoding, self.config.max_prompt_tokens) for prompt in prompts]
+        try:
+            groups = await responses(self.generator, prompts, queries, list(map(self.seeds, tickets)), self.config)
+        except GeneratorFailed as error:
+            self.lose(tickets, "generator lost", str(error))
+            raise
+        except ValueError:  # whoever asks is to blame: another generator could not do it either
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            self.lose(tickets, "generation failed", why)
+            self.count_failure(tickets, why)
+            return
+        full: dict[Ticket, list[Completion]] = {}
+        for ticket, completions in zip(tickets, groups, strict=True):
+            if all(completion.response_ids for completion in completions):
+                full[ticket] = completions
+            else:
+                self.lose([ticket], "empty response", "a response has no token, not even an EOS")
+        if full:
+            await self.take(full)
+
+    def lose(self, tickets: list[Ticket], reason: str, why: str) -> None:
+        """Forfeit tickets; raise PromptFailed for one that has had its last attempt."""
+        log.warning("forfeited %d tickets from %d on, %s: %s", len(tickets), tickets[0].number, reason, why)
+        error = None
+        if spent := [ticket for ticket in tickets if ticket.attempt + 1 >= self.config.max_attempts]:
+            error = PromptFailed(
+                f"prompt {self.prompt(spent[0]).id!r} could not be sampled in {spent[0].attempt + 1} "
+                f"attempts; the last: {reason}, {why}. Remove the prompt, or see to the generators"
+            )
+            self.tickets.fail(error)  # before it could be given to anybody else
+        for ticket in tickets:
+            self.tickets.forfeit(ticket, reason)
+        if error is not None:
+            raise error
+
+    def count_failure(self, tickets: list[Ticket], why: str) -> None:
+        """Raise GeneratorFailed when too many waves in a row failed."""
+        self.failed_waves += 1
+        if self.failed_waves >= _FAILED_WAVES:
+            names = [self.prompt(ticket).id for ticket in tickets[:4]]
+            raise GeneratorFailed(
+                f"{self.failed_waves} waves in a row failed; the last, of {len(tickets)} prompts, {names} and on: {why}"
+            )
+
+
 async def sample(
-    generators: Sequence[Generator],
+    fleet: Fleet,
     prompts: Sequence[Prompt],
     encoding: TextEncoding,
     config: RolloutConfig,
@@ -67,40 +231,85 @@ async def sample(
 ) -> list[list[Completion]]:
     """`samples` responses to each prompt, in the order of the prompts, for no buffer: to be ranked or judged.
 
-    Chunks of `config.prompts_per_wave` prompts go to whichever generator is free. The seed of a response is a hash of
-    (seed, prompt id, k), so the same prompts and weights give the same responses whoever samples them. A generator that
-    fails gets no further chunk, and the others are given its own. Raises what the last one raised, or TimeoutError that
-    names the prompts of its chunk, which took too long.
+    Whoever is free takes the next `config.prompts_per_wave` prompts, newcomers of the fleet too. The seed of a response
+    is a hash of (seed, prompt id, k), so the same prompts and weights give the same responses whoever samples them.
+    Raises PromptFailed, ValueError for what nobody can sample, and what the fleet fails with.
     """
-    size = config.prompts_per_wave
-    waiting = list(range(0, len(prompts), size))[::-1]
-    free, found = list(generators), dict[int, list[list[Completion]]]()
-    working: dict[asyncio.Task[list[list[Completion]]], tuple[Generator, int]] = {}
-    error: BaseException | None = None
-    try:
-        while waiting or working:
-            while free and waiting:
-                generator, start = free.pop(0), waiting.pop()
-                chunk = prompts[start : start + size]
-                queries = [encoding.prompt(prompt.messages) for prompt in chunk]
-                seeds = [[stable_hash(seed, prompt.id, k) for k in range(samples)] for prompt in chunk]
-                task = asyncio.create_task(responses(generator, chunk, queries, seeds, config))
-                working[task] = generator, start
-            if not working:
-                raise error or ValueError("there is no generator to sample with")
-            done, _ = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                generator, start = working.pop(task)
-                error = task.exception()
-                if error is None:
-                    found[start] = task.result()
-                    free.append(generator)
-                    advance(len(found[start]))
-                else:
-                    waiting.append(start)
-                    log.warning("prompt %r and those after it need another generator: %s", prompts[start].id, error)
-    finally:
-        for task in working:
-            task.cancel()
-        await asyncio.gather(*working, return_exceptions=True)
-    return [group for start in sorted(found) for group in found[start]]
+    answers = _Answers(len(prompts), advance)
+
+    async def work(generator: Generator, leave: asyncio.Event) -> None:
+        waves = _Sampling(
+            generator=generator,
+            tickets=answers,
+            encoding=encoding,
+            config=config,
+            leave=leave,
+            answers=answers,
+            prompts=prompts,
+            samples=samples,
+            seed=seed,
+        )
+        for error in await waves.work(lanes=1):
+            raise error
+
+    if prompts:
+        async with fleet.joining(), fleet.working(work, answers.fail):
+            await answers.complete
+    return [answers.found[number] for number in range(len(prompts))]
+
+
+class _Answers:
+    """The tickets of prompts that have no answer yet, and the answers."""
+
+    def __init__(self, count: int, advance: Callable[[int], None]) -> None:
+        self.found: dict[int, list[Completion]] = {}
+        self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._count = count
+        self._advance = advance
+        self._out: set[Ticket] = set()
+        self._waiting: asyncio.PriorityQueue[Ticket] = asyncio.PriorityQueue()
+        for number in range(count):
+            self._waiting.put_nowait(Ticket(number=number, attempt=0))
+
+    async def admit(self, n: int, holder: str) -> list[Ticket]:
+        tickets = [await self._waiting.get()]
+        while len(tickets) < n and not self._waiting.empty():
+            tickets.append(self._waiting.get_nowait())
+        self._out.update(tickets)
+        return tickets
+
+    def forfeit(self, ticket: Ticket, reason: str) -> None:
+        if ticket in self._out and not self.complete.done():
+            self._out.remove(ticket)
+            self._waiting.put_nowait(Ticket(number=ticket.number, attempt=ticket.attempt + 1))
+
+    def take(self, sampled: dict[Ticket, list[Completion]]) -> None:
+        self._out -= sampled.keys()
+        self.found |= {ticket.number: completions for ticket, completions in sampled.items()}
+        self._advance(len(sampled))
+        if len(self.found) == self._count and not self.complete.done():
+            self.complete.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.complete.done():
+            self.complete.set_exception(error)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sampling(Waves):
+    """Waves whose responses are answers."""
+
+    answers: _Answers
+    prompts: Sequence[Prompt]
+    samples: int
+    seed: int
+
+    def prompt(self, ticket: Ticket) -> Prompt:
+        return self.prompts[ticket.number]
+
+    def seeds(self, ticket: Ticket) -> list[int]:
+        return [stable_hash(self.seed, self.prompt(ticket).id, k) for k in range(self.samples)]
+
+    async def take(self, sampled: dict[Ticket, list[Completion]]) -> None:
+        self.answers.take(sampled)
+        self.failed_waves = 0

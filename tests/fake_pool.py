@@ -4,6 +4,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from tests.fakes import FakeFleet
+
 
 class FakePool:
     """Hands out a learner, generators (a fleet, or a list of them) and rewards; notes what they were asked for."""
@@ -21,15 +23,12 @@ class FakePool:
         if self.weights is None:
             self.started.append(model)
             self.weights = model
-        return self if isinstance(self._generators, list | tuple) else self._generators
+        return FakeFleet(*self._generators) if isinstance(self._generators, list | tuple) else self._generators
 
     async def fresh_generators(self, model: Path) -> Any:
         if self.weights != model:
             self.weights = None
         return await self.generators(model)
-
-    async def wait_serving(self) -> Any:
-        return list(self._generators)
 
     async def rewards(self, model: Path | None) -> Any:
         return self._rewards

@@ -2,10 +2,13 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from actors.prompts import Prompt
+from actors.sampling import GeneratorFailed
 from actors.trajectory import Completion
 from reward_server.schema import Message, ScoreReply, ScoreRequest
 
@@ -105,6 +108,36 @@ class FakeGenerator:
         letters = [dice.randrange(FIRST_LETTER, FIRST_LETTER + 26) for _ in range(dice.randint(0, 5))]
         ids = [*letters, EOS][:max_new_tokens]
         return completion(query, ids, version=self.version, ended=ids[-1] == EOS)
+
+
+class FakeFleet:
+    """Has each of its generators work; when one fails, the next of `spares` comes in its place."""
+
+    joining = nullcontext
+
+    def __init__(self, *generators: Any, spares: Sequence[Any] = ()) -> None:
+        self.generators, self.spares = generators, list(spares)
+
+    @asynccontextmanager
+    async def working(self, work: Any, fail: Callable[[BaseException], None]) -> AsyncIterator[None]:
+        async def run(generator: Any) -> None:
+            try:
+                await work(generator, asyncio.Event())
+            except GeneratorFailed as error:
+                if self.spares:
+                    await run(self.spares.pop(0))
+                elif all(task.done() or task is asyncio.current_task() for task in tasks):
+                    fail(error)
+            except Exception as error:
+                fail(error)
+
+        tasks = [asyncio.create_task(run(generator)) for generator in self.generators]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @dataclass

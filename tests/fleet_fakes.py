@@ -181,7 +181,7 @@ class Run:
             self.fleet.publisher = Publisher(FakeSource(), config, [Probe(ids=[1, 2, 3])])
             await self.publish(0)
             try:
-                async with self.fleet.rollouts(self.work, self.buffer.fail):
+                async with self.fleet.working(self.work, self.buffer.fail):
                     for version in range(iterations):
                         self.batches.append(await self.buffer.take(DEADLINE_S))
                         if update is not None:

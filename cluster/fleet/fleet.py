@@ -75,9 +75,8 @@ class Fleet:
         self._version = 0
         self._publishing = asyncio.Lock()
         self._news = asyncio.Event()
-        self._work: Work | None = None
-        self._tasks: dict[asyncio.Task[None], Worker] = {}
-        self._fail: Callable[[BaseException], None] = lambda error: None
+        self._works: dict[Work, Callable[[BaseException], None]] = {}  # with whom to tell why there is no more
+        self._tasks: dict[asyncio.Task[None], tuple[Work, Worker]] = {}
 
     async def __aenter__(self) -> Self:
         """Start all generators; raises what kept the first of them from starting."""
@@ -134,57 +133,60 @@ class Fleet:
 
     # --- work
 
-    async def wait_serving(self) -> list[Worker]:
-        """The generators that serve, at least one. Raises FleetError when none comes within the deadline."""
-        async with self.joining() as admitting:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.config.replacement_deadline_s):
-                    with self._waits.reported("the fleet", lambda: f"a first generator: {self._absences()}"):
-                        while not self.serving and self._seats and not admitting.done():
-                            await self._news.wait()
-        if not self.serving:
-            raise FleetError(f"no generator is left: {self._absences()}")
-        return self.serving
-
     @contextlib.asynccontextmanager
-    async def rollouts(self, work: Work, fail: Callable[[BaseException], None]) -> AsyncIterator[None]:
-        """Have every generator work, newcomers too, until the block ends.
+    async def working(self, work: Work, fail: Callable[[BaseException], None]) -> AsyncIterator[None]:
+        """Have every generator work, newcomers too, until the block ends, beside what else they are at.
 
         `work` raises GeneratorFailed for a generator that has to be replaced. `fail` is told why there can be no
-        more samples.
+        more samples. Raises FleetError when too few places are left.
         """
-        self._work, self._fail = work, fail
+        if self._used_up and len(self._seats) < self.config.min_generators:
+            raise FleetError(f"{self._shortage(len(self._seats))}: {self._absences()}")
+        self._works[work] = fail
         for seat in self._seats.values():
             if seat.serving:
-                self._start_work(seat)
-        watching = asyncio.create_task(self._watch_absence())
+                self._start_work(seat, work)
+        watching = asyncio.create_task(self._watch_absence(fail))
         try:
             yield
         finally:
-            self._work, self._fail = None, lambda error: None
-            tasks = [watching, *self._tasks]
+            del self._works[work]
+            tasks = [watching, *(task for task, (of, _) in self._tasks.items() if of is work)]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _start_work(self, seat: Seat) -> None:
-        if seat.worker is not None and self._work is not None:
-            task = asyncio.create_task(self._run(seat.worker, self._work), name=seat.name)
-            self._tasks[task] = seat.worker
-            task.add_done_callback(self._tasks.pop)
+    def _start_work(self, seat: Seat, work: Work) -> None:
+        worker = seat.worker
+        if worker is None:
+            return
 
-    async def _run(self, worker: Worker, work: Work) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._tasks[task]
+            if worker.leave.is_set() and not self._busy(worker):
+                worker.give_up("it was to leave")
+
+        task = asyncio.create_task(self._run(worker, work, self._works[work]), name=seat.name)
+        self._tasks[task] = work, worker
+        task.add_done_callback(ended)
+
+    def _busy(self, worker: Worker) -> bool:
+        return any(of is worker for _, of in self._tasks.values())
+
+    async def _run(self, worker: Worker, work: Work, fail: Callable[[BaseException], None]) -> None:
         try:
             await work(worker, worker.leave)
         except sampling.GeneratorFailed as error:
             worker.give_up(str(error))
         except Exception as error:
-            self._fail(error)
-        if worker.leave.is_set():
-            worker.give_up("it was to leave")
+            fail(error)
 
-    async def _watch_absence(self) -> None:
-        """Stop the run when nobody has been there for too long."""
+    def _fail(self, error: BaseException) -> None:
+        for fail in self._works.values():
+            fail(error)
+
+    async def _watch_absence(self, fail: Callable[[BaseException], None]) -> None:
+        """Fail when nobody has been there for too long."""
         since, limit = time.monotonic(), self.config.replacement_deadline_s
         while (alone := time.monotonic() - since) < limit:
             with contextlib.suppress(TimeoutError):
@@ -192,7 +194,7 @@ class Fleet:
                     await self._news.wait()
             if any(seat.worker for seat in self._seats.values()):
                 since = time.monotonic()
-        self._fail(FleetError(f"no generator has come back for {limit:g} s: {self._absences()}"))
+        fail(FleetError(f"no generator has come back for {limit:g} s: {self._absences()}"))
 
     def _absences(self) -> str:
         """Who is missing, and why."""
@@ -309,9 +311,12 @@ class Fleet:
         left = len(self._seats) - 1
         text = f"{seat.name} was replaced {self.config.max_restarts} times in a row and is lost again: {seat.cause}"
         if left < self.config.min_generators:
-            self._fail(FleetError(f"{text}. {left} generators are left, {self.config.min_generators} are needed"))
+            self._fail(FleetError(f"{text}. {self._shortage(left)}"))
         else:
             log.error("%s. Its place stays empty, and the run goes on with %d", text, left)
+
+    def _shortage(self, left: int) -> str:
+        return f"{left} generators are left, {self.config.min_generators} are needed"
 
     def _dismiss(self, seat: Seat) -> None:
         """Let a generator finish its waves and leave; one that has none leaves at once."""
@@ -321,12 +326,13 @@ class Fleet:
             seat.keeper.cancel()
         else:
             seat.worker.leave.set()
-            if seat.worker not in self._tasks.values():
+            if not self._busy(seat.worker):
                 seat.worker.give_up("it was to leave")
 
     def _serve(self, seat: Seat) -> None:
         seat.serving = True
-        self._start_work(seat)
+        for work in self._works:
+            self._start_work(seat, work)
         self._ring()
 
     def _ring(self) -> None:

@@ -206,25 +206,14 @@ class Evaluator:
         )
 
     async def _answers(self) -> list[Completion]:
-        """A response to each prompt. Generators that are lost meanwhile are waited for, as the fleet does."""
-        from actors.sampling import GeneratorFailed, sample
+        """A response to each prompt."""
+        from actors.sampling import sample
 
         config, held_out = self.job.config, self.held_out
-        while True:
-            generators = await self.fleet.wait_serving()
-            try:
-                groups = await sample(
-                    generators,
-                    held_out.prompts,
-                    held_out.encoding,
-                    config.rollout,
-                    samples=1,
-                    seed=config.evaluation.seed,
-                )
-            except GeneratorFailed as error:
-                log.warning("the held-out prompts are answered anew: %s", error)
-            else:
-                return [group[0] for group in groups]
+        groups = await sample(
+            self.fleet, held_out.prompts, held_out.encoding, config.rollout, samples=1, seed=config.evaluation.seed
+        )
+        return [group[0] for group in groups]
 
     async def _scores(self, name: str, completions: Sequence[Completion]) -> list[float]:
         nonce = secrets.token_hex(6)  # a server that lives longer than this process must not know the ids

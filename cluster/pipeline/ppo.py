@@ -253,7 +253,7 @@ class PPO(Stage):
         total = {"progress/total": float(config.iterations)}
         job.monitor.sources.add(buffer)
         try:
-            async with obeying(fleet, job.run_dir), fleet.rollouts(work, buffer.fail):
+            async with obeying(fleet, job.run_dir), fleet.working(work, buffer.fail):
                 await ppo(parts, config, lambda _, step, metrics: job.tracker.log(name, step, {**metrics, **total}))
         finally:
             job.monitor.sources.discard(buffer)

@@ -99,9 +99,7 @@ async def sampled(
 
     title = f"sample {count} completions of {len(prompts)} prompts"
     with job.tracker.phase(title, "sample"), job.tracker.console.progress("sample", len(prompts)) as advance:
-        return await sample(
-            await fleet.wait_serving(), prompts, ChatEncoding.load(model), job.config.rollout, count, seed, advance
-        )
+        return await sample(fleet, prompts, ChatEncoding.load(model), job.config.rollout, count, seed, advance)
 
 
 def write_completions(

@@ -19,7 +19,7 @@ from reward_server.schema import ScoreRequest
 
 if TYPE_CHECKING:
     from actors.rollout import Scorer
-    from actors.sampling import Generator
+    from actors.sampling import Fleet
     from cluster.fleet.pool import ProcessPool
     from reward_server.encoding import ChatEncoding
 
@@ -92,7 +92,7 @@ class Select(Stage):
         with job.tracker.phase(f"select: {len(inputs.folders)} epochs on {len(prompts)} prompts", f"select-{name}"):
             for folder in inputs.folders:
                 fleet = await processes.fresh_generators(folder)
-                one = await self._measure(await fleet.wait_serving(), rewards, inputs, int(folder.name))
+                one = await self._measure(fleet, rewards, inputs, int(folder.name))
                 found.append(one)
                 low, high = one.score_ci
                 metrics = {"score": one.score, "score_low": low, "score_high": high, "eos_rate": one.eos_rate}
@@ -107,9 +107,7 @@ class Select(Stage):
         job.summarise("select", name, epoch=chosen.epoch, score=chosen.score, score_ci=chosen.score_ci)
         job.tracker.console.show(_table(found, chosen))
 
-    async def _measure(
-        self, generators: "Sequence[Generator]", rewards: "Scorer", inputs: Epochs, epoch: int
-    ) -> Candidate:
+    async def _measure(self, fleet: "Fleet", rewards: "Scorer", inputs: Epochs, epoch: int) -> Candidate:
         """One response a prompt at temperature 1, from the same seeds for every epoch."""
         import torch
 
@@ -118,7 +116,7 @@ class Select(Stage):
 
         job, select = self.job, self.job.config.select
         rollout = job.config.rollout.model_copy(update={"temperature": 1.0})
-        groups = await sample(generators, inputs.prompts, inputs.encoding, rollout, samples=1, seed=select.seed)
+        groups = await sample(fleet, inputs.prompts, inputs.encoding, rollout, samples=1, seed=select.seed)
         completions = [group[0] for group in groups]
         replies = await rewards.score(
             [

@@ -241,6 +241,9 @@ class Publisher:
         finally:
             for task in tasks.values():
                 task.cancel()
+        for task in done:
+            if isinstance(error := task.exception(), ValueError):  # of what was asked; who was asked is not lost
+                raise error
         failed = {
             name: f"{name} failed to {phase}: {task.exception()}"
             for name, task in tasks.items()

@@ -3,6 +3,7 @@ fails."""
 
 import asyncio
 import random
+import re
 from collections import Counter
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ import pytest
 
 from actors.config import MissingEos, RolloutConfig
 from actors.prompts import Prompt, PromptStream
-from actors.rollout import PromptFailed, rollout
-from actors.sampling import Generator, GeneratorFailed
+from actors.rollout import rollout
+from actors.sampling import Generator, GeneratorFailed, PromptFailed
 from actors.trajectory import Completion, Trajectory
 from learner.data.buffer import Buffer
 from learner.data.ledger import Ledger, audit
@@ -238,6 +239,14 @@ def test_an_over_long_prompt_stops_the_run_and_is_named() -> None:
     error = _train_and_fail(Run({"g": FakeGenerator()}, prompts=[*prompts(3), long], config=config))
     assert isinstance(error, ValueError)
     assert "prompt 'long' has 52 tokens, more than the 10 allowed" in str(error)
+
+
+def test_what_no_generator_can_sample_ends_the_run_at_once_and_costs_no_generator() -> None:
+    generator = FakeGenerator(fault=lambda queries: ValueError("query 1 holds token id 99"))
+    error = _train_and_fail(Run({"g": generator}))
+    assert isinstance(error, ValueError)
+    assert re.fullmatch(r"one of the prompts ('p\d'(, )?){4} cannot be sampled: query 1 holds token id 99", str(error))
+    assert len(generator.waves) == 1
 
 
 def test_without_a_score_the_run_stops_with_the_scorers_own_error() -> None:

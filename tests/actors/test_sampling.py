@@ -5,14 +5,19 @@ import asyncio
 import pytest
 
 from actors.config import RolloutConfig
-from actors.sampling import sample
-from tests.fakes import FakeEncoding, FakeGenerator, prompts
+from actors.sampling import GeneratorFailed, PromptFailed, sample
+from tests.fakes import ASSISTANT, USER, FakeEncoding, FakeFleet, FakeGenerator, prompts
 
 CONFIG = RolloutConfig(prompts_per_wave=2, max_new_tokens=4)
 
 
 def run(generators, count, samples=1, seed=0, config=CONFIG, **more):
-    return asyncio.run(sample(generators, prompts(count), FakeEncoding(), config, samples, seed, **more))
+    fleet = generators if isinstance(generators, FakeFleet) else FakeFleet(*generators)
+
+    async def sampled():
+        return await sample(fleet, prompts(count), FakeEncoding(), config, samples, seed, **more)
+
+    return asyncio.run(sampled())
 
 
 def test_responses_come_in_the_order_of_the_prompts():
@@ -61,10 +66,10 @@ def test_no_prompts_give_no_responses():
     assert run([FakeGenerator()], 0) == []
 
 
-def test_what_the_last_generator_raises_is_raised():
+def test_a_generator_that_fails_twice_in_a_row_is_given_no_more_and_its_error_is_told():
     broken = FakeGenerator(fault=lambda queries: RuntimeError("out of memory"))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run([broken, broken], 6)
+    with pytest.raises(GeneratorFailed, match=r"2 waves in a row failed.* RuntimeError: out of memory"):
+        run([broken], 6)
     assert len(broken.waves) == 2
 
 
@@ -74,17 +79,42 @@ def test_the_prompts_of_a_generator_that_fails_are_given_to_the_others():
     done = []
     found = run([broken, working], 6, advance=done.append)
     assert found == run([FakeGenerator()], 6)
-    assert (len(broken.waves), sum(done)) == (1, 6)
+    assert (len(broken.waves), sum(done)) == (2, 6)
 
 
 def test_one_that_fails_last_leaves_its_prompts_to_one_that_had_finished():
-    late = FakeGenerator(fault=lambda queries: RuntimeError("gone"), turns=lambda: 500)
+    late = FakeGenerator(fault=lambda queries: GeneratorFailed("gone"), turns=lambda: 500)
     assert run([late, FakeGenerator()], 4) == run([FakeGenerator()], 4)
+
+
+def test_a_replacement_takes_over_where_the_last_one_was_lost():
+    lost, spare = FakeGenerator(), FakeGenerator()
+    lost.fault = lambda queries: GeneratorFailed("gone") if len(lost.waves) == 2 else None
+    done = []
+    assert run(FakeFleet(lost, spares=[spare]), 6, advance=done.append) == run([FakeGenerator()], 6)
+    assert (len(lost.waves), len(spare.waves), sum(done)) == (2, 2, 6), "what was sampled is not sampled again"
+
+
+@pytest.mark.parametrize("kind", [GeneratorFailed, OSError])
+def test_a_prompt_that_breaks_every_generator_is_tried_alone_at_last_and_named(kind):
+    bad = [USER, 7, ASSISTANT]  # the prompt "d", whose id is p3
+    spoilt = [FakeGenerator(fault=lambda queries: kind("crash") if bad in queries else None) for _ in range(9)]
+    with pytest.raises(PromptFailed, match=r"^prompt 'p3' could not be sampled in 3 attempts; the last: .*crash"):
+        run(FakeFleet(*spoilt[:2], spares=spoilt[2:]), 6)
+    waves = [wave for generator in spoilt for wave in generator.waves if bad in wave]
+    assert [len(wave) for wave in waves] == [2, 2, 1]
+
+
+def test_what_no_generator_can_sample_is_raised_at_once_with_the_prompts():
+    generator = FakeGenerator(fault=lambda queries: ValueError("query 1 is empty"))
+    with pytest.raises(ValueError, match="one of the prompts 'p0', 'p1' cannot be sampled: query 1 is empty"):
+        run([generator], 6)
+    assert len(generator.waves) == 1
 
 
 def test_a_timeout_of_the_generators_own_keeps_its_text():
     broken = FakeGenerator(fault=lambda queries: TimeoutError("the engine sleeps"))
-    with pytest.raises(TimeoutError, match="the engine sleeps"):
+    with pytest.raises(GeneratorFailed, match="TimeoutError: the engine sleeps"):
         run([broken], 2)
 
 
@@ -95,7 +125,9 @@ def test_a_chunk_that_takes_too_long_names_its_prompts_and_the_limit():
             return []
 
     config = CONFIG.model_copy(update={"wave_deadline_s": 0.01})
-    with pytest.raises(TimeoutError, match=r"2 responses, to prompt 'p0' .* within 0.01 s; .*wave_deadline_s"):
+    with pytest.raises(
+        GeneratorFailed, match=r"TimeoutError: 2 responses, to prompt 'p0' .* within 0.01 s; .*wave_deadline_s"
+    ):
         run([Stuck()], 2, config=config)
 
 
@@ -104,5 +136,5 @@ def test_a_response_too_few_is_not_given_to_the_wrong_prompt():
         async def generate(self, query_ids, seeds, max_new_tokens, temperature):
             return (await super().generate(query_ids, seeds, max_new_tokens, temperature))[:-1]
 
-    with pytest.raises(AssertionError, match="3 responses came back for 4 queries"):
+    with pytest.raises(GeneratorFailed, match="3 responses came back for 4 queries"):
         run([Lossy()], 2, samples=2)

@@ -3,19 +3,22 @@
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 import learner.weights.publish
 from actors.config import RolloutConfig
-from actors.sampling import sample
+from actors.sampling import PromptFailed, sample
 from actors.trajectory import Completion
 from cluster.fleet.fleet import FleetError
+from cluster.runtime.health import ActorDied
+from learner.config import PublishConfig
 from learner.data.ledger import audit
-from learner.weights.publish import ParityError
+from learner.weights.publish import ParityError, Probe, Publisher
 from tests.fakes import FakeEncoding, prompts
-from tests.fleet_fakes import QUICK, FakeWorker, Run, until
+from tests.fleet_fakes import DEADLINE_S, QUICK, FakeSource, FakeWorker, Run, until
 
 
 @pytest.fixture(autouse=True)
@@ -325,38 +328,98 @@ SAMPLING = RolloutConfig(prompts_per_wave=2, max_new_tokens=6)
 
 
 async def answers(run: Run) -> list[list[Completion]]:
-    serving = await run.fleet.wait_serving()
-    return list(await sample(serving, HELDOUT, FakeEncoding(), SAMPLING, 1, 5))
+    return await sample(run.fleet, HELDOUT, FakeEncoding(), SAMPLING, 1, 5)
+
+
+async def twice(run: Run, between: Callable[[], Awaitable[None]]) -> None:
+    """The same prompts get the same answers after what happens `between`."""
+    async with asyncio.timeout(DEADLINE_S), run.fleet:
+        whole = await answers(run)
+        await between()
+        assert await answers(run) == whole
 
 
 def test_an_evaluation_survives_the_death_of_a_generator(tmp_path: Path) -> None:
-    async def evaluate(run: Run) -> tuple[object, object]:
-        async with run.fleet:
-            whole = await answers(run)
-            run.worker("generator-0").fatal = "generate"
-            return whole, await answers(run)
+    run = Run(tmp_path)
 
-    whole, rest = asyncio.run(evaluate(Run(tmp_path)))
-    assert whole == rest
+    async def arm() -> None:
+        run.worker("generator-0").fatal = "generate"
+
+    asyncio.run(twice(run, arm))
+
+
+@pytest.mark.parametrize("publishing", [False, True])
+def test_the_replacement_of_a_generator_answers_too(publishing: bool, tmp_path: Path) -> None:
+    """With the learner's weights where there is one."""
+    run = Run(tmp_path, shape=lambda worker: setattr(worker, "seconds", 0.02))
+
+    async def evaluate() -> None:
+        async with asyncio.timeout(DEADLINE_S), run.fleet:
+            if publishing:
+                run.fleet.publisher = Publisher(FakeSource(), PublishConfig(deadline_s=0.5), [Probe(ids=[1, 2, 3])])
+                await run.publish(0)
+            run.worker("generator-0").fatal = run.worker("generator-1").fatal = "generate"
+            assert len(await answers(run)) == len(HELDOUT)
+
+    asyncio.run(evaluate())
+    assert {(w.name, w.life): "generate" in w.calls for w in run.workers} == {
+        (f"generator-{place}", life): True for place in (0, 1) for life in (0, 1)
+    }
+    assert {worker.version for worker in run.workers} == {0 if publishing else -1}
 
 
 def test_an_evaluation_waits_for_somebody_to_answer(tmp_path: Path) -> None:
-    async def evaluate(run: Run) -> int:
-        async with run.fleet:
-            run.worker("generator-0").kill()
-            await until(lambda: not run.fleet.serving, "its death")
-            return len(await answers(run))
+    run = Run(tmp_path, wanted=1)
 
-    assert asyncio.run(evaluate(Run(tmp_path, wanted=1))) == len(HELDOUT)
+    async def kill() -> None:
+        run.worker("generator-0").kill()
+        await until(lambda: not run.fleet.serving, "its death")
+
+    asyncio.run(twice(run, kill))
 
 
 def test_an_evaluation_that_nobody_answers_ends_with_the_causes(tmp_path: Path) -> None:
-    async def evaluate(run: Run) -> None:
-        async with run.fleet:
-            run.worker("generator-0").kill()
-            await until(lambda: not run.fleet.serving, "its death")
-            await run.fleet.wait_serving()
-
     config = QUICK.model_copy(update={"max_restarts": 0})
-    with pytest.raises(FleetError, match=r"no generator is left: generator-0: .*killed in progress"):
-        asyncio.run(evaluate(Run(tmp_path, wanted=1, config=config)))
+    run = Run(tmp_path, wanted=1, config=config)
+
+    async def kill() -> None:
+        run.worker("generator-0").kill()
+        await until(lambda: not run.fleet._seats, "its death")
+
+    with pytest.raises(FleetError, match=r"0 generators are left, 1 are needed: generator-0: .*killed in progress"):
+        asyncio.run(twice(run, kill))
+
+
+def test_a_held_out_prompt_that_kills_engines_is_named_after_as_many_deaths_as_it_has_attempts(tmp_path: Path) -> None:
+    bad = FakeEncoding().prompt(HELDOUT[5].messages)
+
+    def shape(worker: FakeWorker) -> None:
+        def fault(queries: list[list[int]]) -> Exception | None:
+            if bad not in queries:
+                return None
+            worker.kill()
+            return ActorDied(worker.name, "illegal instruction")
+
+        worker._inner.fault = fault
+
+    run = Run(tmp_path, shape=shape)
+    with pytest.raises(PromptFailed, match=r"'p5' could not be sampled in 3 attempts; .*illegal instruction.* Remove"):
+        asyncio.run(twice(run, lambda: asyncio.sleep(0)))
+    assert len(run.workers) <= 2 + 3
+
+
+def test_one_that_is_to_leave_finishes_what_it_samples_for_all(tmp_path: Path) -> None:
+    """It works for the buffer and for an evaluation, and is lost to neither."""
+    run = Run(tmp_path, shape=lambda worker: setattr(worker, "seconds", 0.05))
+
+    async def update(version: int) -> None:
+        if version == 1:
+            evaluation = asyncio.create_task(answers(run))
+            await until(lambda: all(w._waves for w in run.fleet.serving), "an evaluation")
+            run.fleet.scale(1)
+            assert len(await evaluation) == len(HELDOUT)
+
+    asyncio.run(run.train(4, update))
+    check(run, 4)
+    assert [worker.stopped for worker in run.workers] == [True, True]
+    assert set(audit(run.ledger).dropped) <= {"stopped"}

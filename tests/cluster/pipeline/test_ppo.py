@@ -5,7 +5,6 @@ import contextlib
 import inspect
 import io
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.sampling import GeneratorFailed
 from actors.trajectory import Ticket
 from cluster.config.schema import Config, TrackingConfig
 from cluster.pipeline.job import Job
@@ -30,6 +28,7 @@ from learner.worker.networks import ValueNetwork
 from learner.worker.worker import LearnerWorker
 from reward_server.sources import FunctionSource
 from tests.fake_pool import FakePool
+from tests.fakes import FakeFleet
 from tests.hf_generator import HfGenerator, SourceScorer
 from tests.ranks import InProcess
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model
@@ -59,25 +58,13 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-class Lost:
-    """A generator that is gone."""
-
-    name = "generator-0"
-
-    async def generate(self, *_: Any) -> None:
-        raise GeneratorFailed("generator-0 is gone: it is dead")
-
-
-class OneGenerator:
+class OneGenerator(FakeFleet):
     """A fleet of one, which is given the worker's weights; the process is killed while it takes a version."""
 
     publisher = None
-    joining = contextlib.nullcontext
-    answers = 0
-    lost_at = 0
-    """Which time that held-out prompts are answered the generator is lost; then there is another one."""
 
     def __init__(self, generator: HfGenerator, worker: LearnerWorker, killed_at: int | None) -> None:
+        super().__init__(generator)
         self.generator, self.worker, self.killed_at = generator, worker, killed_at
         self.versions: list[int] = []
 
@@ -87,20 +74,6 @@ class OneGenerator:
         if version == self.killed_at:
             raise Killed
         return {}
-
-    async def wait_serving(self) -> list[Any]:
-        self.answers += 1
-        return [Lost()] if self.answers == self.lost_at else [self.generator]
-
-    @contextlib.asynccontextmanager
-    async def rollouts(self, work: Any, fail: Any) -> AsyncIterator[None]:
-        leave = asyncio.Event()
-        task = asyncio.create_task(work(self.generator, leave))
-        try:
-            yield
-        finally:
-            leave.set()
-            await asyncio.wait([task])
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +104,6 @@ def align(
     start: Start,
     killed_at: int | None = None,
     critic: Path | None = None,
-    lost_at: int = 0,
     **ppo: Any,
 ) -> tuple[list[int], str]:
     """One command; (versions that were published, what it printed)."""
@@ -146,7 +118,6 @@ def align(
     run.mkdir(exist_ok=True)
     worker.unload()
     fleet: Any = OneGenerator(HfGenerator(made / "sft"), worker, killed_at)
-    fleet.lost_at = lost_at
     rewards: Any = SourceScorer(FunctionSource("tests.hf_generator:share_of_letters"))
     pool: Any = FakePool(LearnerGroup([InProcess(worker)]), fleet, rewards)
     with contextlib.suppress(Killed):
@@ -212,15 +183,6 @@ def test_a_stage_reaches_the_loop_in_two_calls(
     monkeypatch.setattr("learner.ppo.ppo", loop)
     align(worker, made, tmp_path, "new")
     assert found == ["_train", "run", "_work", "advance"]
-
-
-def test_held_out_prompts_are_answered_anew_by_the_replacement_of_a_generator(
-    worker: LearnerWorker, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    align(worker, made, tmp_path / "whole", "new", iterations=2)
-    assert align(worker, made, tmp_path / "lost", "new", iterations=2, lost_at=2)[0] == [0, 1, 2]
-    assert "the held-out prompts are answered anew: generator-0 is gone: it is dead" in caplog.text
-    assert results(tmp_path / "lost") == results(tmp_path / "whole")
 
 
 def test_the_critic_starts_from_the_folder_that_is_named_for_it(

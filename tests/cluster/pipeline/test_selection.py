@@ -14,7 +14,7 @@ from cluster.pipeline.stage import advance
 from cluster.tracking.tracker import Tracker
 from reward_server.schema import ScoreReply
 from tests.fake_pool import FakePool
-from tests.fakes import FakeGenerator
+from tests.fakes import FakeFleet, FakeGenerator
 from tests.tiny_models import tiny_tokenizer
 
 PROMPTS = [{"id": name, "prompt": f"hello {name}"} for name in "abcd"]
@@ -75,8 +75,7 @@ class Pool(FakePool):
 
     async def fresh_generators(self, model):
         self.opened.append((model.name, Recorder()))
-        self._generators = [self.opened[-1][1]]
-        return self
+        return FakeFleet(self.opened[-1][1])
 
 
 def select(job):

@@ -195,7 +195,7 @@ def test_a_machine_that_is_lost_costs_its_generators_waves_and_the_next_machine_
             def work(generator: Any, leave: asyncio.Event) -> Any:
                 return rollout(generator, FakeScorer(), stream, buffer, FakeEncoding(), waves, 11, leave)
 
-            async with fleet.rollouts(work, buffer.fail):
+            async with fleet.working(work, buffer.fail):
                 for version in range(8):
                     if version == 2:
                         assert await addresses() == [HEAD, OTHER]
