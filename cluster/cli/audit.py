@@ -17,8 +17,11 @@ def run_audit(run_dir: Path, console: Console, as_json: bool) -> int:
 
     Raises ValueError when there is no ledger.
     """
-    files, run = ledgers(run_dir), read_run(run_dir)
-    found = {file.stem.removeprefix("ledger-"): audit(file) for file in files}
+    if not (files := sorted(run_dir.glob("ledger-*.jsonl"))):
+        raise ValueError(
+            f"{run_dir} has no ledger-*.jsonl: `rayward ppo` writes one. Remedy: name a run with PPO in it"
+        )
+    run, found = read_run(run_dir), {file.stem.removeprefix("ledger-"): audit(file) for file in files}
     broken = {stage: [*one.violations, *_disagreements(run, stage, one)] for stage, one in found.items()}
     if as_json:
         rows = {stage: asdict(one) | {"violations": broken[stage]} for stage, one in found.items()}
@@ -31,16 +34,6 @@ def run_audit(run_dir: Path, console: Console, as_json: bool) -> int:
             console.error(f"ledger-{stage}.jsonl: {violation}")
         console.line("" if broken[stage] else "  every sample is accounted for, and none was trained twice\n")
     return int(any(broken.values()))
-
-
-def ledgers(run_dir: Path) -> list[Path]:
-    """Every RUN/ledger-*.jsonl. Raises ValueError when there is none."""
-    files = sorted(run_dir.glob("ledger-*.jsonl"))
-    if not files:
-        raise ValueError(
-            f"{run_dir} has no ledger-*.jsonl: `rayward ppo` writes one. Remedy: name a run with PPO in it"
-        )
-    return files
 
 
 def _lines(stage: str, one: Audit) -> list[str]:

@@ -5,9 +5,13 @@ Each imports what it needs when it runs, so that help and mistakes are told at o
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from rich.table import Table
+from rich.text import Text
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 from cluster.cli.parser import Command, bind, completion_script, parse, read
@@ -15,7 +19,8 @@ from cluster.config.load import COMMAND_LINE, ConfigError, compose, moved, neare
 from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from cluster.pipeline.stages import STAGES
-from cluster.runtime.exit_codes import DONE, FAILED
+from cluster.runtime.exit_codes import DONE, FAILED, INTERRUPTED
+from cluster.tracking.console import Console, duration
 from reward_server.redaction import SECRET_NAME
 
 GROUPS = {
@@ -27,15 +32,17 @@ GROUPS = {
     "shell": "In your shell",
 }
 """What commands are for, as the overview has it."""
-_DRY = "say what this command would start, read and write, and what would stop it; exit code 1 then"
-DRY_RUN = {"dry-run": _DRY, "json": "with --dry-run, the same as JSON"}
+DRY_RUN = {
+    "dry-run": "say what this command would start, read and write, and what would stop it; exit code 1 then",
+    "json": "with --dry-run, the same as JSON",
+}
 """Flags of every command that works with settings."""
 _RESUME = {
     "resume": "go on where the run directory stands, with its settings: what is complete is left as it is, PPO goes on "
     "from its newest checkpoint, any other step starts over, and a fresh directory is begun",
     "restart": "start over, and replace what the run directory holds of this; with neither flag that is refused",
 }
-_HERE = {"prints": True, "submits": False}
+_HERE = {"submits": False}
 Run = Positional[Annotated[Path, arg(help="the run directory, also --run DIR", metavar="RUN")]]
 Job = Positional[Annotated[str, arg(help="the job's id, as `rayward jobs` shows it", metavar="ID")]]
 Address = Annotated[
@@ -43,8 +50,6 @@ Address = Annotated[
     arg(help="dashboard of the cluster, http://HOST:8265; RAY_API_SERVER_ADDRESS when not named, else this machine's"),
 ]
 Json = Annotated[bool, arg(help="print JSON, for scripts", help_behavior_hint="")]
-Dry = Annotated[bool, arg(help=_DRY, help_behavior_hint="")]
-Console = Suppress[Any]
 _RLHF = Path("runs/rlhf")
 
 
@@ -70,7 +75,6 @@ def _command(group: str, files: str, example: str, **more: Any) -> Callable[[Cal
         *("models", "data", "cluster", "plan", "sft", "sample", "reward", "ppo", "rollout", "generator", "scoring"),
     ),
     flags={"json": "print the plan as JSON: bytes, seconds and counts"},
-    prints=True,
 )
 def plan(config: Config, run: Path, json: bool) -> int:
     """Say what a run would do: batches, processes, memory, time, and what cannot work."""
@@ -86,7 +90,6 @@ def plan(config: Config, run: Path, json: bool) -> int:
     "rayward doctor --cluster.address auto",
     sections=("models", "cluster", "serve", "tracking"),
     flags={"json": "print the findings as JSON"},
-    prints=True,
 )
 def doctor(config: Config, run: Path, json: bool) -> int:
     """Check the machine, and the cluster if one is named, and say what to fix."""
@@ -103,16 +106,12 @@ def doctor(config: Config, run: Path, json: bool) -> int:
 def scale(
     run: Run,
     n: Positional[Annotated[str, arg(help="how many there should be from the next version on", metavar="N")]],
-    dry_run: Dry = False,
     json: Json = False,
-    console: Console = None,
 ) -> None:
     """Change the number of generators of a run that is at work in step 3."""
-    from cluster.fleet.scale import number_of, scale
+    from cluster.fleet.scale import scale
 
-    number_of(n)
-    if not dry_run:
-        scale(run, console, n, json=json)
+    scale(_there(run), Console(), n, json=json)
 
 
 @_command(
@@ -120,13 +119,11 @@ def scale(
     "Reads nothing but the run directory; a run that is unfinished or was killed will do.",
     "rayward report runs/mine",
 )
-def report(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: Console = None) -> None:
+def report(run: Run = _RLHF, json: Json = False) -> None:
     """Write RUN/report.html from the files of a run directory."""
-    if dry_run:
-        return
     from cluster.report.report import show_report
 
-    show_report(run, console, json)
+    show_report(_there(run), Console(), json)
 
 
 @_command(
@@ -134,30 +131,34 @@ def report(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: 
     "Reads RUN/ledger-*.jsonl and RUN/metrics.jsonl; a run that is unfinished or was killed will do.",
     "rayward audit runs/mine",
 )
-def audit(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: Console = None) -> int:
+def audit(run: Run = _RLHF, json: Json = False) -> int:
     """Account for every sample of a run, over all its stops; exit code 1 when one is lost or trained twice."""
-    from cluster.cli.audit import ledgers, run_audit
+    from cluster.cli.audit import run_audit
 
-    return run_audit(run, console, json) if ledgers(run) and not dry_run else DONE
+    with Console() as console:
+        return run_audit(_there(run), console, json)
 
 
 @_command("look", "Reads RUN/lineage.jsonl and the files and models that it names.", "rayward lineage runs/mine")
-def lineage(run: Run = _RLHF, dry_run: Dry = False, json: Json = False, console: Console = None) -> None:
+def lineage(run: Run = _RLHF, json: Json = False) -> None:
     """Say what everything in a run directory was made of, and what has changed since."""
-    from rich.text import Text
-
     from cluster.rundir.lineage import lineage_json, lineage_tree
 
-    tree = lineage_tree(run)
-    if not dry_run:
-        console.show(Text(lineage_json(run)) if json else tree)
+    tree = lineage_tree(_there(run))
+    Console().show(Text(lineage_json(run)) if json else tree)
+
+
+def _there(run: Path) -> Path:
+    """A run directory. Raises ConfigError where there is none."""
+    if not run.is_dir():
+        raise ConfigError(f"there is no run directory {run}. Remedy: name one that a command has written")
+    return run
 
 
 @_command(
     "look",
     "Reads RUN/status.json, which a run keeps up to date. A job's id stands for its run directory, where that is seen.",
     "rayward status runs/mine --json",
-    prints=True,
 )
 def status(run: Run = _RLHF, address: Address = None, json: Json = False) -> int:
     """Show what every process of a run takes and does, and who waits for whom."""
@@ -247,11 +248,25 @@ def submit(
     if not 0 <= cpus < float("inf"):
         raise ConfigError(f"--cpus is {cpus}. Remedy: give a number from 0 on")
     told, run_dir, settings = _told(include, *words)
-    from cluster.jobs import commands
-    from cluster.jobs.submit import Order
+    from cluster.jobs import submit
 
-    order = Order(words=told, run_dir=run_dir, settings=settings, include=include, id=id, cpus=cpus)
-    return commands.submit(order, address, detach=detach, dry_run=dry_run, as_json=json)
+    order = submit.Order(words=told, run_dir=run_dir, settings=settings, include=include, id=id, cpus=cpus)
+    files = submit.check(order)
+    if dry_run:
+        plan = {"entrypoint": order.entrypoint, "metadata": order.metadata, "id": order.id, "cpus": order.cpus}
+        size = sum(files.values())
+        lines = [f"{name:<12}{value}" for name, value in plan.items()]
+        lines += [f"{'include':<12}{path}" for path in include]
+        lines.append(f"{'in all':<12}{len(files)} files, {size / 2**20:.1f} MiB; nothing was sent")
+        _say(plan | {"bytes": size, "files": files} if json else "\n".join(lines), json)
+        return DONE
+    client = submit.connect(address)
+    name = submit.submit(client, order)
+    if detach:
+        _say({"id": name} if json else f"{name}\nrayward logs {name} --follow shows what it does", json)
+        return DONE
+    sys.stderr.write(f"submitted as {name}; Ctrl-C leaves it running\n")
+    return _followed(client, name, json)
 
 
 def _told(include: Iterable[Path], name: str = "", *words: str) -> tuple[tuple[str, ...], Path, Config | None]:
@@ -296,9 +311,14 @@ def _sent_along(include: Iterable[Path]) -> Callable[[str, bool], str]:
 @_command("cluster", "Reads and writes nothing.", "rayward jobs --address http://head:8265", **_HERE)
 def jobs(address: Address = None, json: Json = False) -> int:
     """List the jobs of a Ray cluster."""
-    from cluster.jobs import commands
+    from cluster.jobs.submit import connect, jobs
 
-    return commands.jobs(address, as_json=json)
+    found = jobs(connect(address))
+    table = Table("job", "status", "started (UTC)", "for", "command", "run", box=None, pad_edge=False)
+    for one in found:
+        table.add_row(one.id, one.status, one.started, duration(one.seconds), one.command, one.run)
+    _say([asdict(one) for one in found] if json else table, json)
+    return DONE
 
 
 @_command("cluster", "Reads and writes nothing.", "rayward logs raysubmit_abc --follow", **_HERE)
@@ -308,17 +328,44 @@ def logs(id: Job, address: Address = None, follow: bool = False, json: Json = Fa
     Args:
         follow: go on until the job ends, as submit does.
     """
-    from cluster.jobs import commands
+    from cluster.jobs.submit import connect, job, logs
 
-    return commands.show_logs(address, id, follow=follow, as_json=json)
+    client = connect(address)
+    if follow:
+        return _followed(client, id, json)
+    text = logs(client, id)
+    if json:
+        _say(asdict(job(client, id)) | {"log": text}, json)
+    else:
+        sys.stdout.write(text)
+    return DONE
 
 
 @_command("cluster", "Reads and writes nothing.", "rayward stop raysubmit_abc", **_HERE)
 def stop(id: Job, address: Address = None, json: Json = False) -> int:
     """Stop a job, and wait until it has stopped."""
-    from cluster.jobs import commands
+    from cluster.jobs.submit import connect, stop
 
-    return commands.stop_job(address, id, as_json=json)
+    last = stop(connect(address), id)
+    _say(asdict(last) if json else f"{last.id} is {last.status}", json)
+    return DONE
+
+
+def _followed(client: Any, name: str, as_json: bool) -> int:
+    """Print a job's log until it ends; the job's outcome is the exit code."""
+    from cluster.jobs.submit import follow
+
+    try:
+        last = follow(client, name, sys.stderr if as_json else sys.stdout)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name} goes on: rayward logs {name} --follow shows it, rayward stop {name} ends it\n")
+        return INTERRUPTED
+    _say(asdict(last) if as_json else f"{last.id} {last.status} after {duration(last.seconds)}", as_json)
+    return DONE if last.status == "SUCCEEDED" else FAILED
+
+
+def _say(what: Any, as_json: bool) -> None:
+    Console().show(Text(dumps(what, indent=2)) if as_json else what)
 
 
 @_command(

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import importlib.metadata
 import json
 import os
@@ -27,7 +26,6 @@ from reward_server.redaction import redact, shown
 
 # Their text alone says what happened; of any other error the type belongs to it.
 _TOLD = (ValueError, OSError, RuntimeError)
-_NOBODY = contextlib.nullcontext()
 _OVERVIEW = """rayward: reinforcement learning from human feedback as InstructGPT did it.
 
   rayward COMMAND [--run DIR] [--preset NAME] [--config FILE] [--KEY VALUE ...]
@@ -74,15 +72,14 @@ def main(words: Sequence[str] | None = None) -> int:
         if command.sections:
             call = parse(command, words[1:])
             config, flags, run_dir = load(Config, call), call.flags, call.run_dir
-            if command.prints:
+            if "dry-run" not in command.flags:  # it looks and prints only
                 return command.work(config, run_dir, "json" in flags) or DONE
             if "dry-run" not in flags:
                 return _run_stage(command, call, config, words)
             from cluster.plan.dry_run import dry_run
 
             return DONE if dry_run(config, run_dir, command.name, flags) else FAILED
-        bound = bind(command, words[1:])
-        return (bound() or DONE) if command.prints else _look(command, bound, words)
+        return bind(command, words[1:])() or DONE
     except ConfigError as error:
         return _tell(words[0], str(error).splitlines(), WRONG, "--json" in words)
     except KeyboardInterrupt:
@@ -112,37 +109,6 @@ def _tell(name: str, reasons: Iterable[str], code: int, as_json: bool) -> int:
     else:
         sys.stderr.write("".join(f"rayward {shown(name)}: {line}\n" for line in told))
     return code
-
-
-def _look(command: Command, bound: functools.partial[int | None], words: Sequence[str]) -> int:
-    """Run a command without settings, which looks at a run directory or asks something of the run in it."""
-    told, run_dir = bound.keywords, bound.keywords["run"]
-    missing = f"there is no run directory {run_dir}. Remedy: name one that a command has written"
-    if told["dry_run"]:
-        return _foretell(command, bound, None if run_dir.is_dir() else missing)
-    if not run_dir.is_dir():
-        raise ConfigError(missing)
-    with _recorded(run_dir, words, as_json=told["json"]) as (console, end):
-        end.code = bound(console=console) or DONE
-    return end.code
-
-
-def _foretell(command: Command, bound: functools.partial[int | None], problem: str | None) -> int:
-    """Say what such a command would read and write, and what would stop it; nothing is done."""
-    told = bound.keywords
-    files = command.files.replace("RUN/", f"{told['run']}/")
-    try:
-        if problem is None:
-            bound()
-    except ValueError as error:
-        problem = str(error)
-    if told["json"]:
-        works = {"command": command.name, "works": not problem, "problems": [problem] if problem else []}
-        sys.stdout.write(json.dumps({**works, "processes": [], "files": files}, indent=2) + "\n")
-    else:
-        end = f"cannot work: {problem}\nIt cannot work as it stands." if problem else "It can start."
-        sys.stdout.write(f"rayward {command.name} works in its own process and starts no other.\n{files}\n{end}\n")
-    return FAILED if problem else DONE
 
 
 def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str]) -> int:
@@ -199,15 +165,13 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
 
 
 @contextlib.contextmanager
-def _recorded(
-    run_dir: Path, words: Sequence[str], owner: AbstractContextManager[None] = _NOBODY, as_json: bool = False
-) -> Iterator[Any]:
+def _recorded(run_dir: Path, words: Sequence[str], owner: AbstractContextManager[None]) -> Iterator[Any]:
     """A console and an end for what runs in a run directory: what goes wrong is said in a line, and the exit code set.
 
     Its traceback is kept in a file; `end.remedy` is said when it is stopped. Raises ConfigError where the directory
     cannot be written, and what entering `owner` raises.
     """
-    logs, told, end = run_dir / "logs", [], SimpleNamespace(code=DONE, remedy="")
+    logs, end = run_dir / "logs", SimpleNamespace(code=DONE, remedy="")
     try:
         logs.mkdir(parents=True, exist_ok=True)
         if not all(os.access(folder, os.W_OK) for folder in (run_dir, logs)):
@@ -218,29 +182,25 @@ def _recorded(
         # SIGTERM unwinds the stack like Ctrl-C, so that everything the run started is stopped.
         before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         stack.callback(signal.signal, signal.SIGTERM, before)
-        tell = told.append if as_json else console.error
         try:
             yield console, end
         except KeyboardInterrupt:
-            tell(f"stopped by Ctrl-C; what is done is in {run_dir}.{end.remedy}")
+            console.error(f"stopped by Ctrl-C; what is done is in {run_dir}.{end.remedy}")
             end.code = INTERRUPTED
         except SystemExit as error:
-            tell(f"stopped; what is done is in {run_dir}.{end.remedy}")
+            console.error(f"stopped; what is done is in {run_dir}.{end.remedy}")
             end.code = error.code if isinstance(error.code, int) else FAILED
         except ConfigError as error:
-            tell(str(error))
+            console.error(str(error))
             end.code = WRONG
         except BaseException as error:
             for reason in dict.fromkeys(_reasons(error)):
-                tell(reason)
+                console.error(reason)
             file, end.code = logs / "error.log", FAILED
             with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:
                 lines.write(f"{datetime.now().isoformat(timespec='seconds')} rayward {redact(shlex.join(words))}\n")
                 lines.write(shown("".join(traceback.format_exception(error))))
-            if not as_json:
-                console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
-    if told:
-        _tell(words[0], told, end.code, as_json)
+            console.line(f"The traceback is in {file}, and what libraries printed in {logs}")
 
 
 def _reasons(error: BaseException) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The words of a command line, read, explained and completed by tyro.
+"""The words of a command line, read, explained and completed.
 
 A command without settings is a function, and tyro does all of it. What a command with settings takes becomes a
-dataclass for tyro, of which the values stay text: `cluster.config.load` reads them, so that a list is TOML as in a
+dataclass for tyro's help and completion alone: `cluster.config.load` reads its values, so that a list is TOML as in a
 file, and an error is a line with key, value, origin and remedy.
 """
 
@@ -52,6 +52,7 @@ OFTEN = (
 _HINT = """--KEY VALUE gives a setting, e.g. --tracking.mode disabled; in TOML: [tracking] mode = "disabled". A list: \
 --tracking.tags '["a", "b"]'. Nothing at all: none. What is often given is shown below; --help SECTION shows all \
 of a section, --help all every setting. Sections:"""
+_OPTIONS = ("run", "config", "preset")
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -83,8 +84,6 @@ class Command:
     """Flags that each stand for another preset, and a run directory of that name: flag -> meaning."""
     submits: bool = True
     """Whether it can be a job of a cluster."""
-    prints: bool = False
-    """Whether it looks and prints only, and writes no run directory."""
     wraps: bool = False
     """Whether another command follows its options, with all that it is told."""
 
@@ -114,33 +113,29 @@ class Call:
 
 def parse(command: Command, words: Sequence[str]) -> Call:
     """What the words tell a command with settings. Raises ConfigError."""
-    told, rest = _tyro(_type_of(command, command.settings), words, return_unknown_args=True, add_help=False)
-    given: dict[str, Any] = {}
-    for name, value in vars(told).items():
-        group = vars(value) if dataclasses.is_dataclass(value) else None
-        inner = {f"{name.replace('__', '.')}.{key}": text for key, text in (group or {}).items()}
-        given |= {name.replace("_", "-"): value} if group is None else inner
-    given = {key: texts for key, texts in given.items() if texts is True or isinstance(texts, list)}
-    lone = [word for texts in given.values() if texts is not True for word in texts[1:]]
-    options = {name: given.pop(name) for name in list(given) if "." not in name}
+    options: dict[str, str] = {}
+    flags: set[str] = set()
     overrides: list[tuple[str, str | None]] = []
-    while rest:  # what tyro does not know: a section as a whole, or a mistake
+    rest, known = [*words], (*command.flags, *command.variants)
+    while rest:
         name, equals, text = (word := rest.pop(0)).removeprefix("--").partition("=")
         if not word.startswith("--"):
-            lone.append(word)
-        elif near := nearest(name, ("run", "config", "preset", *command.flags, *command.variants), likeness=0.75):
-            raise ConfigError(f"there is no option --{name}. Did you mean --{near}?")
+            raise ConfigError(f"{word!r} stands alone. Remedy: write --KEY VALUE, with quotes around spaces")
+        if name in known:
+            flags.add(name)
+            continue
+        value = text if equals else rest.pop(0) if rest and not rest[0].startswith("--") else None
+        if name not in _OPTIONS:
+            if "." not in name and (near := nearest(name, (*_OPTIONS, *known), likeness=0.75)):
+                raise ConfigError(f"there is no option --{name}. Did you mean --{near}?")
+            overrides.append((name, value))
+        elif value is None:
+            raise ConfigError(f"--{name} needs a value")
         else:
-            after = rest.pop(0) if not equals and rest and not rest[0].startswith("--") else None
-            overrides.append((name, text if equals else after))
-    if lone:
-        raise ConfigError(f"{lone[0]!r} stands alone. Remedy: write --KEY VALUE, with quotes around spaces")
-    if bare := [name for name, texts in options.items() if texts == []]:
-        raise ConfigError(f"--{bare[0]} needs a value")
-    flags = {name for name, value in options.items() if value is True}
+            options[name] = value
     if {"resume", "restart"} <= flags:
         raise ConfigError("--resume goes on and --restart starts over: give one of them")
-    run, file, preset = (next(iter(options.get(name, ())), None) for name in ("run", "config", "preset"))
+    run, file, preset = (options.get(name) for name in _OPTIONS)
     run, file = (text and os.path.expanduser(text) for text in (run, file))
     variant = next(iter(flags & command.variants.keys()), None)
     run_dir, preset = Path(run or (f"runs/{variant}" if variant else command.run)), preset or variant
@@ -156,7 +151,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         fresh=bool(file or preset),
         variant=variant,
         flags=frozenset(flags - command.variants.keys()),
-        overrides=[*overrides, *((key, next(iter(texts), None)) for key, texts in given.items())],
+        overrides=overrides,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import main as cli
-from cluster.cli.commands import COMMANDS, Console, Run
+from cluster.cli.commands import COMMANDS, Run
 from cluster.config.load import compose, read_toml
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
@@ -264,7 +264,7 @@ def test_a_run_directory_of_somebody_else_is_wrong_usage(
 def test_report_takes_the_run_directory_alone(tmp_path: Path, entry: Any):
     seen: list[Path] = []
 
-    def work(run: Run = Path("runs/rlhf"), dry_run: bool = False, json: bool = False, console: Console = None) -> None:
+    def work(run: Run = Path("runs/rlhf"), json: bool = False) -> None:
         seen.append(run)
 
     entry("report", work)
@@ -277,7 +277,7 @@ def test_report_takes_the_run_directory_alone(tmp_path: Path, entry: Any):
 def test_a_flag_is_given_or_not(tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]):
     seen: list[bool] = []
 
-    def work(run: Run = Path("runs/rlhf"), dry_run: bool = False, json: bool = False, console: Console = None) -> None:
+    def work(run: Run = Path("runs/rlhf"), json: bool = False) -> None:
         seen.append(json)
 
     entry("lineage", work)
@@ -390,7 +390,7 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path: Path, entry: Any, capfd: 
 
 
 def test_the_exit_code_of_a_check_is_what_it_found(tmp_path: Path, entry: Any):
-    def work(run: Run = Path("runs/rlhf"), dry_run: bool = False, json: bool = False, console: Console = None) -> int:
+    def work(run: Run = Path("runs/rlhf"), json: bool = False) -> int:
         return 1 if json else 0
 
     entry("audit", work)

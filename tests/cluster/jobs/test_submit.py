@@ -15,7 +15,7 @@ import pytest
 
 from cluster.cli.main import main
 from cluster.config.load import ConfigError
-from cluster.jobs import commands
+from cluster.jobs import submit
 from cluster.jobs.package import SETTINGS
 from cluster.jobs.submit import JobError, Order, check, connect, follow, job, jobs, logs, stop
 from cluster.runtime.health import Monitor
@@ -87,7 +87,7 @@ def test_all_that_a_command_is_told_is_told_to_the_job(tmp_path, monkeypatch, ca
             sent.append(order)
             return "raysubmit_1"
 
-    monkeypatch.setattr(commands, "connect", lambda address: Client())
+    monkeypatch.setattr(submit, "connect", lambda address: Client())
     name, *rest = words.format(run=tmp_path).split()
     run = [] if name == "status" else ["--run", str(tmp_path)]
     assert rayward("submit", "--detach", "--id", "mine", "--cpus", "0.5", name, *run, *rest) == 0
@@ -99,7 +99,7 @@ def test_all_that_a_command_is_told_is_told_to_the_job(tmp_path, monkeypatch, ca
 
 
 def test_a_dry_run_says_what_would_be_sent_and_asks_nobody(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(commands, "connect", lambda address: pytest.fail("nobody may be asked"))
+    monkeypatch.setattr(submit, "connect", lambda address: pytest.fail("nobody may be asked"))
     (tmp_path / "mine.py").write_text("x = 1")
     words = ("--dry-run", "--include", tmp_path / "mine.py", "rank", "--run", tmp_path / "run", "--labeler.name", "a:b")
     assert rayward("submit", "--json", *words) == 0
@@ -199,8 +199,8 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(monkeypatch, ca
     def interrupted(client, name, out):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "connect", lambda address: None)
-    monkeypatch.setattr(commands, "follow", interrupted)
+    monkeypatch.setattr(submit, "connect", lambda address: None)
+    monkeypatch.setattr(submit, "follow", interrupted)
     assert rayward("logs", "mine", "--follow") == 130
     assert capfd.readouterr().err == ("mine goes on: rayward logs mine --follow shows it, rayward stop mine ends it\n")
 

@@ -147,29 +147,6 @@ RANKED = Comparison(
 )
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "said"),
-    [
-        (["report", "{run}"], 0, "Reads nothing but the run directory"),
-        (["report", "{run}/none"], 1, "there is no run directory"),
-        (["audit", "{run}"], 1, "has no ledger-*.jsonl"),
-        (["lineage", "{run}"], 1, "has no lineage.jsonl"),
-        (["scale", "{run}", "0"], 1, "'0' generators cannot be asked for"),
-        (["scale", "{run}", "2"], 0, "Writes {run}/scale.json"),
-    ],
-)
-def test_commands_that_take_a_run_directory_alone_can_be_tried(
-    words: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    words = [word.format(run=tmp_path) for word in words]
-    assert rayward(*words, "--dry-run") == code
-    assert said.format(run=tmp_path) in capsys.readouterr().out
-    assert rayward(*words, "--dry-run", "--json") == code
-    found = json.loads(capsys.readouterr().out)
-    assert (found["works"], found["processes"]) == (code == 0, [])
-    assert list(tmp_path.iterdir()) == []
-
-
 def planned(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str, Any]:
     rayward(*words, "--preset", "quickstart", "--dry-run", "--json")
     return json.loads(capsys.readouterr().out)
