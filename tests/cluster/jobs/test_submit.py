@@ -51,15 +51,16 @@ def test_a_secret_in_what_a_job_is_told_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_a_job_finds_what_is_sent_along_in_its_folder_and_other_paths_where_they_are(tmp_path, monkeypatch):
     sent = []
-    monkeypatch.setattr(commands, "submit", lambda order, address, **_: sent.append(order))
+    monkeypatch.setattr(submit, "connect", lambda address: None)
+    monkeypatch.setattr(submit, "submit", lambda client, order: sent.append(order))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine" / "data").mkdir(parents=True)
     (tmp_path / "my.toml").write_text('[data]\nprompts = "mine/data/p.jsonl"\npretraining = "t.jsonl"\n')
     options = ("--run", "/runs/1", "--data.prompts_heldout=mine/data/h.jsonl", "--models.sft=sft")
-    rayward("submit", "--include", "mine", "ppo", *options)
-    rayward("submit", "--include", "mine", "ppo", *options, "--config", "my.toml")
+    rayward("submit", "--detach", "--include", "mine", "ppo", *options)
+    rayward("submit", "--detach", "--include", "mine", "ppo", *options, "--config", "my.toml")
     first, second = sent
-    assert first.words[3:7] == ("--models.sft", str(tmp_path / "sft"), "--data.prompts_heldout", "mine/data/h.jsonl")
+    assert first.words[3:7] == ("--data.prompts_heldout", "mine/data/h.jsonl", "--models.sft", str(tmp_path / "sft"))
     data = second.settings.data
     assert [str(one) for one in (data.prompts, data.prompts_heldout, data.pretraining, second.settings.models.sft)] == [
         *("mine/data/p.jsonl", "mine/data/h.jsonl"),
