@@ -55,7 +55,18 @@ class OptimizerConfig(Section):
         return self
 
 
-class SFTConfig(Section):
+class LoopConfig(Section):
+    """What all three loops are told."""
+
+    checkpoint_every: int = Field(default=100, ge=0)
+    """Optimizer steps between checkpoints, from which `--resume` goes on; 0 writes none, so that it starts over."""
+    checkpoints_kept: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints remain on disk; with one alone, damage to it costs the whole stage."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """Optimizer steps in a row, of one network, with a loss or gradient that is not finite, that end the run."""
+
+
+class SFTConfig(LoopConfig):
     """Supervised fine-tuning, and language-model pretraining of a small model from scratch."""
 
     epochs: int = Field(default=2, ge=1)
@@ -78,8 +89,6 @@ class SFTConfig(Section):
     """Longest example; a longer response is cut off and then has no EOS to learn."""
     max_tokens_per_microbatch: int = Field(default=4096, ge=1)
     """Padded tokens in one forward pass at most."""
-    max_skipped_steps: int = Field(default=3, ge=1)
-    """Optimizer steps in a row with a loss or gradient that is not finite, that end the run."""
     seed: int = 0
     """Order of the examples, and which are held out."""
     network: NetworkConfig = NetworkConfig()
@@ -107,7 +116,7 @@ BASELINE = SFTConfig(
 """The SFT baseline of the paper (C.1). The defaults are those of the policy that PPO starts from (C.3)."""
 
 
-class RewardModelingConfig(Section):
+class RewardModelingConfig(LoopConfig):
     """Training of the reward model."""
 
     epochs: int = Field(default=1, ge=1)
@@ -122,8 +131,6 @@ class RewardModelingConfig(Section):
     """Scale scores to standard deviation 1 over the demonstrations (lm-human-preferences); the paper shifts only."""
     max_tokens_per_microbatch: int = Field(default=4096, ge=1)
     """Padded tokens in one forward pass at most; all completions of a prompt stay together."""
-    max_skipped_steps: int = Field(default=3, ge=1)
-    """Optimizer steps in a row with a loss or gradient that is not finite, that end the run."""
     seed: int = 0
     """Order of the prompts and which are held out."""
     network: NetworkConfig = NetworkConfig()
@@ -174,7 +181,7 @@ class ImportanceConfig(Section):
         return self.cap, self.floor if self.method == "mask" else None
 
 
-class PPOConfig(Section):
+class PPOConfig(LoopConfig):
     """PPO; the defaults are the paper's where it gives them."""
 
     iterations: int = Field(default=500, ge=1)
@@ -203,12 +210,8 @@ class PPOConfig(Section):
     """Of the policy's moving average, a step a minibatch (paper: 0.992)."""
     max_tokens_per_microbatch: int = Field(default=4096, ge=1)
     """Padded tokens in one forward pass at most."""
-    max_skipped_steps: int = Field(default=3, ge=1)
-    """Optimizer steps in a row, of one network, with a loss or gradient that is not finite, that end the run."""
     checkpoint_every: int = Field(default=10, ge=0)
     """Iterations between checkpoints, from which `--resume` goes on; 0 writes none, so that PPO starts over."""
-    checkpoints_kept: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints remain on disk; with one alone, damage to it costs the whole stage."""
     rollout_deadline_s: float = Field(default=1800.0, gt=0)
     """How long to wait for a batch before the run stops with what is missing."""
     seed: int = 0

@@ -15,7 +15,7 @@ from learner.maths.kl import adapted_coefficient
 from learner.maths.losses import importance_weights
 from learner.maths.schedules import warmup
 from learner.metrics import Laps, iteration_metrics
-from learner.sft import Log
+from learner.progress import Log, due
 from learner.worker.ppo_steps import Evaluation, PPOStep, Targets
 from learner.worker.skipped_steps import SkippedSteps
 
@@ -97,7 +97,7 @@ async def ppo(parts: Parts, config: PPOConfig, log: Log) -> None:
         log("ppo", i + 1, metrics | parts.observe(trajectories) | buffer.counts() | lap.times())
         if config.kl.target:
             beta = adapted_coefficient(beta, metrics["kl/mean"], config.kl.target, config.kl.horizon, len(batch))
-        if _due(config, buffer.version):
+        if due(config.checkpoint_every, buffer.version, config.iterations):
             await parts.save(buffer.version, beta)
 
 
@@ -120,9 +120,3 @@ def _step(config: PPOConfig, iteration: int, temperature: float) -> PPOStep:
         policy_lr=warmup(config.policy_optimizer.lr, iteration, config.warmup_iterations),
         critic_lr=config.critic_optimizer.lr,
     )
-
-
-def _due(config: PPOConfig, version: int) -> bool:
-    """Whether a checkpoint follows an iteration: every so often, and before what comes after the last one."""
-    every = config.checkpoint_every
-    return every > 0 and (version % every == 0 or version == config.iterations)

@@ -11,7 +11,7 @@ from learner.config import RewardModelingConfig
 from learner.data.corpora import split_held_out
 from learner.maths.accuracy import RewardAccuracy, reward_accuracy
 from learner.maths.schedules import cosine_to_tenth
-from learner.sft import Log
+from learner.progress import Progress, due
 from learner.worker.group import LearnerGroup
 from learner.worker.skipped_steps import SkippedSteps
 from reward_server.encoding import ChatEncoding
@@ -89,33 +89,39 @@ async def reward_modeling(
     groups: Sequence[RankedGroup],
     demonstrations: Sequence[tuple[int, ...]],
     config: RewardModelingConfig,
-    log: Log,
+    progress: Progress,
 ) -> RewardAccuracy:
     """Train the learner's "reward" network and normalise it; returns its accuracy on held-out rankings.
 
-    `demonstrations` are whole sequences (query ++ response ++ EOS) whose mean score becomes 0.
+    `demonstrations` are whole sequences (query ++ response ++ EOS) whose mean score becomes 0. Where `progress` says
+    that steps are done, the learner has been given their checkpoint.
     """
     train, held_out = split_groups(groups, config)
-    log("reward", 0, _data_metrics(groups, train, held_out))
-    size, budget = config.prompts_per_batch, config.max_tokens_per_microbatch
-    steps = config.epochs * -(-len(train) // size)
-    order, step = random.Random(config.seed + 1), 0
-    skipped_steps = SkippedSteps("reward", config.max_skipped_steps)
-    for _ in range(config.epochs):
-        shuffled = order.sample(train, len(train))
-        for batch in (shuffled[start : start + size] for start in range(0, len(train), size)):
-            lr = cosine_to_tenth(config.optimizer.lr, step, steps)
-            sums = await learner.ranking_step(
-                "reward", [g.sequences for g in batch], [g.ranks for g in batch], config.normaliser, budget, lr
-            )
-            step += 1
-            measured = {**_batch_metrics(sums, len(batch)), **skipped_steps.count(step, [sums])}
-            log("reward", step, {**measured, "reward_model/lr": lr, "progress/total": float(steps)})
+    if not progress.done:
+        progress.log(0, _data_metrics(groups, train, held_out))
+    batches, budget = _batches(train, config), config.max_tokens_per_microbatch
+    steps, skipped_steps = len(batches), SkippedSteps(progress.stage, config.max_skipped_steps)
+    for step, batch in enumerate(batches[progress.done :], start=progress.done + 1):
+        lr = cosine_to_tenth(config.optimizer.lr, step - 1, steps)
+        sums = await learner.ranking_step(
+            "reward", [g.sequences for g in batch], [g.ranks for g in batch], config.normaliser, budget, lr
+        )
+        measured = {**_batch_metrics(sums, len(batch)), **skipped_steps.count(step, [sums])}
+        progress.log(step, {**measured, "reward_model/lr": lr, "progress/total": float(steps)})
+        if due(config.checkpoint_every, step, steps):
+            await progress.save(step, {}, learner.save_state)
     scale = Normalisation.of(await learner.last_values("reward", demonstrations, budget), config.unit_variance)
     await learner.normalise("reward", scale.gain, scale.bias)
     found = await held_out_accuracy(learner, held_out, budget)
-    log("reward", step, _accuracy_metrics(found))
+    progress.log(steps, _accuracy_metrics(found))
     return found
+
+
+def _batches(train: Sequence[RankedGroup], config: RewardModelingConfig) -> list[list[RankedGroup]]:
+    """Every optimizer step's prompts; each epoch is a fresh shuffle of them."""
+    order, size = random.Random(config.seed + 1), config.prompts_per_batch
+    epochs = [order.sample(train, len(train)) for _ in range(config.epochs)]
+    return [epoch[start : start + size] for epoch in epochs for start in range(0, len(epoch), size)]
 
 
 async def held_out_accuracy(learner: LearnerGroup, groups: Sequence[RankedGroup], budget: int) -> RewardAccuracy:

@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from actors.chat import ChatExample
 from actors.prompts import Shuffle
 from learner.config import SFTConfig
 from learner.maths.schedules import cosine_to_tenth
+from learner.progress import Progress, due
 from learner.worker.group import LearnerGroup
 from learner.worker.skipped_steps import SkippedSteps
 
@@ -41,36 +42,37 @@ class HeldOutLoss:
         return self.demonstrations + (self.pretraining or 0.0)
 
 
-Log = Callable[[str, int, dict[str, float]], None]
-"""Where a loop's metrics go: (stage, step, metrics)."""
-
-
 async def sft(
     learner: LearnerGroup,
     data: SFTData,
     config: SFTConfig,
-    log: Log,
+    progress: Progress,
     keep: Callable[[int], Awaitable[None]],
-    stage: str = "sft",
 ) -> list[HeldOutLoss]:
     """Train the learner's "policy"; returns the held-out losses before (at 0) and after each epoch.
 
-    `keep(epoch)` is awaited after each epoch, from 1, once its losses are known.
+    `keep(epoch)` is awaited after each epoch, from 1, once its losses are known. Where `progress` says that steps are
+    done, the learner has been given their checkpoint.
     """
-    epochs = sft_batches(data.demonstrations, data.pretraining, config)
-    steps, step, budget = sum(map(len, epochs)), 0, config.max_tokens_per_microbatch
-    losses, skipped_steps = [await _held_out(learner, data, budget)], SkippedSteps(stage, config.max_skipped_steps)
-    log(stage, 0, {**_named(stage, losses[0]), "progress/total": float(steps)})
-    for number, batches in enumerate(epochs, start=1):
-        for batch in batches:
-            lr = cosine_to_tenth(config.optimizer.lr, step, steps)
-            sums = await learner.language_model_step("policy", batch, budget, lr)
-            step += 1
-            found = {f"{stage}/{key}": sums[key] for key in ("loss", "grad_norm") if key in sums}
-            log(stage, step, {**found, f"{stage}/lr": lr, **skipped_steps.count(step, [sums])})
+    epochs, stage = sft_batches(data.demonstrations, data.pretraining, config), progress.stage
+    batches = [(number, batch) for number, epoch in enumerate(epochs, start=1) for batch in epoch]
+    steps, budget = len(batches), config.max_tokens_per_microbatch
+    total, skipped_steps = {"progress/total": float(steps)}, SkippedSteps(stage, config.max_skipped_steps)
+    losses = [HeldOutLoss(**loss) for loss in progress.state.get("losses", ())]
+    if not losses:
         losses.append(await _held_out(learner, data, budget))
-        log(stage, step, _named(stage, losses[-1]))
-        await keep(number)
+        progress.log(0, _named(stage, losses[0]) | total)
+    for step, (number, batch) in enumerate(batches[progress.done :], start=progress.done + 1):
+        lr = cosine_to_tenth(config.optimizer.lr, step - 1, steps)
+        sums = await learner.language_model_step("policy", batch, budget, lr)
+        found = {f"{stage}/{key}": sums[key] for key in ("loss", "grad_norm") if key in sums}
+        progress.log(step, found | {f"{stage}/lr": lr} | total | skipped_steps.count(step, [sums]))
+        if batch is epochs[number - 1][-1]:
+            losses.append(await _held_out(learner, data, budget))
+            progress.log(step, _named(stage, losses[-1]))
+            await keep(number)
+        if due(config.checkpoint_every, step, steps):
+            await progress.save(step, {"losses": [asdict(loss) for loss in losses]}, learner.save_state)
     return losses
 
 

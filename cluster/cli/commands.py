@@ -38,8 +38,8 @@ DRY_RUN = {
 }
 """Flags of every command that works with settings."""
 _RESUME = {
-    "resume": "go on where the run directory stands, with its settings: what is complete is left as it is, PPO goes on "
-    "from its newest checkpoint, any other step starts over, and a fresh directory is begun",
+    "resume": "go on where the run directory stands, with its settings: what is complete is left as it is, what trains "
+    "goes on from its newest checkpoint, any other step starts over, and a fresh directory is begun",
     "restart": "start over, and replace what the run directory holds of this; with neither flag that is refused",
 }
 _HERE = {"submits": False}

@@ -1,8 +1,6 @@
 """Step 3: PPO between the processes. The algorithm itself is `learner/ppo.py`; here is what it works with."""
 
 import asyncio
-import logging
-import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from actors.prompts import Prompt, PromptStream, fitting, read_prompts
 from cluster.config.schema import Config
 from cluster.pipeline.evaluate import Evaluation, EvaluationSet, Evaluator, read_evaluation_set
-from cluster.pipeline.job import Job
 from cluster.pipeline.preferences import sampling_settings
 from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage, Trained
 from cluster.rundir.inputs import Model
@@ -29,12 +26,8 @@ if TYPE_CHECKING:
     from learner.data.buffer import Buffer
     from learner.data.corpora import TextStream
     from learner.data.ledger import Ledger
-    from learner.weights.checkpoint import Checkpoint, Checkpoints
+    from learner.progress import Progress
     from learner.worker.group import LearnerGroup
-
-log = logging.getLogger(__name__)
-# What may change while a run goes on: its length, how often it is saved, deadlines, the budget of a pass.
-_FREE = {"iterations", "checkpoint_every", "checkpoints_kept", "rollout_deadline_s", "max_tokens_per_microbatch"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +59,7 @@ class PPO(Stage):
     processes = KINDS
     writes = ("policy", "policy_ema")
     results = ("policy", "policy_ema", "evaluations/ppo.jsonl")
-    traces = ("ledger-ppo.jsonl", "checkpoints/ppo")
+    traces = ("ledger-ppo.jsonl",)
 
     @classmethod
     def trained(cls, config: Config) -> Trained:
@@ -108,7 +101,7 @@ class PPO(Stage):
     def made_of(self) -> MadeOf:
         job, config, inputs = self.job, self.job.config, self.inputs
         made_with = {
-            "ppo": self.config.model_dump(mode="json", exclude=_FREE),
+            "ppo": self.config.model_dump(mode="json"),
             "rollout": sampling_settings(config),
             "scoring": config.scoring.model_dump(mode="json", include={"parts"}),
             "labeler": config.labeler.model_dump(mode="json"),
@@ -124,24 +117,28 @@ class PPO(Stage):
         from learner.weights.publish import Publisher
 
         job, config, name, tracker = self.job, self.config, self.name, self.job.tracker
+        progress = self.progress(config, "iteration")
+        if (newest := progress.newest) and newest.version > config.iterations:
+            raise ResumeRefused(
+                f"ppo.iterations is {config.iterations}, but {newest.folder} has done {newest.version} already. "
+                f"Remedy: at least {newest.version}, or remove the newer checkpoints"
+            )
         learner, fleet = await processes.learner(), await processes.generators(job.model("init"))
         rewards = await processes.rewards(job.reward_to_serve)
         evaluator = Evaluator(job=job, held_out=inputs.held_out, learner=learner, fleet=fleet, rewards=rewards)
-        progress = self._progress()
         with tracker.phase(f"{name}: load networks and hand the weights to the actors", name):
             await self._load(learner)
-            if progress.newest:
-                await learner.load_state(progress.newest.networks, progress.version)
+            await progress.load(learner)
             workers, probes = job.config.generator.tensor_parallel_size, inputs.held_out.probes()
             fleet.publisher = Publisher(learner, job.config.publish, probes, workers, job.monitor.waits)
             await learner.open_sender(job.config.publish)
-            await fleet.publish(progress.version)
+            await fleet.publish(progress.done)
         start = "sft" if name == "ppo" and job.config.models.init is None else f"{name}-start"
-        if not progress.version:
+        if not progress.done:
             with tracker.phase(f"{name}: held-out responses before", name):
                 before = await self._measure(evaluator, start, 0)
                 job.summarise("ppo", name, **_figures(before, "before"))
-        iterations = f"{name}: {config.iterations - progress.version} iterations"
+        iterations = f"{name}: {config.iterations - progress.done} iterations"
         with tracker.phase(iterations, name):
             await self._train(evaluator, inputs, progress)
         with tracker.phase(f"{name}: held-out responses after", name):
@@ -154,32 +151,6 @@ class PPO(Stage):
         job.summarise("ppo", name, iterations=config.iterations, kl=after.kl, **_figures(after, "after"))
         self._record_lineage(start)
         return {"iterations": config.iterations}
-
-    def _progress(self) -> "Progress":
-        """Where the run directory says to go on. Raises ResumeRefused for more iterations than are asked for."""
-        from learner.weights.checkpoint import Checkpoints
-
-        config, console = self.config, self.job.tracker.console
-        ledger_file, folder = (self.job.run_dir / trace for trace in self.traces)
-        checkpoints = Checkpoints(folder, config.checkpoints_kept)
-        newest = checkpoints.newest()
-        if newest and newest.version > config.iterations:
-            raise ResumeRefused(
-                f"ppo.iterations is {config.iterations}, but {newest.folder} has done {newest.version} already. "
-                f"Remedy: at least {newest.version}, or remove the newer checkpoints"
-            )
-        if newest:
-            console.line(f"{self.name}: goes on after iteration {newest.version}, from {newest.folder}")
-        elif ledger_file.exists():
-            console.line(f"{self.name}: there is no checkpoint, so it starts over")
-        return Progress(
-            job=self.job,
-            stage=self.name,
-            checkpoints=checkpoints,
-            ledger_file=ledger_file,
-            newest=newest,
-            beta=newest.state["beta"] if newest else config.kl.coef,
-        )
 
     async def _load(self, learner: "LearnerGroup") -> None:
         job, config = self.job, self.config
@@ -216,19 +187,19 @@ class PPO(Stage):
 
         job, config, name, fleet, rewards = self.job, self.config, self.name, evaluator.fleet, evaluator.rewards
         stream, encoding = PromptStream(inputs.prompts, seed=config.seed), inputs.held_out.encoding
-        ledger, waits = Ledger(progress.ledger_file, stream), job.monitor.waits
+        ledger, waits = Ledger(self._ledger_file, stream), job.monitor.waits
         buffer = Buffer(
             config.prompts_per_batch,
             job.config.rollout.samples_per_prompt,
             config.max_staleness,
-            progress.version,
+            progress.done,
             ledger=ledger,
             batches=config.iterations,
             waiting=fleet.joining,
             paused_s=lambda: rewards.paused_s,
             waits=waits,
         )
-        progress.restore(buffer, ledger)
+        self._restore(progress, buffer, ledger)
 
         def work(generator: "Generator", leave: asyncio.Event) -> Coroutine[Any, Any, None]:
             return rollout(generator, rewards, stream, buffer, encoding, job.config.rollout, config.seed, leave, waits)
@@ -246,8 +217,8 @@ class PPO(Stage):
             pretraining=self._text,
             observe=self._observe,
             measure=measure,
-            save=lambda version, beta: progress.save(version, beta, buffer, ledger, evaluator.learner),
-            beta=progress.beta,
+            save=lambda version, beta: self._save(progress, version, beta, buffer, ledger, evaluator.learner),
+            beta=progress.state.get("beta", config.kl.coef),
             temperature=job.config.rollout.temperature,
         )
         total = {"progress/total": float(config.iterations)}
@@ -259,6 +230,30 @@ class PPO(Stage):
             job.monitor.sources.discard(buffer)
             buffer.close()
 
+    @property
+    def _ledger_file(self) -> Path:
+        return self.job.run_dir / self.traces[0]
+
+    def _restore(self, progress: "Progress", buffer: "Buffer", ledger: "Ledger") -> None:
+        """Have the buffer, and the ledger, go on where the checkpoint was written."""
+        if progress.newest:
+            buffer.restore(progress.newest.state["buffer"])
+        elif self._ledger_file.exists():
+            ledger.resumed(0, kept=())
+
+    async def _save(
+        self, progress: "Progress", version: int, beta: float, buffer: "Buffer", ledger: "Ledger", learner: Any
+    ) -> None:
+        """Write a checkpoint, with the ledger as far as it is."""
+
+        async def save_networks(folder: Path) -> None:
+            ledger.sync()
+            await learner.save_state(folder)
+
+        # taken before anything else can run: what is under way now is not in it, and is sampled again
+        if await progress.save(version, {"beta": beta, "buffer": buffer.snapshot()}, save_networks):
+            ledger.committed(version)
+
     def _text(self, iteration: int, minibatches: int) -> Any:
         assert self.inputs.text is not None, "asked for with a coefficient only"
         sequences = max(1, round(self.config.pretraining.sequences_per_episode * self.config.minibatch_size))
@@ -269,58 +264,6 @@ class PPO(Stage):
 
         verdicts = self.inputs.held_out.labeler.verdicts([t.completion.text for t in trajectories])
         return {"gold/mean": fmean(verdicts), "gold/std": pstdev(verdicts), **part_means(trajectories)}
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """Where a PPO stage goes on after a stop, and what it writes to be able to."""
-
-    job: Job
-    stage: str
-    """its name"""
-    checkpoints: "Checkpoints"
-    ledger_file: Path
-    newest: "Checkpoint | None"
-    """what it goes on from"""
-    beta: float
-    """KL coefficient to start with"""
-    failures: int = 0
-    """checkpoints that could not be written"""
-
-    @property
-    def version(self) -> int:
-        """Iterations that are done."""
-        return self.newest.version if self.newest else 0
-
-    def restore(self, buffer: "Buffer", ledger: "Ledger") -> None:
-        """Have the buffer, and the ledger, go on where the checkpoint was written."""
-        if self.newest:
-            buffer.restore(self.newest.state["buffer"])
-        elif self.ledger_file.exists():
-            ledger.resumed(0, kept=())
-
-    async def save(
-        self, version: int, beta: float, buffer: "Buffer", ledger: "Ledger", learner: "LearnerGroup"
-    ) -> None:
-        """Write a checkpoint. One that cannot be written is an alarm, not the end: the earlier ones are still there."""
-        from learner.weights.checkpoint import NotSaved
-
-        started = time.monotonic()
-        # taken before anything else can run: what is under way now is not in it, and is sampled again
-        state = {"beta": beta, "buffer": buffer.snapshot()}
-        try:
-            ledger.sync()
-            size = await self.checkpoints.write(version, state, learner.save_state)
-        except (OSError, NotSaved) as error:
-            if isinstance(error, TimeoutError):  # an OSError to Python; here it is a learner that does not answer
-                raise
-            self.failures += 1
-            log.error("checkpoint %d was not written, and the run goes on without it: %s", version, error)
-            self.job.tracker.log(self.stage, version, {"checkpoint/failures": float(self.failures)})
-            return
-        ledger.committed(version)
-        spent = {"checkpoint/seconds": time.monotonic() - started, "checkpoint/bytes": float(size)}
-        self.job.tracker.log(self.stage, version, spent | {"checkpoint/failures": float(self.failures)})
 
 
 def _figures(found: Evaluation, when: str) -> dict[str, float]:

@@ -86,11 +86,13 @@ class RewardModel(Stage):
         from learner.reward_modeling import reward_modeling, split_groups
 
         (groups, demonstrations), job, config = inputs, self.job, self.job.config.reward
-        learner, base, folder = await processes.learner(), job.model("sft"), job.run_dir / "reward"
+        base, folder, progress = job.model("sft"), job.run_dir / "reward", self.progress(config)
+        learner = await processes.learner()
         trained = await learner.load("reward", "new_value", base, config.network, config.optimizer)
+        await progress.load(learner)
         completions = sum(len(group.sequences) for group in split_groups(groups, config)[0])
         with job.tracker.phase(f"reward: {completions} completions, {trained / 1e6:.1f} M parameters", "reward"):
-            found = await reward_modeling(learner, groups, demonstrations, config, job.tracker.log)
+            found = await reward_modeling(learner, groups, demonstrations, config, progress)
         if found.accuracy_ci[0] <= 0.5:
             log.warning(
                 "the reward model is not told from chance: it ranks %.0f %% of %d held-out pairs as people did (95 %% "

@@ -111,8 +111,10 @@ class SFT(Stage):
         from learner.sft import best_epoch, sft
 
         job, config, (out,) = self.job, self.settings(self.job.config), self.results
-        learner, target, kept = await processes.learner(), job.run_dir / out, job.run_dir / f"{out}-epochs"
-        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run in this directory, perhaps of more epochs
+        target, kept, progress = job.run_dir / out, job.run_dir / f"{out}-epochs", self.progress(config)
+        if not progress.done:
+            shutil.rmtree(kept, ignore_errors=True)  # of an earlier run in this directory, perhaps of more epochs
+        learner = await processes.learner()
         trained = await learner.load(
             "policy",
             "policy",
@@ -122,6 +124,7 @@ class SFT(Stage):
             chat_template=job.config.models.chat_template,
             residual_dropout=config.residual_dropout,
         )
+        await progress.load(learner)
 
         async def keep(epoch: int) -> None:
             if config.select != "last":
@@ -129,7 +132,7 @@ class SFT(Stage):
 
         title = f"{self.name}: {len(inputs.demonstrations)} examples, {trained / 1e6:.1f} M parameters"
         with job.tracker.phase(title, self.name):
-            losses = await sft(learner, inputs, config, job.tracker.log, keep, self.name)
+            losses = await sft(learner, inputs, config, progress, keep)
         epoch = best_epoch(losses) if config.select == "loss" else config.epochs
         if config.select == "last":
             await learner.save("policy", target)

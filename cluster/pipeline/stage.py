@@ -18,11 +18,12 @@ from cluster.pipeline.job import Job
 from cluster.rundir.inputs import KINDS, Model, common_prompts
 from cluster.rundir.record import StageRecord, made_of
 from cluster.runtime.resources import Kind, plan_run
-from learner.config import NetworkConfig, OptimizerConfig
+from learner.config import LoopConfig, NetworkConfig, OptimizerConfig
 from reward_server.preferences.records import read_all
 
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
+    from learner.progress import Progress
 
 log = logging.getLogger(__name__)
 SECTIONS = ("models", "data", "cluster")
@@ -129,7 +130,7 @@ class Stage:
             start=job.start,
             made_of=self._made_of,
             results=tuple(job.run_dir / result for result in self.results),
-            traces=tuple(job.run_dir / trace for trace in self.traces),
+            traces=(*(job.run_dir / trace for trace in self.traces), self._checkpoints),
             reach=self.reach,
             round_of=job.root,
         )
@@ -150,6 +151,27 @@ class Stage:
             return True
         self.job.tracker.console.line(f"{self.name}: complete, and left as it is")
         return False
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.job.run_dir / "checkpoints" / self.name
+
+    def progress(self, config: LoopConfig, step: str = "step") -> "Progress":
+        """Where its loop goes on after a stop, which is said; what was logged beyond that is forgotten.
+
+        Raises ValueError, see `Checkpoints.newest`.
+        """
+        from learner.progress import Progress
+        from learner.weights.checkpoint import Checkpoints
+
+        tracker, checkpoints = self.job.tracker, Checkpoints(self._checkpoints, config.checkpoints_kept)
+        progress = Progress(self.name, tracker.log, checkpoints)
+        again = tracker.go_on(self.name, progress.done if progress.newest else -1)
+        if progress.newest:
+            tracker.console.line(f"{self.name}: goes on after {step} {progress.done}, from {progress.newest.folder}")
+        elif again:
+            tracker.console.line(f"{self.name}: there is no checkpoint, so it starts over")
+        return progress
 
     def check(self) -> Any:
         """Read and check all that it reads, before anything heavy starts: what `run` is given. Raises ValueError."""

@@ -1,6 +1,8 @@
 """What earlier commands left in a run directory for those that go on: their W&B runs, and how far they logged."""
 
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,25 @@ def last_steps(run_dir: Path) -> dict[tuple[str, str], int]:
 def forget_stage(run_dir: Path, stage: str) -> None:
     """Take the lines of a stage out of metrics.jsonl and phases.jsonl."""
     for file in ("metrics.jsonl", "phases.jsonl"):
-        path = run_dir / file
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        kept = [line for line in lines if f'"stage": "{stage}"' not in line]
-        if kept != lines:
-            write_whole(path, "\n".join(kept))
+        _leave_out(run_dir / file, lambda row: row["stage"] == stage)
+
+
+def forget_steps(run_dir: Path, stage: str, done: int) -> bool:
+    """Take the lines of a stage's steps after `done` out of metrics.jsonl; whether there were any."""
+    return _leave_out(run_dir / "metrics.jsonl", lambda row: row["stage"] == stage and row["step"] > done)
+
+
+def _leave_out(path: Path, wrong: Callable[[dict[str, Any]], bool]) -> bool:
+    """Leave rows out of a file, and a line that its writer had no time to finish; whether there were any."""
+    lines, kept = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], []
+    for line in filter(None, lines):
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            if not wrong(json.loads(line)):
+                kept.append(f"{line}\n")
+    if "".join(kept) == "\n".join(lines):
+        return False
+    write_whole(path, "".join(kept))
+    return True
 
 
 def _runs(run_dir: Path) -> dict[str, dict[str, Any]]:

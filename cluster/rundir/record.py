@@ -19,6 +19,8 @@ from reward_server.preferences.records import write_whole
 Start = Literal["new", "resume", "restart"]
 Progress = Literal["new", "begun", "complete"]
 _CONTENT = "sha256:"
+# What may change while a stage goes on: how long PPO is, how often it is saved, deadlines, the budget of a pass.
+_FREE = {"iterations", "checkpoint_every", "checkpoints_kept", "rollout_deadline_s", "max_tokens_per_microbatch"}
 
 
 class ResumeRefused(ConfigError):
@@ -81,14 +83,19 @@ class StageRecord:
     def begin(self) -> bool:
         """Note that the work begins, or goes on; from now on the stage is not complete. Whether it starts (over)."""
         if fresh := self.progress == "new":
-            for trace in self.traces:
-                shutil.rmtree(trace) if trace.is_dir() else trace.unlink(missing_ok=True)
+            self._remove_traces()
         self._write(complete=False, figures={})
         return fresh
 
     def finish(self, figures: Mapping[str, Any]) -> None:
-        """Note that everything the stage writes is there."""
+        """Note that everything the stage writes is there. What cannot become longer needs its traces no more."""
         self._write(complete=True, figures=figures)
+        if not self.reach:
+            self._remove_traces()
+
+    def _remove_traces(self) -> None:
+        for trace in self.traces:
+            shutil.rmtree(trace) if trace.is_dir() else trace.unlink(missing_ok=True)
 
     @property
     def _found(self) -> dict[str, Any]:
@@ -132,7 +139,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
-    for key in dict.fromkeys([*then, *now]):
+    for key in (key for key in dict.fromkeys([*then, *now]) if key.rpartition(".")[2] not in _FREE):
         before, after = (json.loads(json.dumps(one.get(key))) for one in (then, now))
         if _real(before) != _real(after):
             contents = all(str(value).startswith(_CONTENT) for value in (before, after))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cluster.config.schema import TrackingConfig
-from cluster.rundir.history import area, forget_stage, has_all, last_steps
+from cluster.rundir.history import area, forget_stage, forget_steps, has_all, last_steps
 from cluster.rundir.lineage import Artefact
 from cluster.runtime.health import Monitor, repeating
 from cluster.tracking.alerts import Alert, Alerts
@@ -152,6 +152,11 @@ class Tracker:
         self._sent = {key: step for key, step in self._sent.items() if key[0] != stage}
         with self._lock:
             forget_stage(self.run_dir, stage)
+
+    def go_on(self, stage: str, done: int) -> bool:
+        """Take the steps of a stage after `done`, which are done again, out of metrics.jsonl; whether there are any."""
+        with self._lock:
+            return forget_steps(self.run_dir, stage, done)
 
     def _paused(self) -> str | None:
         if (pause := self._monitor.paused) is None:

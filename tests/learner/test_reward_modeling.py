@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from learner.config import NetworkConfig, OptimizerConfig, RewardModelingConfig
+from learner.progress import Progress
 from learner.reward_modeling import (
     RankedGroup,
     held_out_accuracy,
@@ -36,7 +37,7 @@ def group(number: int, ranks: tuple[int, ...] = (0, 1)) -> RankedGroup:
 
 
 def config(**settings) -> RewardModelingConfig:
-    return RewardModelingConfig(**{"prompts_per_batch": 4, "valid_share": 0.25} | settings)
+    return RewardModelingConfig(**{"prompts_per_batch": 4, "valid_share": 0.25, "checkpoint_every": 0} | settings)
 
 
 # --- from comparisons to groups
@@ -141,7 +142,8 @@ class FakeLearner:
 
 def train(learner, groups, settings, demonstrations=((1, 104), (1, 106))):
     logged = []
-    found = asyncio.run(reward_modeling(learner, groups, demonstrations, settings, lambda *line: logged.append(line)))
+    progress = Progress("reward", lambda *line: logged.append(line))
+    found = asyncio.run(reward_modeling(learner, groups, demonstrations, settings, progress))
     return found, logged
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from actors.chat import ChatExample
 from learner.config import BASELINE, NetworkConfig, OptimizerConfig, SFTConfig
+from learner.progress import Progress
 from learner.sft import HeldOutLoss, SFTData, best_epoch, sft, sft_batches
 from tests.tiny_batches import example
 
@@ -16,7 +17,7 @@ TEXT = [example(12, 1, 1000 + seed) for seed in range(5)]
 
 
 def config(**settings) -> SFTConfig:
-    return SFTConfig(**{"batch_size": 8, "pretraining_share": 0.0} | settings)
+    return SFTConfig(**{"batch_size": 8, "pretraining_share": 0.0, "checkpoint_every": 0} | settings)
 
 
 # --- batches
@@ -116,7 +117,7 @@ def run(learner, data: SFTData, settings: SFTConfig):
     async def keep(epoch: int) -> None:
         kept.append((epoch, len(learner.steps) if isinstance(learner, FakeLearner) else 0))
 
-    losses = asyncio.run(sft(learner, data, settings, lambda *line: logged.append(line), keep, "warm"))
+    losses = asyncio.run(sft(learner, data, settings, Progress("warm", lambda *line: logged.append(line)), keep))
     return losses, logged, kept
 
 
@@ -136,7 +137,7 @@ def test_the_rate_falls_to_a_tenth_along_a_cosine_and_every_step_is_logged():
     assert learner.measured == [valid, valid]
     assert logged[0] == ("warm", 0, {"warm/valid_loss": 6.0, "progress/total": 4.0})
     assert [(stage, step) for stage, step, _ in logged[1:5]] == [("warm", step) for step in (1, 2, 3, 4)]
-    assert logged[1][2] == {"warm/loss": 5.0, "warm/lr": 1.0, "warm/grad_norm": 0.5}
+    assert logged[1][2] == {"warm/loss": 5.0, "warm/lr": 1.0, "warm/grad_norm": 0.5, "progress/total": 4.0}
     assert logged[5] == ("warm", 4, {"warm/valid_loss": 2.0})
 
 

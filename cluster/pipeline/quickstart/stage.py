@@ -133,7 +133,7 @@ class PPOWithoutMix(PPO):
 
     name = "ppo-noptx"
     results = ("policy-noptx", "policy-noptx_ema", "evaluations/ppo-noptx.jsonl")
-    traces = ("ledger-ppo-noptx.jsonl", "checkpoints/ppo-noptx")
+    traces = ("ledger-ppo-noptx.jsonl",)
 
     @property
     def config(self) -> PPOConfig:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from actors.trajectory import Ticket
 from cluster.config.schema import Config, TrackingConfig
 from cluster.pipeline.job import Job
-from cluster.pipeline.ppo import PPO, Progress
+from cluster.pipeline.ppo import PPO
 from cluster.pipeline.stage import advance
 from cluster.rundir.record import ResumeRefused, Start
 from cluster.runtime.health import ActorDied
@@ -23,6 +23,7 @@ from cluster.tracking.console import Console
 from cluster.tracking.tracker import Tracker
 from learner.data.buffer import Buffer
 from learner.data.ledger import Ledger, audit
+from learner.progress import Progress
 from learner.worker.group import LearnerGroup
 from learner.worker.networks import ValueNetwork
 from learner.worker.worker import LearnerWorker
@@ -90,13 +91,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def worker() -> LearnerWorker:
-    found = LearnerWorker(rank=0, world_size=1, threads=1)
-    found.start(*found.meeting_point(loopback=True), deadline_s=60)
-    return found
-
-
 def align(
     worker: LearnerWorker,
     made: Path,
@@ -145,6 +139,8 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(worker: LearnerWorker
     assert "ppo: there is no checkpoint, so it starts over" in shown
     with pytest.raises(ResumeRefused, match=r"begun\. Remedy: --resume goes on with it"):
         align(worker, made, parts, "new")
+    with pytest.raises(ResumeRefused, match=r"ppo.iterations is 1, but .*version-000002 has done 2 already"):
+        align(worker, made, parts, "resume", iterations=1)
     versions, shown = align(worker, made, parts, "resume")
     assert versions == [2, 3, 4]
     assert "ppo: goes on after iteration 2, from" in shown
@@ -260,24 +256,24 @@ class Stopped(PPO):
         return {"ppo": {"clip": 0.2}}, {}
 
 
-def begin(run: Path, start: Start = "resume", iterations: int = 4) -> tuple[Progress, Buffer, Ledger]:
+def begin(run: Path, start: Start = "resume") -> tuple[Stopped, Progress, Buffer, Ledger]:
     tracker = Tracker(run, TrackingConfig(mode="disabled"), "ppo", console=Console(stream=io.StringIO()))
-    config = Config.model_validate({"ppo": {"iterations": iterations, "prompts_per_batch": 2}})
+    config = Config.model_validate({"ppo": {"prompts_per_batch": 2}})
     stage = Stopped(Job(config=config, run_dir=run, tracker=tracker, start=start))
     assert stage.record is not None
     if stage.record.begin():
         tracker.forget("ppo")
-    progress = stage._progress()
-    ledger = Ledger(progress.ledger_file)
-    buffer = Buffer(2, 1, 0, progress.version, ledger=ledger)
-    progress.restore(buffer, ledger)
-    return progress, buffer, ledger
+    progress = stage.progress(stage.config)
+    ledger = Ledger(stage._ledger_file)
+    buffer = Buffer(2, 1, 0, progress.done, ledger=ledger)
+    stage._restore(progress, buffer, ledger)
+    return stage, progress, buffer, ledger
 
 
-def save(version: int, progress: Progress, buffer: Buffer, ledger: Ledger, learner: Any) -> None:
+def save(version: int, stage: Stopped, progress: Progress, buffer: Buffer, ledger: Ledger, learner: Any) -> None:
     buffer.version = version
     buffer._taken = buffer._tickets.admitted = 2 * version
-    asyncio.run(progress.save(version, 0.5, buffer, ledger, learner))
+    asyncio.run(stage._save(progress, version, 0.5, buffer, ledger, learner))
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
@@ -286,10 +282,10 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 def test_a_stage_that_was_stopped_goes_on_from_its_newest_checkpoint(tmp_path: Path):
     parts = begin(tmp_path)
-    assert (parts[0].version, parts[0].beta) == (0, Config().ppo.kl.coef)
+    assert (parts[1].done, parts[1].state) == (0, {})
     save(2, *parts, Saver())
-    again, buffer, _ = begin(tmp_path)
-    assert (again.version, again.beta, buffer.version) == (2, 0.5, 2)
+    _, again, buffer, _ = begin(tmp_path)
+    assert (again.done, again.state["beta"], buffer.version) == (2, 0.5, 2)
     assert again.newest is not None
     assert (again.newest.networks / "weights").stat().st_size == 100
     found = audit(tmp_path / "ledger-ppo.jsonl")
@@ -297,11 +293,10 @@ def test_a_stage_that_was_stopped_goes_on_from_its_newest_checkpoint(tmp_path: P
 
 
 def test_without_a_checkpoint_what_was_begun_is_undone_in_the_ledger(tmp_path: Path):
-    _, _, ledger = begin(tmp_path)
+    *_, ledger = begin(tmp_path)
     ledger.record("issued", Ticket(number=0, attempt=0))
     ledger.close()
-    progress, _, _ = begin(tmp_path)
-    assert progress.version == 0
+    assert begin(tmp_path)[1].done == 0
     found = audit(tmp_path / "ledger-ppo.jsonl")
     assert (found.dropped, found.outstanding, found.resumed) == ({"resumed": 1}, 0, 1)
 
@@ -309,18 +304,11 @@ def test_without_a_checkpoint_what_was_begun_is_undone_in_the_ledger(tmp_path: P
 def test_starting_over_removes_what_was_written(tmp_path: Path):
     parts = begin(tmp_path)
     save(2, *parts, Saver())
-    progress, _, _ = begin(tmp_path, "restart")
-    assert progress.version == 0
+    progress = begin(tmp_path, "restart")[1]
+    assert progress.newest is None
     assert not (tmp_path / "ledger-ppo.jsonl").exists()
-    assert progress.checkpoints.newest() is None
+    assert not (tmp_path / "checkpoints" / "ppo").exists()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
-
-
-def test_a_shorter_run_than_was_done_is_refused(tmp_path: Path):
-    save(4, *begin(tmp_path), Saver())
-    with pytest.raises(ResumeRefused, match=r"ppo.iterations is 3, but .*version-000004 has done 4 already"):
-        begin(tmp_path, iterations=3)
-    assert begin(tmp_path, iterations=9)[0].version == 4
 
 
 def test_a_full_disk_is_an_alarm_and_the_earlier_checkpoint_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -334,8 +322,11 @@ def test_a_full_disk_is_an_alarm_and_the_earlier_checkpoint_stays(tmp_path: Path
     assert first["checkpoint/bytes"] > 100
     learner.full = False
     save(4, *parts, learner)
-    found = begin(tmp_path)[0].checkpoints
-    assert sorted(path.name for path in found.folder.iterdir()) == ["version-000002", "version-000004"]
+    assert begin(tmp_path)[1].done == 4
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "ppo").iterdir()) == [
+        "version-000002",
+        "version-000004",
+    ]
     assert audit(tmp_path / "ledger-ppo.jsonl").committed == 4
 
 

@@ -133,7 +133,8 @@ def test_fine_tuning_writes_the_model_and_its_losses(tmp_path, base):
     assert summary(one) == {"baseline": {"valid_before": 3.0, "valid_after": 2.0, "epoch": 2}}
     assert made_of(one) == {"baseline": [str(base), str(tmp_path / "d.jsonl")]}
     lines = [json.loads(line) for line in (one.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["baseline"] * 5
+    assert [line["stage"] for line in lines] == ["baseline"] * 6
+    assert lines[-1]["checkpoint/bytes"] > 0, "the last step is saved, until the stage is complete"
     assert [line["baseline/valid_loss"] for line in lines if "baseline/valid_loss" in line] == [3.0, 2.5, 2.0]
     calls = len(learner.calls)
     run_stage(Baseline(one, base), learner)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from cluster.rundir.history import earlier_run, forget_stage, has_all, last_steps, remember_run
+from cluster.rundir.history import earlier_run, forget_stage, forget_steps, has_all, last_steps, remember_run
 from tests.synthetic_run import write_rows
 
 
@@ -37,3 +37,16 @@ def test_a_stage_is_forgotten_and_the_others_are_not(tmp_path: Path):
     (left,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert left["stage"] == "ppo-noptx"
     assert (tmp_path / "phases.jsonl").read_text() == ""
+
+
+def test_the_steps_that_are_done_again_are_forgotten_with_a_torn_line(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    assert not forget_steps(tmp_path, "sft", 2)
+    rows = [{"stage": stage, "step": step} for stage in ("reward", "sft") for step in range(4)]
+    write_rows(file, rows)
+    assert not forget_steps(tmp_path, "sft", 3)
+    with file.open("a") as lines:
+        lines.write('{"stage": "sft", "st')
+    assert forget_steps(tmp_path, "sft", 1)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows[:6]
+    assert file.read_text().endswith("\n"), "what is appended begins a line of its own"

@@ -1,5 +1,6 @@
 """Stages: which begin, which go on, and which are refused with what is different."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,23 @@ def test_a_stage_is_new_then_begun_then_complete(tmp_path: Path):
     assert stage(tmp_path, "resume").progress == "complete"
     (tmp_path / "policy").rmdir()
     assert stage(tmp_path, "resume").progress == "begun"  # what it made is gone
+
+
+def test_only_a_stage_that_can_become_longer_keeps_its_traces(tmp_path: Path):
+    for reach, kept in (({"iterations": 4}, True), ({}, False)):
+        record = replace(stage(tmp_path, "resume"), reach=reach)
+        record.begin()
+        (trace,) = record.traces
+        trace.write_text("")
+        record.finish({"iterations": 4})
+        assert trace.exists() == kept
+
+
+def test_how_often_a_stage_is_saved_and_the_budget_of_a_pass_may_change(tmp_path: Path):
+    free = {"checkpoint_every": 5, "checkpoints_kept": 1, "max_tokens_per_microbatch": 64}
+    stage(tmp_path, "new", **dict.fromkeys(free, 9)).begin()
+    assert stage(tmp_path, "resume", **free).progress == "begun"
+    assert stage(tmp_path, "resume").progress == "begun"
 
 
 @pytest.mark.parametrize(("complete", "said"), [(False, "goes on with it"), (True, "leaves it as it is")])

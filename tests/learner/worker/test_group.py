@@ -336,7 +336,8 @@ def test_two_steps_then_two_from_the_saved_state_are_four(one_and_two, folders, 
     for name, group in one_and_two.items():
         ends = []
         for resumed in (False, True):
-            call(group.load("policy", "policy", folders / "policy", network, optimizer, 0.5))
+            settings = {"ema_decay": 0.5, "residual_dropout": 0.1}
+            call(group.load("policy", "policy", folders / "policy", network, optimizer, **settings))
             if resumed:
                 call(group.load_state(tmp_path / name, 2))
             for step in range(2 if resumed else 0, 4):
