@@ -1,6 +1,7 @@
 """The reward server: POST /score, GET /health, /metrics, /openapi.json and the page /docs over one source."""
 
 import asyncio
+import contextlib
 import copy
 import hmac
 import logging
@@ -8,21 +9,26 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import ValidationError
 from swagger_ui_bundle import swagger_ui_path
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from reward_server.address import is_loopback
 from reward_server.batching import Batching, Busy, Contradiction
+from reward_server.bodies import Bodies, TooLarge, TooSlow
 from reward_server.config import Limits
 from reward_server.meters import CONTENT_TYPE, Meters
+from reward_server.redaction import shown
 from reward_server.schema import ScoreBatch, ScoreBatchReply
 from reward_server.sources import Source
 
@@ -34,21 +40,30 @@ _BODY = {
         "content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model="ScoreBatch")}}},
     }
 }
+_CUT = 499  # nobody hears it: what nginx writes down when a client hangs up
 _REASONS = {
     401: "token",
     408: "slow",
     409: "contradiction",
     413: "too large",
     415: "not JSON",
+    421: "host",
     422: "malformed",
+    _CUT: "cut off",
     503: "busy",
 }
+_STATUS: dict[type[Exception], int] = {TooSlow: 408, Contradiction: 409, TooLarge: 413, Busy: 503}
+_AGAIN = {"Retry-After": "1"}
+_NO_TOKEN: dict[int | str, dict[str, Any]] = {401: {"description": "the bearer token is missing or wrong"}}
+_NO_HOST: dict[int | str, dict[str, Any]] = {421: {"description": "asked for under a name that is not the loopback's"}}
 _NO_SCORES: dict[int | str, dict[str, Any]] = {
+    408: {"description": "the body came too slowly"},
     409: {"description": "a request id was used before with another content"},
     413: {"description": "too many requests, or bytes"},
+    415: {"description": "not application/json"},
     422: {"description": "malformed, or a response that cannot be scored"},
     500: {"description": "the source failed, and why"},
-    503: {"description": "too many posts are waiting; Retry-After says when to ask again"},
+    503: {"description": "too many posts or bytes are waiting; Retry-After says when to ask again"},
 }
 _PAGE_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 
@@ -56,12 +71,14 @@ _PAGE_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 def create_app(source: Source, token: str | None = None, limits: Limits | None = None) -> FastAPI:
     """Make the app; with a `token` every request but for /docs must carry it as "Authorization: Bearer TOKEN".
 
-    Answers 401 for a wrong token, 409 for an id that was used for another content, 413 and 422 for what is too large or
-    malformed, 500 with the reason when the source fails, 503 when too much is waiting. It never makes a score up.
+    Without one it answers only under the loopback's names, so that no web page can reach it under a name of its own.
+    Answers 401 for a wrong token, 421 for a wrong name, 409 for an id that was used for another content, 408, 413 and
+    422 for what is too slow, too large or malformed, 500 with the reason when the source fails, 503 when too much is
+    waiting. It never makes a score up.
     """
     limits = limits or Limits()
     meters = Meters()
-    scoring = Batching(source, limits, meters.turn)
+    scoring, bodies = Batching(source, limits, meters.turn), Bodies(limits)
     meters.watch(scoring)
     app = FastAPI(
         title="Rayward reward server",
@@ -71,9 +88,15 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
         openapi_url=None,
     )
     app.openapi_version = "3.0.3"  # the newest that the page's Swagger UI reads
-    closed = APIRouter(dependencies=[] if token is None else [Depends(_bearing(token))])
+    allowed, refused = (_at_loopback, _NO_HOST) if token is None else (_bearing(token), _NO_TOKEN)
+    closed = APIRouter(dependencies=[Depends(allowed)], responses=refused)
 
     app.state.scoring = scoring
+
+    @app.exception_handler(HTTPException)
+    async def told(request: Request, error: HTTPException) -> Response:
+        error.detail = shown(error.detail)
+        return await http_exception_handler(request, error)
 
     @app.middleware("http")
     async def observed(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -87,18 +110,21 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
     @closed.post("/score", response_model=ScoreBatchReply, openapi_extra=_BODY, responses=_NO_SCORES)
     async def score(request: Request) -> Response:
         """One finite score for each response, in order. A request id that was scored before is not scored again."""
-        batch = _batch(await _body(request, limits), limits)
         try:
-            replies = await scoring.score(batch.requests)
-        except Contradiction as error:
-            raise HTTPException(409, str(error)) from error
-        except Busy as error:
-            raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
+            async with bodies.read(_pieces(request)) as body:
+                batch = await asyncio.to_thread(_batch, body)
+                replies = await scoring.score(batch.requests)
+        except HTTPException:
+            raise
+        except tuple(_STATUS) as error:
+            raise HTTPException(
+                _STATUS[type(error)], str(error), _AGAIN if isinstance(error, Busy) else None
+            ) from error
         except Exception as error:
             refused = isinstance(error, ValueError) and not isinstance(error, ValidationError)
             request.state.refused = "cannot be scored" if refused else "source failed"
             if not refused:
-                _log.exception("scoring %d requests failed", len(batch.requests))
+                _log.exception("scoring a post failed")
             raise HTTPException(422 if refused else 500, f"{type(error).__name__}: {error}") from error
         return Response(ScoreBatchReply(replies=replies).model_dump_json(), media_type="application/json")
 
@@ -139,6 +165,15 @@ def _bearing(token: str) -> Callable[..., None]:
     return authorised
 
 
+def _at_loopback(request: Request) -> None:
+    """Answers 421 to a name that is not the loopback's, with which a web page would reach what it must not."""
+    name = ""
+    with contextlib.suppress(ValueError):
+        name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    if not is_loopback(name):
+        raise HTTPException(421, f"without a token this server answers only as 127.0.0.1 or localhost, not {name!r}")
+
+
 def _page(app: FastAPI) -> APIRouter:
     """The page /docs, which holds no secret and so asks for no token, and takes nothing from elsewhere."""
     page = APIRouter(include_in_schema=False)
@@ -172,34 +207,68 @@ def _schema(app: FastAPI) -> dict[str, Any]:
     return schema
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
+async def _pieces(request: Request) -> AsyncIterator[bytes]:
+    """The body of a post as it arrives."""
     # A web page can make a browser post text to a loopback port, but not JSON without asking first.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "the body must be application/json")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.read_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limits.max_body_bytes:
-                    raise HTTPException(413, f"the body has more than {limits.max_body_bytes} bytes; split it")
-    except TimeoutError as error:
-        raise HTTPException(408, f"the body took longer than {limits.read_s:g} s") from error
-    return bytes(body)
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            client = request.client.host if request.client else "a client"
+            _log.warning("%s hung up before its post was whole: nothing of it is scored", client)
+            raise HTTPException(_CUT, "the post was cut off")
+        yield message["body"]
+        more = message["more_body"]
 
 
-def _batch(body: bytes, limits: Limits) -> ScoreBatch:
+def _batch(body: bytearray) -> ScoreBatch:
     try:
-        batch = ScoreBatch.model_validate_json(body)
+        return ScoreBatch.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "body"
-        raise HTTPException(422, f"{place}: {first['msg']}") from error
-    if len(batch.requests) > limits.max_requests:
-        raise HTTPException(
-            413, f"{len(batch.requests)} requests in one post are more than {limits.max_requests}; send fewer"
-        )
-    return batch
+        raise HTTPException(422, f"{place:.200}: {first['msg']}") from error
+
+
+def _bounded(limits: Limits) -> type[H11Protocol]:
+    """HTTP on so many connections at most, each of which has to begin a request in time.
+
+    One too many costs the oldest connection without a request.
+    """
+    idle: dict[H11Protocol, asyncio.TimerHandle] = {}
+
+    class Bounded(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            super().connection_made(transport)
+            self._look()
+            if len(self.connections) > limits.max_connections:
+                oldest = next(iter(idle))
+                idle.pop(oldest).cancel()
+                oldest.transport.abort()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._look()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._look()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self in idle:
+                idle.pop(self).cancel()
+
+        def _look(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                if self in idle:
+                    idle.pop(self).cancel()
+            elif self not in idle and not self.transport.is_closing():
+                idle[self] = self.loop.call_later(limits.header_s, self.transport.abort)
+
+    return Bounded
 
 
 class ScoreServer:
@@ -255,6 +324,8 @@ def serve(
         ) from error
     config = uvicorn.Config(
         create_app(source, token, limits),
+        http=_bounded(limits or Limits()),
+        log_config=None,
         log_level="warning",
         access_log=False,
         lifespan="off",

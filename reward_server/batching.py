@@ -99,7 +99,7 @@ class Batching:
 
         Raises Contradiction, Busy, and what the source raises.
         """
-        digests = [hashlib.sha256(request.model_dump_json().encode()).digest() for request in requests]
+        digests = await asyncio.to_thread(_digests, requests)
         for request, digest in zip(requests, digests, strict=True):
             if request.id in self._known and self._known[request.id][0] != digest:
                 raise Contradiction(
@@ -196,6 +196,10 @@ class Batching:
         if [reply.id for reply in replies] != [request.id for request in requests]:
             raise RuntimeError(f"the source gave {len(replies)} replies, but not the {len(requests)} asked for")
         return replies
+
+
+def _digests(requests: Sequence[ScoreRequest]) -> list[bytes]:
+    return [hashlib.sha256(request.model_dump_json().encode()).digest() for request in requests]
 
 
 def _share(posts: Sequence[_Post], max_tokens: int, max_responses: int) -> list[tuple[_Post, int, int]]:

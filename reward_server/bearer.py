@@ -26,6 +26,13 @@ def bearer_token() -> str | None:
     return _checked(_read(Path(name)), f"the file {name} of {FILE_VARIABLE}")
 
 
+def token_of(variable: str) -> str:
+    """The token of another service, in an environment variable. Raises ValueError without one."""
+    if (token := os.environ.get(variable)) is None:
+        raise ValueError(f"{variable}, which scoring.parts names as the token of a url, is not set; export it")
+    return _checked(token, variable)
+
+
 def _read(path: Path) -> str:
     try:
         with path.open(encoding="utf-8") as file:

@@ -6,6 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from reward_server.bearer import TOKEN_VARIABLE
+from reward_server.redaction import SECRET_NAME
+
 
 @dataclass(frozen=True)
 class NameOrPath:
@@ -53,6 +56,9 @@ class PartConfig(Section):
     target: Annotated[str | None, NameOrPath("model")] = None
     """The folder, module:function, URL or pattern. Without one, a model is the run's own reward model. `length` counts
     words; `regex` is 1 where the pattern is found and 0 elsewhere."""
+    token_variable: str | None = None
+    """Environment variable, where the service runs, with the bearer token of a url. RAYWARD_REWARD_TOKEN is this
+    service's own, and goes nowhere else."""
     weight: FiniteFloat = 1.0
     """Factor of its score in the sum."""
     gate: GateConfig | None = None
@@ -64,6 +70,14 @@ class PartConfig(Section):
             raise ValueError(f"the reward source {self.name!r} is a {self.kind} without a target; set target")
         if self.kind == "length" and self.target:
             raise ValueError(f"the reward source {self.name!r} counts words and takes no target; remove it")
+        variable = self.token_variable
+        if variable is not None and (
+            self.kind != "url" or variable == TOKEN_VARIABLE or not SECRET_NAME.search(variable.upper())
+        ):
+            raise ValueError(
+                f"the reward source {self.name!r} cannot have token_variable = {variable!r}: only a url has one, it is "
+                f"not {TOKEN_VARIABLE}, and it ends in TOKEN, so that its value is never shown"
+            )
         if self.kind == "regex":
             try:
                 re.compile(self.target or "")
@@ -122,6 +136,10 @@ class Limits(Section):
 
     max_body_bytes: int = Field(default=32 * 2**20, ge=1)
     """Largest body of a post."""
+    max_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Most bytes of all posts that have no answer yet; one more is turned away with 503."""
+    max_connections: int = Field(default=256, ge=1)
+    """Most connections; one more costs the oldest on which no request is under way."""
     max_requests: int = Field(default=4096, ge=1)
     """Most responses in a post."""
     max_waiting: int = Field(default=64, ge=1)
@@ -130,6 +148,8 @@ class Limits(Section):
     """Most tokens that are scored at once, padding apart, for all who wait; those with the least left come first."""
     max_batch: int = Field(default=1024, ge=1)
     """Most responses that are scored at once, which is the bound where no model reads tokens."""
+    header_s: float = Field(default=10.0, gt=0)
+    """Seconds that a connection has to begin a request and send its headers."""
     read_s: float = Field(default=30.0, gt=0)
     """Seconds that a client has to send its body."""
     health_s: float = Field(default=60.0, gt=0)

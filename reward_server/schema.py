@@ -53,12 +53,13 @@ class ScoreBatch(_Wire):
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> Self:
-        ids = [request.id for request in self.requests]
-        if len(set(ids)) != len(ids):
-            repeated = next(name for name in ids if ids.count(name) > 1)
-            raise ValueError(
-                f"request id {repeated!r} occurs more than once in the batch; give each response its own id"
-            )
+        seen = set[str]()
+        for request in self.requests:
+            if request.id in seen:
+                raise ValueError(
+                    f"request id {request.id!r} occurs more than once in the batch; give each response its own id"
+                )
+            seen.add(request.id)
         return self
 
 

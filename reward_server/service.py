@@ -30,10 +30,9 @@ class RewardService:
         fails is told at once, not by a client that tries again for minutes.
         """
         torch.set_num_threads(self.threads)
-        own = bearer_token()
-        source = build_source(self.config, self.model_path, own)
+        source = build_source(self.config, self.model_path)
         source.score([PROBE])
-        self._server = serve(source, host=own_address(loopback), token=token or own)
+        self._server = serve(source, host=own_address(loopback), token=token or bearer_token())
         return self._server.url
 
     def stats(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from reward_server.bearer import token_of
 from reward_server.client import RewardClient
 from reward_server.config import PartConfig, SourceConfig
 from reward_server.functions import call_function, load_function
@@ -122,24 +123,24 @@ class MixSource(Source):
         return [sum(counts) for counts in zip(*(source.tokens(requests) for _, source in self.sources), strict=True)]
 
 
-def build_source(config: SourceConfig, model_path: str | Path | None = None, token: str | None = None) -> Source:
+def build_source(config: SourceConfig, model_path: str | Path | None = None) -> Source:
     """Make the configured source and load its models and functions, so that a mistake shows at once.
 
-    `model_path` is the run's own reward model, for parts without a target; `token` goes to remote servers.
-    Raises ValueError when a part cannot be loaded, or needs a model and the run has none.
+    `model_path` is the run's own reward model, for parts without a target. Raises ValueError when a part cannot be
+    loaded, or needs a model and the run has none, or a token that is not set.
     """
-    sources = [(part, _part_source(part, config, model_path, token)) for part in config.parts]
+    sources = [(part, _part_source(part, config, model_path)) for part in config.parts]
     for _, source in sources:
         source.load()
     (first, source), *others = sources
     return source if first.weight == 1 and not others else MixSource(sources)
 
 
-def _part_source(part: PartConfig, config: SourceConfig, model_path: str | Path | None, token: str | None) -> Source:
+def _part_source(part: PartConfig, config: SourceConfig, model_path: str | Path | None) -> Source:
     """A new kind of source is a class above, a case here, and a word in PartConfig.kind."""
     match part.kind, part.target:
         case "url", str(url):
-            return RemoteSource(url, token)
+            return RemoteSource(url, part.token_variable and token_of(part.token_variable))
         case "function", str(name):
             return FunctionSource(name)
         case (("length" | "regex"), pattern):

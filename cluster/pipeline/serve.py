@@ -79,8 +79,7 @@ def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | Non
     def app() -> Any:
         """Runs in each copy: the token is that machine's, and travels nowhere."""
         torch.set_num_threads(config.threads)
-        token = bearer_token()
-        return create_app(build_source(source, reward_model, token), token, config.limits)
+        return create_app(build_source(source, reward_model), bearer_token(), config.limits)
 
     scaling = {
         "min_replicas": config.replicas,
@@ -119,10 +118,8 @@ def _alone(config: ServeConfig, source: SourceConfig, reward_model: Path | None)
     from reward_server.sources import build_source
 
     torch.set_num_threads(config.threads)
-    token = bearer_token()
-    server = serve(
-        build_source(source, reward_model, token), config.host, config.port, token=token, limits=config.limits
-    )
+    built = build_source(source, reward_model)
+    server = serve(built, config.host, config.port, token=bearer_token(), limits=config.limits)
     try:
         yield server.url
     finally:

@@ -19,7 +19,7 @@ from cluster.plan.counts import indivisible_batch
 from cluster.plan.memory import Bytes, generator_memory, network_memory, total, width
 from cluster.rundir.inputs import KINDS, Model, check_base, check_data, data_file, model_folder
 from cluster.runtime.resources import GIB, machine_gpus, machine_memory, plan_run
-from reward_server.bearer import bearer_token
+from reward_server.bearer import bearer_token, token_of
 from reward_server.functions import load_function
 
 
@@ -98,6 +98,8 @@ def _unloadable(config: Config, sections: Sequence[str]) -> Iterator[str]:
     if "scoring" in sections:
         functions = {part.target: "scoring.parts" for part in config.scoring.parts if part.kind == "function"}
         yield from _told(bearer_token)
+        for part in config.scoring.parts:
+            yield from _told(token_of, part.token_variable) if part.token_variable else ()
     if "labeler" in sections and not config.labeler.name.startswith("simulated:"):
         functions[config.labeler.name] = "labeler.name"
     for name, key in functions.items():

@@ -1,12 +1,14 @@
 import asyncio
 import json
 import os
+import random
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import httpx
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from reward_server.app import Limits, ScoreServer, create_app, serve
+from reward_server.bodies import Bodies
 from reward_server.schema import ScoreBatch, ScoreReply, ScoreRequest
 from reward_server.scorer import InputTooLong
 from reward_server.sources import Source
@@ -193,6 +196,7 @@ def test_the_openapi_page_describes_the_body_and_the_reply(server: ScoreServer) 
     shapes = schema["components"]["schemas"]
     assert shapes["ScoreBatch"]["properties"]["requests"]["items"] == {"$ref": "#/components/schemas/ScoreRequest"}
     assert set(shapes["ScoreRequest"]["required"]) == {"id", "prompt", "response", "ended"}
+    assert set(route["responses"]) == {"200", "408", "409", "413", "415", "421", "422", "500", "503"}
 
 
 def test_the_page_of_the_api_needs_no_token_nor_anything_from_elsewhere(source: CountingSource) -> None:
@@ -218,6 +222,7 @@ def test_the_description_names_the_bearer_token_where_one_is_needed(source: Coun
     """Else the page would have no "Authorize"."""
     with serving(source, token="sesame-open") as server:
         schema = httpx.get(f"{server.url}/openapi.json", headers={"authorization": "Bearer sesame-open"}).json()
+    assert all("401" in route["responses"] for path in schema["paths"].values() for route in path.values())
     (scheme,) = schema["components"]["securitySchemes"].values()
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
     assert all(
@@ -246,7 +251,7 @@ def test_limits_on_requests_and_bytes(source: CountingSource) -> None:
     with serving(source, limits=Limits(max_requests=2, max_body_bytes=5_000)) as server:
         answer = post(server, wire("a"), wire("b"), wire("c"))
         assert answer.status_code == 413
-        assert "3 requests in one post are more than 2" in answer.json()["detail"]
+        assert "more than 2 requests in one post" in answer.json()["detail"]
         answer = post(server, wire("a", "x" * 6_000))
         assert answer.status_code == 413
         assert "more than 5000 bytes" in answer.json()["detail"]
@@ -258,6 +263,156 @@ def test_limits_on_requests_and_bytes(source: CountingSource) -> None:
         headers = {"content-type": "application/json"}
         assert httpx.post(f"{server.url}/score", content=chunks(), headers=headers).status_code == 413
     assert source.seen == []
+
+
+def silent(server: ScoreServer, sent: bytes = b"") -> socket.socket:
+    """A connection on which no more is said."""
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    connection.sendall(sent)
+    connection.setblocking(False)
+    return connection
+
+
+def is_open(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
+def until(said: Callable[[], object], within_s: float = 10) -> None:
+    end = time.monotonic() + within_s
+    while not said():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_silent_connections_are_closed_and_shut_nobody_out(source: CountingSource) -> None:
+    with serving(source, limits=Limits(max_connections=20, header_s=1.5)) as server:
+        connections = [silent(server) for _ in range(80)]
+        assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+        until(lambda: sum(map(is_open, connections)) <= 20)
+        until(lambda: not any(map(is_open, connections)))
+
+
+def test_headers_have_a_deadline_however_they_trickle(source: CountingSource) -> None:
+    with serving(source, limits=Limits(header_s=0.5)) as server:
+        connection = silent(server, b"POST /score HTTP/1.1\r\nHost: localhost\r\nX: ")
+        end = time.monotonic() + 10
+        while is_open(connection):
+            assert time.monotonic() < end
+            with suppress(ConnectionError):
+                connection.send(b"x")
+            time.sleep(0.1)
+
+
+def head(length: int) -> bytes:
+    lines = ("POST /score HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {length}")
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
+
+
+def test_a_body_has_a_deadline_too(source: CountingSource) -> None:
+    with serving(source, limits=Limits(read_s=0.3)) as server:
+        connection = silent(server, head(100) + b"{")
+        connection.settimeout(10)
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 Request Timeout")
+
+
+def test_a_post_that_is_cut_off_is_one_line_in_the_log(
+    server: ScoreServer, source: CountingSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent(server, head(100) + b"{" * 7).close()
+    until(lambda: 'reason="cut off"' in httpx.get(f"{server.url}/metrics").text)
+    (line,) = caplog.messages
+    assert line == "127.0.0.1 hung up before its post was whole: nothing of it is scored"
+    assert source.seen == []
+
+
+def test_the_bytes_of_all_posts_under_way_are_bounded(source: CountingSource) -> None:
+    with serving(source, limits=Limits(max_bytes=5_000)) as server:
+        source.gate.clear()
+        waiting = threading.Thread(target=post, args=(server, wire("a", "x" * 3_000)))
+        waiting.start()
+        until(lambda: source.seen)
+        answer = post(server, wire("b", "x" * 3_000))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert "hold more than 5000 bytes" in answer.json()["detail"]
+        source.gate.set()
+        waiting.join(10)
+        assert post(server, wire("b", "x" * 3_000)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"requests": [' + b",".join([b"{}"] * 3) + b"]}",
+        b'{"requests": [{"id": "a", "prompt": [' + b"0," * 1_000,
+        b"[" * 1_000,
+    ],
+)
+def test_requests_are_counted_before_they_are_parsed(server: ScoreServer, source: CountingSource, body: bytes) -> None:
+    with serving(source, limits=Limits(max_requests=2)) as server:
+        answer = httpx.post(f"{server.url}/score", content=body, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()) == (413, {"detail": "more than 2 requests in one post; send fewer"})
+
+
+@given(st.lists(st.text('\\"{}[],a\u00fc\n', max_size=12), min_size=1, max_size=6), st.integers())
+def test_whatever_the_texts_the_requests_are_counted_right(texts: list[str], seed: int) -> None:
+    body = json.dumps({"requests": [wire(text, text) for text in texts]}).encode()
+    cuts = sorted(random.Random(seed).choices(range(len(body)), k=4))
+
+    async def read(most: int) -> bytes:
+        async def pieces() -> AsyncIterator[bytes]:
+            for start, end in pairwise([0, *cuts, len(body)]):
+                yield body[start:end]
+
+        async with Bodies(Limits(max_requests=most)).read(pieces()) as whole:
+            return bytes(whole)
+
+    assert asyncio.run(read(len(texts))) == body
+    if len(texts) > 1:
+        with pytest.raises(ValueError, match="more than"):
+            asyncio.run(read(len(texts) - 1))
+
+
+def test_a_post_that_has_an_id_twice_holds_nobody_up(source: CountingSource) -> None:
+    requests = [wire(str(number)) for number in range(30_000)]
+    answers: list[httpx.Response] = []
+    with serving(source, limits=Limits(max_requests=40_000)) as server:
+        posting = threading.Thread(target=lambda: answers.append(post(server, *requests, requests[-1])))
+        posting.start()
+        slowest = 0.0
+        while posting.is_alive():
+            started = time.monotonic()
+            assert httpx.get(f"{server.url}/health", timeout=20).status_code == 200
+            slowest = max(slowest, time.monotonic() - started)
+    assert answers[0].status_code == 422
+    assert "request id '29999' occurs more than once" in answers[0].json()["detail"]
+    assert slowest < 3
+
+
+def test_without_a_token_only_the_names_of_the_loopback_are_answered(source: CountingSource) -> None:
+    with serving(source) as server:
+        for name, status in {"localhost:1": 200, "[::1]": 200, "127.0.0.1": 200, "a_b.example": 421, "": 421}.items():
+            assert httpx.get(f"{server.url}/health", headers={"host": name}).status_code == status, name
+        answer = httpx.post(f"{server.url}/score", json={"requests": [wire("a")]}, headers={"host": "rebound.example"})
+        assert answer.status_code == 421
+        assert "answers only as 127.0.0.1 or localhost, not 'rebound.example'" in answer.json()["detail"]
+    with serving(source, token="sesame-open") as server:
+        headers = {"host": "scores.example", "authorization": "Bearer sesame-open"}
+        assert httpx.get(f"{server.url}/health", headers=headers).status_code == 200
+
+
+def test_no_answer_holds_a_secret_or_what_a_terminal_obeys(
+    source: CountingSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789abcdef")
+    monkeypatch.setattr(source, "score", lambda requests: {}["canary-0123456789abcdef\x1b[2J"])
+    with serving(source) as server:
+        for answer in (post(server, wire("a")), httpx.get(f"{server.url}/health")):
+            assert answer.json()["detail"].endswith("KeyError: '[HF_TOKEN]\\x1b[2J'")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +494,7 @@ def test_a_taken_port_is_an_error_and_a_closed_server_is_gone(source: CountingSo
 def test_a_cancelled_post_does_not_undo_its_work(source: CountingSource) -> None:
     async def cancel_then_ask_again() -> httpx.Response:
         transport = httpx.ASGITransport(create_app(source))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             body = {"requests": [wire("a")]}
             source.gate.clear()
             first = asyncio.create_task(client.post("/score", json=body))
@@ -380,7 +535,7 @@ def test_any_body_is_a_right_batch_or_refused_with_a_reason(body: bytes) -> None
 
     async def post() -> httpx.Response:
         app = httpx.ASGITransport(create_app(source))
-        async with httpx.AsyncClient(transport=app, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=app, base_url="http://localhost") as client:
             return await client.post("/score", content=body, headers={"content-type": "application/json"})
 
     reply = asyncio.run(post())

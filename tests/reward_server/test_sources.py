@@ -1,3 +1,5 @@
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from reward_server.app import serve
+from reward_server.client import RewardRefused
 from reward_server.config import GateConfig, PartConfig, SourceConfig
 from reward_server.functions import UserFunctionError
 from reward_server.schema import Message, ScoreReply, ScoreRequest
@@ -158,3 +161,35 @@ def test_a_mistake_in_the_configuration_is_found_when_it_is_read_or_built() -> N
     bad = SourceConfig(parts=(PartConfig(name="x", kind="function", target="example_rewards:none"),))
     with pytest.raises(ValueError, match="has no function 'none'"):
         build_source(bad)
+
+
+def test_a_url_is_sent_the_token_that_is_meant_for_it_and_never_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str | None] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent.append(self.headers.get("Authorization"))
+            self.send_error(401)
+
+    monkeypatch.setenv("RAYWARD_REWARD_TOKEN", "our-own-secret")
+    server = HTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    far: dict[str, Any] = {"name": "far", "kind": "url", "target": f"http://127.0.0.1:{server.server_port}"}
+    try:
+        for variable in (None, "FAR_TOKEN"):
+            part = PartConfig(**far, token_variable=variable)
+            if variable:
+                with pytest.raises(ValueError, match=r"FAR_TOKEN, which scoring\.parts"):
+                    build_source(SourceConfig(parts=(part,)))
+                monkeypatch.setenv(variable, "their-secret")
+            with pytest.raises(RewardRefused, match="HTTP 401"):
+                build_source(SourceConfig(parts=(part,))).score(REQUESTS)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert sent == [None, "Bearer their-secret"]
+    for wrong in ({**far, "token_variable": "RAYWARD_REWARD_TOKEN"}, {**far, "token_variable": "PATH"}):
+        with pytest.raises(ValidationError, match="cannot have token_variable"):
+            PartConfig(**wrong)
+    with pytest.raises(ValidationError, match="only a url has one"):
+        PartConfig(token_variable="FAR_TOKEN")

@@ -231,3 +231,10 @@ def test_a_warning_is_shown_and_the_command_runs(
     monkeypatch.setattr("cluster.pipeline.stage.execute", lambda stage, begin: None)
     assert cli.main(["ppo", "--run", str(run), "--generator.dtype", "float32"]) == 0
     assert "warning: generator.dtype = float32 and ppo.network.dtype = bfloat16 differ" in capfd.readouterr().out
+
+
+def test_a_token_of_a_url_that_is_not_there_is_told_before_anything_starts(run: Path, monkeypatch: pytest.MonkeyPatch):
+    url = '[{name = "far", kind = "url", target = "http://127.0.0.1:1", token_variable = "FAR_TOKEN"}]'
+    assert "FAR_TOKEN, which scoring.parts names" in problem(run, scoring__parts=url)
+    monkeypatch.setenv("FAR_TOKEN", "secret")
+    assert not found(run, scoring__parts=url).problems
