@@ -85,7 +85,7 @@ def plan(config: Config, run: Path, json: bool) -> int:
 
 @_command(
     "prepare",
-    "Looks at versions, GPUs, disks, memory, threads, load, ports, W&B, the model hub, permissions, and with "
+    "Looks at versions, GPUs, disks, memory, open files, ports, W&B, the model hub, permissions, and with "
     "cluster.address at Ray's. A line for each: ok, warn or fail. Writes nothing. Exit code 1 on a failure.",
     "rayward doctor --cluster.address auto",
     sections=("models", "cluster", "serve", "tracking"),

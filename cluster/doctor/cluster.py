@@ -2,7 +2,6 @@
 
 import importlib
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from cluster.runtime.placement import cluster_nodes
 from cluster.runtime.session import start_ray
 
 _DEADLINE_S = 30.0
-_CLOCK_S = 5.0
 _LOCAL_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs")
 
 
@@ -37,7 +35,6 @@ def cluster(address: str, folder: Path) -> list[Finding]:
 def _head(address: str, dashboard: str | None) -> Iterator[Finding]:
     nodes = "; ".join(f"{node.name} {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in cluster_nodes())
     yield Finding("cluster", f"{address}: {nodes}")
-    yield Finding("Ray there", ray.__version__)
     asks = asks_for_token(dashboard)
     remedy = "ray get-auth-token --generate; RAY_AUTH_MODE=token wherever Ray starts"
     says = "on" if asks else "off: whoever reaches the cluster can run anything on it"
@@ -59,7 +56,6 @@ def machines(folder: Path) -> Iterator[Finding]:
         import os
         import platform
         import socket
-        import time
 
         resolved = "127.0.0.1"
         with contextlib.suppress(OSError):
@@ -70,7 +66,6 @@ def machines(folder: Path) -> Iterator[Finding]:
             "code": importlib.util.find_spec("cluster.runtime") is not None,
             "run_dir": os.path.exists(folder),
             "loopback": resolved.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ,
-            "clock": time.time(),
         }
 
     task: Any = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": {"PYTHONPATH": python_path()}})(look)
@@ -89,9 +84,7 @@ def machines(folder: Path) -> Iterator[Finding]:
             says = f"no answer within {_DEADLINE_S:g} s" if late else str(error).strip().splitlines()[-1]
             yield Finding(f"at {name}", says, "see its raylet's logs: `ray logs` on the head", "fail")
         else:
-            # How far its clock is off, as far as the time that the call took does not explain it.
-            ahead = min(there["clock"] - here["clock"], 0.0) or max(there["clock"] - time.time(), 0.0)
-            wrong = list(differences(f"at {name}", here, there, ahead, alone=len(asked) == 1))
+            wrong = list(differences(f"at {name}", here, there, alone=len(asked) == 1))
             yield from wrong or [Finding(f"at {name}", f"python {there['python']}, the same packages, and the code")]
     mounted = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
     kind = next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "unknown")
@@ -101,9 +94,7 @@ def machines(folder: Path) -> Iterator[Finding]:
         yield Finding("run directory", says, remedy, "warn")
 
 
-def differences(
-    what: str, here: dict[str, Any], there: dict[str, Any], ahead_s: float, alone: bool
-) -> Iterator[Finding]:
+def differences(what: str, here: dict[str, Any], there: dict[str, Any], alone: bool) -> Iterator[Finding]:
     """What is wrong with another machine by what was looked up here and there; `alone`: it is the only one."""
     mine, other = versions(here["versions"]), versions(there["versions"])
     wrong = [f"{name} {other[name]} ({mine[name]} here)" for name in PACKAGES if other[name] != mine[name]]
@@ -121,6 +112,3 @@ def differences(
     if there["loopback"] and not alone:
         remedy = "export GLOO_SOCKET_IFNAME=eth0, or its name there, before `ray start`"
         yield Finding(what, "its host name is the loopback's, where gloo would listen", remedy, "warn")
-    if abs(ahead_s) > _CLOCK_S:
-        remedy = "chronyc makestep, or another time service"
-        yield Finding(what, f"its clock is {ahead_s:+.0f} s from this one's", remedy, "warn")

@@ -1,7 +1,6 @@
-"""Checks of this machine: versions, GPUs, disks, memory, limits, cores."""
+"""Checks of this machine: versions, GPUs, disks, memory, open files."""
 
 import importlib.metadata
-import os
 import platform
 import re
 import resource
@@ -14,10 +13,9 @@ import psutil
 
 from cluster.doctor.finding import Finding, judge
 from cluster.rundir.environment import gpu_lines
-from cluster.runtime.resources import GIB, machine_cores, machine_gpus, machine_memory
+from cluster.runtime.resources import GIB, machine_gpus, machine_memory
 
 PACKAGES = ("torch", "vllm", "deepspeed", "ray", "transformers", "wandb")
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -91,29 +89,9 @@ def memory() -> Finding:
     return judge("memory", says, remedy, fail=free < 2 * GIB, warn=free < total / 2)
 
 
-def limits() -> Iterator[Finding]:
-    """Open files and processes that the shell allows; Ray advises 65,536 files for the head of a cluster."""
-    for name, kind, fewest, enough, says, remedy in (
-        ("open files", resource.RLIMIT_NOFILE, 4096, 65_536, "this shell allows {:,}", "ulimit -n 65536"),
-        ("processes", resource.RLIMIT_NPROC, 0, 8192, "this user may have {:,}, threads included", "ulimit -u 8192"),
-    ):
-        soft, _ = resource.getrlimit(kind)
-        soft = 2**31 if soft == resource.RLIM_INFINITY else soft
-        remedy += " (the hard limit is in /etc/security/limits.conf)"
-        yield judge(name, says.format(soft), remedy, fail=soft < fewest, warn=soft < enough)
-
-
-def threads() -> Finding:
-    """Variables that would have more threads than cores."""
-    cores, values = machine_cores(), {name: os.environ.get(name, "") for name in _THREADS}
-    many = [f"{name}={value}" for name, value in values.items() if value.isdigit() and int(value) > cores]
-    says = f"{', '.join(many)} on {cores} cores" if many else f"{cores} cores, which a run shares out"
-    remedy = "unset them: each process of a run is given its own number, and more threads than cores run slower"
-    return judge("threads", says, remedy, warn=bool(many))
-
-
-def load() -> Finding:
-    """What else computes here."""
-    found, remedy = os.getloadavg()[0], "something else computes here, and a run's processes will wait for it (see top)"
-    says = f"{found:.2f} processes wanted a core in the last minute"
-    return judge("load", says, remedy, warn=found > 0.25 * machine_cores())
+def files() -> Finding:
+    """Open files that the shell allows; Ray advises 65,536 for the head of a cluster."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = 2**31 if soft == resource.RLIM_INFINITY else soft
+    remedy = "ulimit -n 65536 (the hard limit is in /etc/security/limits.conf)"
+    return judge("open files", f"this shell allows {soft:,}", remedy, fail=soft < 4096, warn=soft < 65_536)

@@ -16,7 +16,6 @@ from cluster.doctor.finding import Finding, judge
 from reward_server.redaction import secret_files
 
 _DASHBOARD = 8265
-_RAY_PORTS = {6379: "Ray's control service", _DASHBOARD: "Ray's dashboard and jobs", 10001: "Ray Client"}
 _HUB_S = 3.0
 
 
@@ -90,32 +89,25 @@ def secrets() -> Iterator[Finding]:
 
 
 def ports(config: Config) -> Iterator[Finding]:
-    """Who listens on the ports of the settings, and on Ray's own where somebody does."""
-    wanted = {config.serve.port: "serve.port", config.tracking.prometheus_port: "tracking.prometheus_port"}
-    wanted.pop(0, None)
+    """Who listens on the ports of the settings, and whether Ray's dashboard is open to other machines."""
     listening: dict[int, list[Any]] = {}
     with contextlib.suppress(psutil.AccessDenied):
         connections: Any = psutil.net_connections("tcp")
         for one in connections:
             if one.status == psutil.CONN_LISTEN:
                 listening.setdefault(one.laddr.port, []).append(one)
-    for number, use in (wanted | _RAY_PORTS | wanted).items():
-        what = f"port {number}"
-        if number not in listening:
-            if number in wanted:
-                yield Finding(what, f"{use}: free")
-            continue
-        there = listening[number]
-        taken = f"{use}: {_process(there[0].pid)} listens there"
-        everywhere = any(not one.laddr.ip.startswith(("127.", "::1")) for one in there)
-        if number in wanted:
-            yield Finding(what, taken, f"--{use} with another number, or end that process", "warn")
-        elif number == _DASHBOARD and everywhere and not asks_for_token(f"127.0.0.1:{_DASHBOARD}"):
-            says = f"{taken} for other machines too, and asks for no token: whoever reaches it can run anything"
-            remedy = "RAY_AUTH_MODE=token wherever Ray starts, and ray start --dashboard-host 127.0.0.1"
-            yield Finding(what, says, remedy, "fail")
-        else:
-            yield Finding(what, f"{taken}, for {'other machines too' if everywhere else 'this machine alone'}")
+    wanted = {config.serve.port: "serve.port", config.tracking.prometheus_port: "tracking.prometheus_port"}
+    for number, use in wanted.items():
+        if number:
+            taken = listening.get(number)
+            says = f"{use}: {_process(taken[0].pid)} listens there" if taken else f"{use}: free"
+            yield judge(f"port {number}", says, f"--{use} with another number, or end that process", warn=bool(taken))
+    for one in listening.get(_DASHBOARD, []):
+        if not one.laddr.ip.startswith(("127.", "::1")):
+            says = f"Ray's dashboard: {_process(one.pid)} listens there for other machines too"
+            remedy = "whoever reaches it can run anything: RAY_AUTH_MODE=token wherever Ray starts, and ray start "
+            remedy += "--dashboard-host 127.0.0.1"
+            yield judge(f"port {_DASHBOARD}", says, remedy, fail=not asks_for_token(f"127.0.0.1:{_DASHBOARD}"))
 
 
 def _process(pid: int | None) -> str:

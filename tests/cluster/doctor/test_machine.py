@@ -1,7 +1,6 @@
 """Every condition made up, one at a time, on a machine in order."""
 
 import importlib.metadata
-import os
 import platform
 import resource
 import shutil
@@ -22,13 +21,11 @@ FINE: dict[tuple[Any, str], Any] = {
     (platform, "python_version"): "3.11.9",
     (machine, "gpu_lines"): ["NVIDIA H100, 81559 MiB, 570.1"],
     (machine, "machine_gpus"): 1,
-    (machine, "machine_cores"): 4,
     (machine, "machine_memory"): 24 * GIB,
     (torch.cuda, "device_count"): 1,
     (shutil, "disk_usage"): SimpleNamespace(free=50 * GIB),
     (psutil, "virtual_memory"): SimpleNamespace(available=20 * GIB),
     (resource, "getrlimit"): (65_536, -1),
-    (os, "getloadavg"): (0.1, 0, 0),
 }
 
 
@@ -41,20 +38,18 @@ def disks() -> Iterable[Finding]:
     return machine.disks(Path("/"))
 
 
-CHECKS = (machine.python, machine.packages, machine.gpus, disks, machine.memory, machine.limits, machine.threads)
+CHECKS = (machine.python, machine.packages, machine.gpus, disks, machine.memory, machine.files)
 
 
 @pytest.fixture(autouse=True)
 def fine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_file", lambda path, read=Path.is_file: "cgroup" not in str(path) and read(path))
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
     for (where, name), value in FINE.items():
         monkeypatch.setattr(where, name, lambda *_, value=value: value)
 
 
 def test_a_machine_in_order_has_nothing_to_fix(monkeypatch: pytest.MonkeyPatch):
-    found = [one for check in (*CHECKS, machine.load) for one in checked(check)]
+    found = [one for check in CHECKS for one in checked(check)]
     assert {(one.state, one.remedy) for one in found} == {("ok", "")}
     monkeypatch.setattr(machine, "gpu_lines", list)
     monkeypatch.setattr(machine, "machine_gpus", lambda: 0)
@@ -69,7 +64,8 @@ def test_a_machine_in_order_has_nothing_to_fix(monkeypatch: pytest.MonkeyPatch):
         ((torch.cuda, "device_count"), 0, machine.gpus, "GPUs", "fail", f"torch {torch.__version__} can use 0"),
         ((psutil, "virtual_memory"), SimpleNamespace(available=GIB), machine.memory, "memory", "fail", "1.0 of 24.0"),
         ((psutil, "virtual_memory"), SimpleNamespace(available=9 * GIB), machine.memory, "memory", "warn", "9.0 of"),
-        ((os, "getloadavg"), (3.0, 0, 0), machine.load, "load", "warn", "3.00 processes"),
+        ((resource, "getrlimit"), (1024, -1), machine.files, "open files", "fail", "allows 1,024"),
+        ((resource, "getrlimit"), (20_000, -1), machine.files, "open files", "warn", "allows 20,000"),
     ],
 )
 def test_each_condition_is_found_and_has_a_remedy(
@@ -89,18 +85,6 @@ def test_room_is_judged_by_what_a_disk_is_for(monkeypatch: pytest.MonkeyPatch, f
     assert [one.what for one in found] == ["disk of the run directory", "disk of /tmp", "disk of /dev/shm"]
     assert [one.state for one in found] == states
     assert f"{free / GIB:.1f} GiB free in /dev/shm" in found[2].says
-
-
-@pytest.mark.parametrize(("limit", "states"), [(1024, ["fail", "warn"]), (20_000, ["warn", "ok"]), (-1, ["ok", "ok"])])
-def test_limits_are_those_of_ray_and_vllm(monkeypatch: pytest.MonkeyPatch, limit: int, states: list[str]):
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, -1))
-    assert [one.state for one in machine.limits()] == states
-
-
-def test_more_threads_than_cores_are_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "64")
-    found = machine.threads()
-    assert (found.state, found.says) == ("warn", "OMP_NUM_THREADS=64 on 4 cores")
 
 
 def test_packages_are_compared_with_the_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
