@@ -1,13 +1,11 @@
 """How the status of a run looks in a terminal: a headline, its processes, who waits for whom, its curves and alerts."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
@@ -25,8 +23,6 @@ _STYLES |= {"idle": "dim"}
 _LONG_S = 60.0  # a wait that asks for attention
 _ROOMY = 100  # columns from which a table has wide gaps
 _SHOWN = 3  # waits, alerts and deaths on a screen
-_FEWEST_CURVES = 3
-_FEWEST_PROCESSES = 6  # one of each kind, and two that are not well
 
 
 def render(status: Mapping[str, Any], run: str, width: int) -> RenderableType:
@@ -39,28 +35,20 @@ def render(status: Mapping[str, Any], run: str, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def screen(status: Mapping[str, Any], run: str, width: int, height: int) -> RenderableType:
-    """The same for a screen of so many columns and rows, with the curves of the stage at work and the last alerts."""
-    found, inner = status["processes"], width - 4
-    head = [_headline(status, run), *_bar(status, inner), *_progress(status)]
-    told = {"who waits for whom": _waits(status["waits"][:_SHOWN], cut=True), "alerts": _alerts(status)}
-    told = {title: lines for title, lines in told.items() if lines}
-    left = height - len(head) - 2 - sum(len(lines) + 2 for lines in told.values())
-    deaths = _deaths(found)[:_SHOWN]
-    room = max(_FEWEST_PROCESSES, left - len(deaths) - 3 - (_FEWEST_CURVES + 2 if status["curves"] else 0))
-    rows = found if len(found) <= room else _by_kind(found)[:room]
-    parts = [_panel("", len(head), *head)]
-    if rows:
-        parts.append(_panel("processes", len(rows) + 1 + len(deaths), _processes(rows, inner), *deaths))
-        left -= len(rows) + 3 + len(deaths)
-    parts += [_panel(title, len(lines), *lines) for title, lines in told.items()]
-    if (table := _curves(status, inner, left - 2)).row_count:
-        parts.append(_panel(_stage(status), table.row_count, table))
-    return Group(*parts)
+def screen(status: Mapping[str, Any], run: str, width: int) -> RenderableType:
+    """The same for a live screen, with the curves of the stage at work and the last alerts.
 
-
-def _panel(title: str, rows: int, *lines: RenderableType) -> Panel:
-    return Panel(Group(*lines), title=title or None, title_align="left", border_style="dim", height=rows + 2)
+    The processes are the last, those that are not well before the others: a screen that is too low cuts them.
+    """
+    found = sorted(status["processes"], key=lambda one: one["state"] in _STYLES)
+    blocks = [
+        [_headline(status, run), *_bar(status, width), *_progress(status)],
+        _waits(status["waits"][:_SHOWN], cut=True),
+        _alerts(status),
+        [table] if (table := _curves(status, width)).row_count else [],
+        [*_deaths(found)[:_SHOWN], _processes(found, width)] if found else [],
+    ]
+    return Group(*(line for block in blocks if block for line in (*block, Text())))
 
 
 def _headline(status: Mapping[str, Any], run: str) -> Text:
@@ -161,38 +149,6 @@ def load(one: Mapping[str, Any]) -> str:
     return f"{vitals['doing']} {_short(vitals['doing_s'])}" if vitals.get("doing") else ""
 
 
-def _by_kind(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The processes of a kind as one, with what they take together; those that are not well on their own."""
-    well = [one for one in found if one["state"] in ("idle", "working", "paused") and one["vitals"]]
-    rows: list[Mapping[str, Any]] = []
-    for kind in dict.fromkeys(one["name"].partition("-")[0] for one in well):
-        group = [one for one in well if one["name"].partition("-")[0] == kind]
-        rows.append(group[0] if len(group) == 1 else _together(kind, group))
-    return [*rows, *(one for one in found if one not in well)]
-
-
-def _together(kind: str, group: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    vitals, facts = [one["vitals"] for one in group], Counter[str]()
-    for one in vitals:
-        facts.update(one["facts"])
-    versions = [one["facts"]["version"] for one in vitals if "version" in one["facts"]]
-    gpus = [one["gpu"] for one in vitals if one["gpu"] is not None]
-    state, count = Counter(one["state"] for one in group).most_common(1)[0]
-    return {
-        **max(group, key=lambda one: one["waiting"][0][1] if one["waiting"] else 0.0),
-        "name": f"{kind} x {len(group)}",
-        "state": state if count == len(group) else f"{state} ({count})",
-        "vitals": {
-            **vitals[0],
-            "resident": sum(one["resident"] for one in vitals),
-            "gpu": sum(gpus) if gpus else None,
-            "facts": {**facts, **({"version": min(versions)} if versions else {})},
-        },
-        "cores": sum(one["cores"] or 0.0 for one in group),
-        "rates": {name: sum(one["rates"].get(name, 0.0) for one in group) for name in group[0]["rates"]},
-    }
-
-
 def _line(text: str, style: str = "", cut: bool = True) -> Text:
     return Text(text, style, overflow="ellipsis" if cut else "fold", no_wrap=cut)
 
@@ -212,12 +168,12 @@ def _stage(status: Mapping[str, Any]) -> str:
     return stage if stage in status["curves"] else next(reversed(status["curves"]), "")
 
 
-def _curves(status: Mapping[str, Any], width: int, most: int) -> Table:
+def _curves(status: Mapping[str, Any], width: int) -> Table:
     """The course of the stage at work, a line a metric."""
     table = Table("metric", Column(justify="right"), Column(no_wrap=True), box=None, pad_edge=False, show_header=False)
     table.padding = (0, 2, 0, 0)
     metrics = status["curves"].get(_stage(status), {})
-    names = [*(n for n in _CURVES if n in metrics), *(n for n in metrics if n.endswith("/loss"))][: max(0, most)]
+    names = [*(n for n in _CURVES if n in metrics), *(n for n in metrics if n.endswith("/loss"))]
     room = width - max((len(name) for name in names), default=0) - 12
     for name in names:
         values = list(metrics[name].values())

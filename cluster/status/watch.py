@@ -38,11 +38,11 @@ def top(run: Path, *, as_json: bool) -> int:
                 sys.stdout.write(json.dumps(found) + "\n")
                 sys.stdout.flush()
             else:
-                live.update(screen(found, str(run), console.width, console.height), refresh=True)
+                live.update(screen(found, str(run), console.width), refresh=True)
             if found["state"] not in _GOES_ON:
                 break
             time.sleep(INTERVAL_S / 2)
             found = read(run)
     if live is not None:
-        console.print(screen(found, str(run), console.width, console.height))
+        console.print(screen(found, str(run), console.width))
     return FAILED if found["state"] in _GONE else DONE

@@ -26,7 +26,7 @@ def processes(monitor):
 def shown(run_dir, curves=False):
     console = Console(width=120, record=True, file=io.StringIO())
     found = read(run_dir)
-    console.print(screen(found, "mine", 120, 30) if curves else render(found, "mine", 120))
+    console.print(screen(found, "mine", 120) if curves else render(found, "mine", 120))
     return console.export_text()
 
 
