@@ -281,9 +281,9 @@ class ScoreServer:
         self.url = url
 
     def stats(self) -> dict[str, float]:
-        """Posts that are computed or wait, and responses scored so far; from any thread."""
+        """Posts that are computed or wait, responses scored so far, seconds of the present batch; from any thread."""
         app: Any = self._server.config.app
-        return {"waiting": float(app.state.scoring.waiting), "scored": float(app.state.scoring.scored)}
+        return {name: float(getattr(app.state.scoring, name)) for name in ("waiting", "scored", "computing_s")}
 
     def close(self, deadline_s: float = 10.0) -> None:
         """Stop taking requests, finish those under way; raises TimeoutError when that takes too long."""

@@ -73,6 +73,7 @@ class Batching:
         self._computed = computed
         self.scored = 0
         """Responses scored so far."""
+        self._began: float | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self._known: OrderedDict[str, tuple[bytes, _Post, int]] = OrderedDict()
         self._queue: list[_Post] = []
@@ -127,8 +128,21 @@ class Batching:
             self._probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
         await asyncio.shield(self._probe)
 
+    @property
+    def computing_s(self) -> float:
+        """Seconds for which the source has been at its present batch; 0 while it has none."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
     async def _in_thread(self, call: Callable[..., object], *arguments: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+        def timed() -> None:
+            self._began = time.monotonic()
+            try:
+                call(*arguments)
+            finally:
+                self._began = None
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, timed)
 
     def _enqueue(self, requests: list[ScoreRequest]) -> _Post:
         post = _Post(requests, [None] * len(requests))

@@ -74,6 +74,7 @@ class RewardClient:
         self._working = asyncio.Event()
         self._working.set()
         self._through = asyncio.Event()
+        self._ended = ""
         self._pauses_s = self._paused_at = 0.0
 
     async def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
@@ -109,6 +110,11 @@ class RewardClient:
         """Ask replica `index` at another address from now on, where it was started again."""
         self.urls = (*self.urls[:index], url, *self.urls[index + 1 :])
         self._replicas.all[index].url, self._replicas.all[index].rests_until = url.rstrip("/"), 0.0
+
+    def end(self, reason: str) -> None:
+        """Nobody will answer any more: raise RewardUnavailable from whatever waits for it, now and later."""
+        self._ended = reason
+        self._wake()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -148,7 +154,7 @@ class RewardClient:
     ) -> Answer:
         """What `ask(seconds)` returns, asked again for as long as it may be."""
         started, attempts, reason = time.monotonic(), 0, ""
-        while (passed := time.monotonic() - started) < self.retry_s + pause_s:
+        while not self._ended and (passed := time.monotonic() - started) < self.retry_s + pause_s:
             retrying = self.retry_s - passed
             left = retrying if retrying > 0 else retrying + pause_s
             if retrying <= 0:
@@ -160,10 +166,13 @@ class RewardClient:
                 if attempts == 1 or left >= self.attempt_s or not isinstance(error.__cause__, TimeoutError):
                     reason = str(error)  # else it says only that the deadline was near
             if retrying <= 0:
+                left = self.retry_s + pause_s - (time.monotonic() - started)  # the attempt has taken of it
                 await self._turn(min(left, self.ask_s * random.uniform(0.5, 1)))
             elif mark is None or not self._replicas.rested:  # else another replica is asked at once
                 delay = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(attempts - 1, 9)) * random.uniform(0.5, 1)
                 await asyncio.sleep(max(0.0, min(delay, self.retry_s - (time.monotonic() - started))))
+        if self._ended:
+            raise RewardUnavailable(f"no replica of the reward server is left: {self._ended}")
         spent = f"{self.retry_s:g} s" + (f" and a pause of {pause_s:g} s" if pause_s else "")
         raise RewardUnavailable(
             f"the reward server {' and '.join(self.urls)} gave no valid answer to {what} in {attempts} attempts within "
@@ -189,14 +198,17 @@ class RewardClient:
         """A post is done, or given up."""
         if self._paused.pop(mark, None) is None:
             return
-        self._through.set()  # the other posts that wait need not wait for their turn
-        self._through = asyncio.Event()
+        self._wake()  # the other posts that wait need not wait for their turn
         if self.paused is not None and not self._paused:
             seconds = time.monotonic() - self._paused_at
             self._pauses_s += seconds
             self._working.set()
             log.warning("the pause is over after %.0f s", seconds)
         self.paused = next(iter(self._paused.values()), None)
+
+    def _wake(self) -> None:
+        self._through.set()
+        self._through = asyncio.Event()
 
     async def _turn(self, seconds: float) -> None:
         """Wait, but not longer than until another paused post was answered."""

@@ -1,6 +1,5 @@
 """The reward server's sections of the configuration. Nothing heavy is imported here: the help reads it."""
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
@@ -79,9 +78,11 @@ class PartConfig(Section):
                 f"not {TOKEN_VARIABLE}, and it ends in TOKEN, so that its value is never shown"
             )
         if self.kind == "regex":
+            import regex
+
             try:
-                re.compile(self.target or "")
-            except re.error as error:
+                regex.compile(self.target or "")
+            except regex.error as error:
                 raise ValueError(f"the reward source {self.name!r}: {self.target!r} is no pattern ({error})") from error
         return self
 
@@ -100,7 +101,8 @@ class SourceConfig(Section):
     truncate_prompt: bool = False
     """Cut a prompt that is too long from its left, instead of stopping the run."""
     retry_s: float = Field(default=120.0, gt=0)
-    """Seconds for which scores that did not come are asked for again, before the run is paused."""
+    """Seconds for which scores that did not come are asked for again, before the run is paused. A replica that says
+    nothing, or computes one batch, for so long is started again."""
     pause_s: float = Field(default=3600.0, ge=0)
     """Seconds for which a paused run waits for the service; nothing is sampled meanwhile, and nothing is lost. Then the
     run stops with the reason."""

@@ -1,10 +1,11 @@
 """Where scores come from: a reward model, a function, another server, a rule, or a weighted mix of these with gates."""
 
 import asyncio
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import regex
 
 from reward_server.bearer import token_of
 from reward_server.client import RewardClient
@@ -12,6 +13,8 @@ from reward_server.config import PartConfig, SourceConfig
 from reward_server.functions import call_function, load_function
 from reward_server.schema import ScoreReply, ScoreRequest
 from reward_server.scorer import RewardModelSource
+
+_SEARCH_S = 2.0  # seconds for which a pattern is looked for in one response
 
 
 class Source(Protocol):
@@ -83,14 +86,23 @@ class RuleSource(Source):
 
     def __init__(self, pattern: str | None) -> None:
         """`pattern` is a regular expression; None counts words."""
-        self._pattern = None if pattern is None else re.compile(pattern)
+        self._pattern = None if pattern is None else regex.compile(pattern)
 
     def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        """Apply the rule to each response."""
-        return [ScoreReply(id=request.id, score=self._of(request.response)) for request in requests]
+        """Apply the rule to each response; raises ValueError for one on which the pattern takes too long."""
+        return [ScoreReply(id=request.id, score=self._of(request)) for request in requests]
 
-    def _of(self, response: str) -> float:
-        return float(len(response.split()) if self._pattern is None else self._pattern.search(response) is not None)
+    def _of(self, request: ScoreRequest) -> float:
+        if self._pattern is None:
+            return float(len(request.response.split()))
+        try:
+            return float(self._pattern.search(request.response, timeout=_SEARCH_S) is not None)
+        except TimeoutError:
+            raise ValueError(
+                f"the pattern {self._pattern.pattern!r} is not done with the {len(request.response)} characters of "
+                f"response {request.id!r} after {_SEARCH_S:g} s, as it can match in too many ways; write it without "
+                "choices or repetitions inside of a repetition"
+            ) from None
 
 
 class MixSource(Source):

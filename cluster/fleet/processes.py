@@ -98,7 +98,8 @@ class Processes:
             return RewardClient(urls, token=token, retry_s=config.retry_s, pause_s=config.pause_s)
 
         names = [process.name for process in self.plan.processes if process.name.startswith("reward-")]
-        async with reward_replicas(names, start, connect, self.config.fleet, self.monitor.waits) as client:
+        fleet, waits = self.config.fleet, self.monitor.waits
+        async with reward_replicas(names, start, connect, fleet, waits, config.retry_s) as client:
             self.monitor.reward_clients.add(client)
             try:
                 yield client

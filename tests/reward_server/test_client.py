@@ -278,6 +278,37 @@ def test_a_pause_has_a_bound_and_the_error_says_why() -> None:
         assert 0.8 <= time.monotonic() - started < 5
 
 
+def test_the_bound_of_a_pause_is_kept_when_the_last_attempt_hangs_to_its_end() -> None:
+    """The wait for the next turn is taken of what the attempt has left."""
+
+    async def ask(url: str) -> float:
+        async with connected(url, retry_s=0.2, pause_s=1.0, attempt_s=0.5, ask_s=10.0) as client:
+            started = time.monotonic()
+            with pytest.raises(RewardUnavailable, match="and a pause of 1 s"):
+                await client.score(REQUESTS)
+            return time.monotonic() - started
+
+    with running(FaultyApp(LengthSource(), *["hang"] * 10)) as url:
+        assert 1.2 <= asyncio.run(ask(url)) < 1.5
+
+
+def test_when_nobody_will_answer_any_more_whoever_waits_is_told_at_once() -> None:
+    async def ask() -> None:
+        async with connected("http://127.0.0.1:1", retry_s=0.1, pause_s=60.0, ask_s=60.0) as client:
+            asking = asyncio.create_task(client.score(REQUESTS))
+            while client.paused is None:
+                await asyncio.sleep(0.01)
+            client.end("reward-0 is lost")
+            for score in (asking, client.score(REQUESTS)):
+                with pytest.raises(
+                    RewardUnavailable, match="no replica of the reward server is left: reward-0 is lost"
+                ):
+                    await asyncio.wait_for(score, 5)
+            assert client.paused is None
+
+    asyncio.run(ask())
+
+
 def test_a_post_that_always_fails_pauses_the_run_though_others_are_answered() -> None:
     """Else its neighbours would end its pause again and again, and the run would never stop."""
 

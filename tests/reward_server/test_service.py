@@ -66,9 +66,9 @@ def test_it_serves_its_source_on_the_loopback(lengths, started):
     assert RewardService(lengths, None, threads=1).stats() == {}
     service, url = started(lengths)
     assert url.startswith("http://127.0.0.1:")
-    assert service.stats() == {"waiting": 0.0, "scored": 0.0}
+    assert service.stats() == {"waiting": 0.0, "scored": 0.0, "computing_s": 0.0}
     assert score(url).score == 4.0
-    assert service.stats() == {"waiting": 0.0, "scored": 1.0}
+    assert service.stats() == {"waiting": 0.0, "scored": 1.0, "computing_s": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from reward_server.config import GateConfig, PartConfig, SourceConfig
 from reward_server.functions import UserFunctionError
 from reward_server.schema import Message, ScoreReply, ScoreRequest
 from reward_server.scorer import RewardModelSource
-from reward_server.sources import FunctionSource, MixSource, RemoteSource, build_source
+from reward_server.sources import FunctionSource, MixSource, RemoteSource, RuleSource, build_source
 from tests.tiny_models import tiny_reward_model
 
 REQUESTS = [
@@ -54,6 +55,21 @@ def function(name: str, **settings: Any) -> PartConfig:
 
 def scores_of(*parts: PartConfig) -> list[float]:
     return [reply.score for reply in build_source(SourceConfig(parts=parts)).score(REQUESTS)]
+
+
+def test_a_pattern_that_backtracks_is_refused_with_its_response_and_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reward_server.sources._SEARCH_S", 0.05)
+    source, began = RuleSource(r"(a|aa)+$"), time.monotonic()
+    ticks = []
+    thread = threading.Thread(target=lambda: ticks.extend(time.sleep(0.005) or n for n in range(4)))
+    thread.start()
+    with pytest.raises(ValueError, match=r"pattern '\(a\|aa\)\+\$' is not done with the 61 characters of response 'a'"):
+        source.score([REQUESTS[0].model_copy(update={"response": "a" * 60 + "!"})])
+    assert len(ticks) == 4, "other threads of the replica go on meanwhile"
+    assert time.monotonic() - began < 5
+    assert source.score([REQUESTS[0].model_copy(update={"response": "a" * 60})])[0].score == 1.0
 
 
 def test_rules_count_words_and_find_patterns() -> None:

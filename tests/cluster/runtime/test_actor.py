@@ -356,17 +356,19 @@ def test_a_stopped_actor_and_one_that_finds_no_room_are_told_apart(session: Path
     handle = remote(Worker, process=Process(name="stopped"))
     large = remote(Worker, process=Process(name="large", cpus=64))
 
-    async def scenario() -> None:
+    async def scenario() -> int:
         pid = await handle.ready(deadline_s=60)
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(TimeoutError, match=r"'stopped': add.* answers nothing"):
             await handle.call("add", 1, deadline_s=0.3)
         with pytest.raises(TimeoutError, match=r"has not started: it asks for 64 CPUs and 0 GPUs.*of 4 CPUs free"):
             await large.ready(deadline_s=0.3)
+        return pid
 
-    asyncio.run(scenario())
+    pid = asyncio.run(scenario())
     handle.kill()
     large.kill()
+    assert all_gone([pid], within_s=10), "else it would keep its memory and its place from the one that comes after it"
 
 
 def test_torch_computes_with_the_threads_of_the_options(session: Path) -> None:
