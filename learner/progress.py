@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,17 @@ def due(every: int, step: int, steps: int) -> bool:
 class Progress:
     """Of one loop. A step is an optimizer step, or an iteration of PPO."""
 
-    def __init__(self, stage: str, log: Log, checkpoints: Checkpoints | None = None) -> None:
-        """Find where `checkpoints` say to go on; without any it starts, and saves nothing. Raises ValueError."""
+    def __init__(
+        self,
+        stage: str,
+        log: Log,
+        checkpoints: Checkpoints | None = None,
+        unbroken: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Find where `checkpoints` say to go on; without any it starts, and saves nothing. Raises ValueError.
+
+        What ends the command waits while `unbroken()` is entered.
+        """
         self.stage = stage
         self.checkpoints = checkpoints
         self.newest = checkpoints.newest() if checkpoints else None
@@ -35,6 +45,7 @@ class Progress:
         self.failures = 0
         """checkpoints that could not be written"""
         self._log = log
+        self._unbroken = unbroken
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step."""
@@ -51,7 +62,8 @@ class Progress:
             return False
         started = time.monotonic()
         try:
-            size = await self.checkpoints.write(step, state, save_networks)
+            with self._unbroken():
+                size = await self.checkpoints.write(step, state, save_networks)
         except (OSError, NotSaved) as error:
             if isinstance(error, TimeoutError):  # an OSError to Python; here it is a learner that does not answer
                 raise

@@ -19,7 +19,8 @@ from cluster.config.load import COMMAND_LINE, ConfigError, compose, moved, neare
 from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from cluster.pipeline.stages import STAGES
-from cluster.runtime.exit_codes import DONE, FAILED, INTERRUPTED
+from cluster.runtime.exit_codes import DONE, FAILED
+from cluster.runtime.signals import Stopped
 from cluster.tracking.console import Console, duration
 from reward_server.redaction import SECRET_NAME
 
@@ -357,9 +358,9 @@ def _followed(client: Any, name: str, as_json: bool) -> int:
 
     try:
         last = follow(client, name, sys.stderr if as_json else sys.stdout)
-    except KeyboardInterrupt:
+    except Stopped:
         sys.stderr.write(f"{name} goes on: rayward logs {name} --follow shows it, rayward stop {name} ends it\n")
-        return INTERRUPTED
+        raise
     _say(asdict(last) if as_json else f"{last.id} {last.status} after {duration(last.seconds)}", as_json)
     return DONE if last.status == "SUCCEEDED" else FAILED
 

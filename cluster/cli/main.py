@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,8 @@ from cluster.cli.commands import COMMANDS, GROUPS
 from cluster.cli.parser import Call, Command, bind, help_text, load, parse
 from cluster.config.load import ConfigError, nearest, save_toml
 from cluster.config.schema import Config
-from cluster.runtime.exit_codes import DONE, EXIT_CODES, FAILED, INTERRUPTED, WRONG
+from cluster.runtime.exit_codes import DONE, EXIT_CODES, FAILED, WRONG
+from cluster.runtime.signals import Stopped, ended_by_signals
 from cluster.tracking.console import Console
 from reward_server.redaction import redact, shown
 
@@ -49,6 +49,14 @@ Exit codes:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line, by default this process's; returns the exit code."""
     words = list(sys.argv[1:] if words is None else words)
+    try:
+        with ended_by_signals():
+            return _main(words)
+    except Stopped as error:
+        return int(str(error.code))
+
+
+def _main(words: list[str]) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help", *words[2:]]
     if not words or words[0] in ("-h", "--help"):
@@ -82,8 +90,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return bind(command, words[1:])() or DONE
     except ConfigError as error:
         return _tell(words[0], str(error).splitlines(), WRONG, "--json" in words)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except _TOLD as error:
         return _tell(words[0], dict.fromkeys(_reasons(error)), FAILED, "--json" in words)
 
@@ -178,18 +184,12 @@ def _recorded(run_dir: Path, words: Sequence[str], owner: AbstractContextManager
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{logs} cannot be written ({error.strerror}). Remedy: name another --run DIR") from error
-    with owner, Console(logs) as console, contextlib.ExitStack() as stack:
-        # SIGTERM unwinds the stack like Ctrl-C, so that everything the run started is stopped.
-        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        stack.callback(signal.signal, signal.SIGTERM, before)
+    with owner, Console(logs) as console:
         try:
             yield console, end
-        except KeyboardInterrupt:
-            console.error(f"stopped by Ctrl-C; what is done is in {run_dir}.{end.remedy}")
-            end.code = INTERRUPTED
-        except SystemExit as error:
-            console.error(f"stopped; what is done is in {run_dir}.{end.remedy}")
-            end.code = error.code if isinstance(error.code, int) else FAILED
+        except Stopped as error:
+            console.error(f"stopped by {error.by}; what is done is in {run_dir}.{end.remedy}")
+            end.code = int(str(error.code))
         except ConfigError as error:
             console.error(str(error))
             end.code = WRONG

@@ -18,6 +18,7 @@ from cluster.pipeline.job import Job
 from cluster.rundir.inputs import KINDS, Model, common_prompts
 from cluster.rundir.record import StageRecord, made_of
 from cluster.runtime.resources import Kind, plan_run
+from cluster.runtime.signals import unbroken
 from learner.config import LoopConfig, NetworkConfig, OptimizerConfig
 from reward_server.preferences.records import read_all
 
@@ -165,7 +166,7 @@ class Stage:
         from learner.weights.checkpoint import Checkpoints
 
         tracker, checkpoints = self.job.tracker, Checkpoints(self._checkpoints, config.checkpoints_kept)
-        progress = Progress(self.name, tracker.log, checkpoints)
+        progress = Progress(self.name, tracker.log, checkpoints, unbroken)
         again = tracker.go_on(self.name, progress.done if progress.newest else -1)
         if progress.newest:
             tracker.console.line(f"{self.name}: goes on after {step} {progress.done}, from {progress.newest.folder}")

@@ -18,6 +18,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -32,7 +33,7 @@ import ray.cloudpickle
 import ray.util
 
 from cluster.runtime.health import Stats, measure
-from cluster.runtime.orphans import watch
+from cluster.runtime.orphans import own_folder, temporary, watch
 from reward_server.address import ADDRESS_VARIABLE
 from reward_server.redaction import LOG_FORMAT, redact, secrets, write_output_to
 
@@ -82,7 +83,11 @@ class ActorProcess:
         if pin is not None:
             _pin(pin)
         os.environ[ADDRESS_VARIABLE] = ray.util.get_node_ip_address()
-        self._watcher = watch(mark)
+        self._folder = own_folder(Path(tempfile.gettempdir()))
+        folder = self._folder.__enter__()  # a watcher removes it, or who comes next: Ray kills this process
+        os.environ.update(temporary(folder))
+        tempfile.tempdir = str(folder)
+        self._watcher = watch(mark, folder)
         self._threads = threads
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         # Not a method's work: Ray might start another method first.

@@ -4,23 +4,29 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
+import shutil
 import socket
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
+import ray._private.utils
 import ray._private.worker
 
-from cluster.runtime.orphans import SESSION_MARK, SPAWNING, kill_marked, marked, watch
+from cluster.runtime.health import repeating
+from cluster.runtime.orphans import SESSION_MARK, SPAWNING, kill_marked, marked, own_folder, temporary, watch
+from cluster.runtime.signals import Stopped, attach, end, unbroken
 from reward_server.redaction import LOG_FORMAT, Formatter
 
 _OBJECT_STORE = 256 * 2**20  # bytes, of a local Ray: batches of tokens pass through it, weights do not
 _SHUTDOWN_S = 10.0
+_WATCH_S = 0.5
+_GCS_AWAY_S = 45.0  # a cluster may start its GCS again; after a minute Ray ends its drivers without a word
+_NAMES = {"raylet": "raylet", "gcs_server": "GCS"}
 _SPAWNING_S = 30.0  # a thread that hangs while it starts a process must not keep Ray from starting
 _TOKEN = Path(".ray") / "auth_token"  # in the home directory
 
@@ -30,59 +36,122 @@ def start_ray(address: str | None = None, *, cpus: int, log_dir: Path, deadline_
     """Connect to `address` (else RAY_ADDRESS), or start a Ray of `cpus` logical CPUs here (else, or "local").
 
     Nothing of Ray is printed: its messages go to log_dir/ray.log. Token authentication is as Ray sets it. On
-    the way out, also by Ctrl-C or SIGTERM, a local Ray and everything it started is gone. Enter it on a
-    thread that outlives the session: the kernel ends a local Ray with the thread that started it.
+    the way out, however that comes, a local Ray is gone with everything it started and wrote. When its raylet or its
+    GCS is lost, the command ends and says so. Enter it on a thread that outlives the session: the kernel ends a local
+    Ray with the thread that started it.
 
     `deadline_s` is for the cluster to answer; a local start has Ray's own bound, half a minute.
 
-    Raises: RuntimeError when this process has a Ray session already, or a local Ray does not start;
+    Raises: RuntimeError when this process has a Ray session already, or a local Ray does not start, or is lost;
     ConnectionError when no cluster answers.
     """
     if ray.is_initialized():
         raise RuntimeError("this process has a Ray session already: leave it before starting another")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     log_dir.mkdir(parents=True, exist_ok=True)
-    with _messages_to(log_dir / "ray.log"), _sigterm_raises() as attach:
-        mark = f"{SESSION_MARK}={secrets.token_hex(8)}"
-        watcher = watch(mark) if address == "local" else None
+    with _messages_to(log_dir / "ray.log"), contextlib.ExitStack() as stack:
+        mark, folder, watcher, lost = f"{SESSION_MARK}={secrets.token_hex(8)}", None, None, ""
+        if address == "local":
+            folder = stack.enter_context(own_folder(_temporary()))
+            watcher = watch(mark, folder)
         try:
-            if watcher:
-                _start(cpus, mark)
+            if folder:
+                _start(cpus, mark, folder)
             else:
                 _connect(address, deadline_s)
-            attach()  # Ray has put its own in the place of the handler
-            yield
+            attach()  # Ray's core prints a stack at SIGTERM
+            daemons = _Daemons()
+            try:
+                with repeating(daemons.look, _WATCH_S, "watch Ray"):
+                    yield
+            except Exception as error:
+                daemons.look()  # it may have failed for want of Ray
+                if daemons.lost:
+                    raise RuntimeError(f"stopped by {daemons.lost}") from error
+                raise
+            finally:
+                lost = daemons.lost
         finally:
-            with _uninterrupted():
+            with unbroken():
                 ray.shutdown()
-                if watcher is not None:
-                    _sweep(mark)
+                if folder and watcher:
+                    _sweep(mark, at_once=bool(lost))
+                    if lost:
+                        shutil.copytree(folder / "session_latest" / "logs", log_dir / "ray", dirs_exist_ok=True)
                     watcher.kill()
                     watcher.wait()
 
 
-def _start(cpus: int, mark: str) -> None:
-    name, value = mark.split("=")
+class _Daemons:
+    """Ray's own processes, without which nothing goes on: the raylet of this machine, and the GCS."""
+
+    def __init__(self) -> None:
+        self.lost = ""
+        """Which of them is gone, once one is."""
+        self._node: Any = ray._private.worker._global_node
+        self._local = bool(self._node.all_processes)
+        socket_name, found = self._node.raylet_socket_name, psutil.process_iter(["name", "cmdline"])
+        named = [one for one in found if not self._local and one.info["name"] == "raylet"]
+        self._raylets = [one for one in named if any(socket_name in word for word in one.info["cmdline"] or ())]
+        self._heard = time.monotonic()
+
+    def look(self) -> None:
+        """End the command when one is gone. To be called again and again, on a thread of its own."""
+        if not self.lost and (gone := self._of_this_machine() if self._local else self._of_a_cluster()):
+            self.lost = f"the loss of Ray's {gone}"
+            end(self.lost)
+
+    def _of_this_machine(self) -> str:
+        codes = {name: process.returncode for name, process in self._node.dead_processes()}
+        how = {name: f"signal {-code}" if code < 0 else f"exit code {code}" for name, code in codes.items()}
+        return next((f"{_NAMES[name]} ({how[name]})" for name in _NAMES if name in how), "")
+
+    def _of_a_cluster(self) -> str:
+        if not all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self._raylets):
+            return "raylet on this machine"
+        host, _, port = self._node.gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+            self._heard = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - self._heard > _GCS_AWAY_S:
+                return f"GCS, which has not answered for {_GCS_AWAY_S:.0f} s ({error})"
+        return ""
+
+
+def _temporary() -> Path:
+    """Where a session's folder goes: the paths of Ray's sockets in it must not be longer than 107 bytes."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return Path(folder if len(folder) <= 20 else "/tmp")
+
+
+def _start(cpus: int, mark: str, folder: Path) -> None:
+    before = os.environ.copy()
     # Ray's processes inherit the mark; what other threads start meanwhile, or this process later, must not.
     alone = SPAWNING.acquire(timeout=_SPAWNING_S)
     token = Path.home() / _TOKEN
     makes_token = not token.exists()
-    os.environ[name] = value
+    os.environ.update(temporary(folder) | dict([mark.split("=")]))
     try:
         ray.init(
             address="local",
             num_cpus=cpus,
             object_store_memory=_OBJECT_STORE,
             include_dashboard=False,
+            _temp_dir=str(folder),
             log_to_driver=False,
             logging_format=LOG_FORMAT,
             # Our actors never run in a prestarted worker, as each has an environment of its own.
             _system_config={"prestart_worker_first_driver": False},
         )
+    except Stopped:
+        raise
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"Ray did not start on this machine: {error}") from error
     finally:
-        del os.environ[name]
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
         if alone:
             SPAWNING.release()
         if makes_token and token.is_file():
@@ -99,6 +168,8 @@ def _connect(address: str, deadline_s: float) -> None:
         _probe(address, deadline_s)  # Ray itself takes two minutes to give up
     try:
         ray.init(address=address, log_to_driver=False, logging_format=LOG_FORMAT)
+    except Stopped:
+        raise
     except (Exception, SystemExit) as error:  # Ray's core ends the process where it cannot connect
         raise ConnectionError(
             f"cannot connect to the Ray cluster at {address}: {error}. For a cluster with token "
@@ -120,13 +191,17 @@ def _probe(address: str, deadline_s: float) -> None:
         ) from error
 
 
-def _sweep(mark: str) -> None:
-    """Wait for the session's processes to end by themselves, and kill what has not."""
-    end = time.monotonic() + _SHUTDOWN_S / 2
-    while marked(mark) and time.monotonic() < end:
+def _sweep(mark: str, at_once: bool) -> None:
+    """Wait for the session's processes to end by themselves, unless `at_once`, and kill what has not."""
+    deadline = time.monotonic() + (0.0 if at_once else _SHUTDOWN_S / 2)
+    while marked(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
     if left := kill_marked(mark, within_s=_SHUTDOWN_S / 2):
         raise TimeoutError(f"processes {left} of the Ray session did not end within {_SHUTDOWN_S:.0f} s of SIGKILL")
+
+
+# Ray would have its own handler of SIGTERM while it starts.
+ray._private.utils.set_sigterm_handler = lambda handler: None
 
 
 class _ToRoot(logging.Handler):
@@ -153,32 +228,3 @@ def _messages_to(path: Path) -> Iterator[None]:
         logger.handlers, level, worker.print_to_stdstream = before
         logger.setLevel(level)
         file.close()
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[Callable[[], object]]:
-    """SIGTERM ends the block by SystemExit, unless the program has a handler; yields what sets it (once more)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = signal.getsignal(signal.SIGTERM)
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    attach = partial(signal.signal, signal.SIGTERM, leave if before is signal.SIG_DFL else before)
-    attach()
-    try:
-        yield attach
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM: a second one must not leave half of a session behind."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.rundir.files import read_metrics, read_rows
+from cluster.runtime.exit_codes import FAILED
 from cluster.runtime.health import INTERVAL_S, SILENT_S, Health, Monitor, repeating
+from cluster.runtime.signals import Stopped
 from reward_server.redaction import redact, visible
 
 FILE = "status.json"
@@ -73,8 +75,8 @@ def reporting(run_dir: Path, command: str, monitor: Monitor, interval_s: float =
         with repeating(write, interval_s, "status"):
             yield
         ended = "done"
-    except (KeyboardInterrupt, SystemExit):
-        ended = "stopped"
+    except Stopped as error:
+        ended = "failed" if error.code == FAILED else "stopped"
         raise
     finally:
         write(ended=ended)

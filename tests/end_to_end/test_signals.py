@@ -1,4 +1,4 @@
-"""Ctrl-C in a real run: it says so, ends soon, and leaves no process behind."""
+"""Ctrl-C, twice, in a real run: it says so, ends soon, and leaves no process and no file behind."""
 
 import contextlib
 import json
@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,10 +75,17 @@ def living(pids: set[int]) -> dict[int, str]:
     return found
 
 
+@pytest.fixture
+def temporary() -> Iterator[str]:
+    """A folder for temporary files with a short path, as Ray's sockets go there."""
+    with tempfile.TemporaryDirectory(prefix="rw", dir="/tmp") as folder:
+        yield folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_ctrl_c_while_processes_start_ends_the_run_and_everything_it_started(
-    inputs: dict[str, object], tmp_path: Path
+    inputs: dict[str, object], tmp_path: Path, temporary: str
 ) -> None:
     run = tmp_path / "run"
     options = [part for key, value in {**SETTINGS, **inputs}.items() for part in (f"--{key}", str(value))]
@@ -84,7 +93,7 @@ def test_ctrl_c_while_processes_start_ends_the_run_and_everything_it_started(
     program = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli.main", "ppo", "--run", str(run), *options],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temporary},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -99,6 +108,8 @@ def test_ctrl_c_while_processes_start_ends_the_run_and_everything_it_started(
         started = family(program.pid)
         assert len(started) > 3, "Ray runs in processes of its own"
         program.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        program.send_signal(signal.SIGINT)
         _, said = program.communicate(timeout=40)
     finally:
         program.kill()
@@ -109,3 +120,4 @@ def test_ctrl_c_while_processes_start_ends_the_run_and_everything_it_started(
     while (left := living(started)) and time.monotonic() < end:
         time.sleep(0.1)
     assert not left
+    assert not [path for path in Path(temporary).iterdir() if not path.name.startswith("torchinductor_")]  # a cache

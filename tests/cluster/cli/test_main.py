@@ -198,7 +198,7 @@ def test_a_failed_run_is_told_in_a_line_and_its_traceback_kept(
 
 def test_ctrl_c_is_exit_code_130(tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]):
     def work(job: Job) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     entry("sft", lambda job: lambda: work(job))
     assert rayward("sft", "--run", tmp_path) == 130
@@ -382,7 +382,7 @@ def test_settings_that_are_refused_do_not_replace_those_of_the_run(
 
 def test_a_stopped_command_says_how_to_go_on(tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]):
     def work(job: Job) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     entry("quickstart", lambda job: lambda: work(job))
     assert rayward("quickstart", "--tiny", "--run", tmp_path) == 130

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -198,7 +199,7 @@ def test_a_cluster_that_stays_away_is_told_with_how_to_come_back(monkeypatch):
 
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(monkeypatch, capfd):
     def interrupted(client, name, out):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(submit, "connect", lambda address: None)
     monkeypatch.setattr(submit, "follow", interrupted)

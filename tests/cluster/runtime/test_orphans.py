@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from cluster.runtime.orphans import kill_marked, marked
+from cluster.runtime.orphans import kill_marked, marked, own_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -20,6 +21,21 @@ child = "import subprocess as s, time; s.Popen(['sleep', '1000'], start_new_sess
 subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
 print("up", flush=True)
 sys.stdin.read()
+"""
+
+HOLDER = """
+import multiprocessing, time
+semaphore = multiprocessing.get_context("spawn").Semaphore()
+print(semaphore._semlock.name, flush=True)
+time.sleep(100)
+"""
+
+OWNER = """
+import os, signal, sys
+from pathlib import Path
+from cluster.runtime.orphans import own_folder
+with own_folder(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -59,6 +75,28 @@ def test_children_and_grandchildren_in_sessions_of_their_own_follow_their_parent
     parent.wait(timeout=5)
     parent.stdout.close()
     wait_for(mark, 0)
+
+
+def test_the_tracker_of_those_killed_removes_what_they_had_in_shared_memory() -> None:
+    mark = f"RAYWARD_TEST=tracked-{os.getpid()}"
+    env = {**os.environ, "RAYWARD_TEST": mark.split("=")[1]}
+    with subprocess.Popen([sys.executable, "-c", HOLDER], env=env, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        semaphore = Path("/dev/shm", f"sem.{holder.stdout.readline().strip().removeprefix('/')}")
+        assert semaphore.exists()
+        assert kill_marked(mark, within_s=5) == []
+    assert not semaphore.exists()
+
+
+def test_a_folder_goes_with_its_block_or_after_its_process_has_died() -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        subprocess.run([sys.executable, "-c", OWNER, parent], cwd=ROOT, check=False)
+        (left,) = Path(parent).iterdir()
+        with own_folder(Path(parent)) as first, own_folder(Path(parent)) as second:
+            assert not left.exists()
+            assert {first.parent, second.parent} == {Path(parent)}
+            assert first.is_dir()
+        assert not list(Path(parent).iterdir())
 
 
 def wait_for(mark: str, count: int) -> None:

@@ -23,30 +23,37 @@ from cluster.tracking.console import Console
 ROOT = Path(__file__).resolve().parents[3]
 
 PROGRAM = """
-import asyncio, json, subprocess, sys
+import asyncio, json, subprocess, sys, tempfile
 import ray
 from pathlib import Path
 from cluster.runtime.actor import remote
 from cluster.runtime.resources import Process
 from cluster.runtime.session import start_ray
+from cluster.runtime.signals import Stopped, ended_by_signals
 
 class Parent:
     def child(self):
         return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
+    def folder(self):
+        return tempfile.gettempdir()
 
 async def main():
     handle = remote(Parent, process=Process(name="parent"))
     pids = [await handle.ready(deadline_s=60), await handle.child()]
     facts = {"address": ray.get_runtime_context().gcs_address, "cpus": ray.cluster_resources()["CPU"]}
+    node = ray._private.worker._global_node
+    facts["daemons"] = {name: found[0].process.pid for name, found in node.all_processes.items()}
+    facts["folders"] = [node.get_session_dir_path(), await handle.folder()]
     print(json.dumps(facts | {"pids": pids}))
     sys.stdout.flush()
     await asyncio.sleep(1000)
 
 try:
-    with start_ray(cpus=2, log_dir=Path(sys.argv[1])):
+    with ended_by_signals(), start_ray(cpus=2, log_dir=Path(sys.argv[1])):
         asyncio.run(main())
-except KeyboardInterrupt:
-    sys.exit(130)
+except Stopped as error:
+    print(error.by)
+    raise
 """
 
 
@@ -93,6 +100,13 @@ def gone(mark: str, pids: list[int], within_s: float) -> bool:
     return True
 
 
+def removed(folders: list[str], within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while any(map(os.path.exists, folders)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not any(map(os.path.exists, folders))
+
+
 @pytest.fixture(scope="module")
 def programs(
     tmp_path_factory: pytest.TempPathFactory,
@@ -121,18 +135,52 @@ def test_each_signal_ends_program_ray_actors_and_their_children(
     joined = report(guest)
     assert (joined["address"], joined["cpus"]) == (address, 2)
     guest.send_signal(signal.SIGTERM)
-    assert guest.communicate(timeout=20) == ("", "")
+    assert guest.communicate(timeout=20) == ("SIGTERM\n", "")
     assert guest.returncode == 143
     assert gone("no such mark", joined["pids"], within_s=10)
 
-    for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+    for number, status, said in ((signal.SIGINT, 130, "Ctrl-C\n"), (signal.SIGKILL, -signal.SIGKILL, "")):
         program, mark = programs[number], family(programs[number])
         assert len(marked(mark)) > 3
         program.send_signal(number)
         out, err = program.communicate(timeout=30)
         assert program.returncode == status
-        assert (out, err) == ("", ""), "Ray wrote to the console"
+        assert (out, err) == (said, ""), "Ray wrote to the console"
         assert gone(mark, reports[number]["pids"], within_s=10), number.name
+        assert removed(reports[number]["folders"], within_s=5)
+
+
+def test_sigterm_while_ray_starts_ends_what_has_started(tmp_path: Path) -> None:
+    program, mark = launch(tmp_path), ""
+    try:
+        while not mark:
+            with contextlib.suppress(AssertionError):
+                mark = family(program)
+        program.send_signal(signal.SIGTERM)
+        assert program.communicate(timeout=30)[0] == "SIGTERM\n"
+    finally:
+        program.kill()
+    assert program.returncode == 143
+    assert gone(mark, [], within_s=5)
+
+
+@pytest.mark.parametrize(("daemon", "name"), [("raylet", "raylet"), ("gcs_server", "GCS")])
+def test_a_command_whose_ray_is_lost_says_so_and_ends_at_once(daemon: str, name: str, tmp_path: Path) -> None:
+    program = launch(tmp_path)
+    try:
+        facts, mark = report(program), family(program)
+        os.kill(facts["daemons"][daemon], signal.SIGKILL)
+        killed = time.monotonic()
+        out, err = program.communicate(timeout=30)
+    finally:
+        program.kill()
+    assert program.returncode == 1, err
+    assert (program.returncode, out) == (1, f"the loss of Ray's {name} (signal 9)\n")
+    assert f"the loss of Ray's {name} (signal 9): the command ends" in err
+    assert time.monotonic() - killed < 10
+    assert gone(mark, facts["pids"], within_s=5)
+    assert removed(facts["folders"], within_s=5)
+    assert (tmp_path / "ray" / "gcs_server.out").is_file()
 
 
 def test_errors_of_rays_own_reach_the_console_and_the_rest_its_file_only(tmp_path: Path) -> None:

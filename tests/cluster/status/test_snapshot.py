@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from cluster.runtime.health import ActorDied, Health, Monitor, measure
+from cluster.runtime.signals import Stopped
 from cluster.status.screen import render, screen
 from cluster.status.snapshot import FILE, read, reporting, snapshot
 from reward_server.client import Pause, RewardClient
@@ -67,10 +68,10 @@ def test_what_a_run_says_of_itself_has_no_secrets_nor_what_a_terminal_obeys(tmp_
 
 @pytest.mark.parametrize(
     ("error", "ended"),
-    [(None, "done"), (ValueError, "failed"), (KeyboardInterrupt, "stopped"), (SystemExit, "stopped")],
+    [(None, "done"), (ValueError(), "failed"), (Stopped(143, "SIGTERM"), "stopped"), (Stopped(1, "no Ray"), "failed")],
 )
 def test_the_file_says_how_the_run_ended(tmp_path, error, ended):
-    expected = pytest.raises(error) if error else contextlib.nullcontext()
+    expected = pytest.raises(type(error)) if error else contextlib.nullcontext()
     with expected, reporting(tmp_path, "ppo", Monitor()):
         assert read(tmp_path)["state"] == "running"
         if error:
