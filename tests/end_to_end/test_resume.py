@@ -1,7 +1,8 @@
-"""PPO through the command line, killed with SIGKILL and resumed, beside a run that was left alone: the same bits."""
+"""What trains, through the command line, killed with SIGKILL and resumed, beside a run left alone: the same bits."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,17 @@ SETTINGS = {
     "evaluation.every": 1,
     "tracking.mode": "disabled",
 }
+TRAINING = {  # 30 steps each
+    "sft": {
+        "batch_size": 6,
+        "max_tokens": 64,
+        "pretraining_share": 0.2,
+        "residual_dropout": 0.1,
+        "epochs": 6,
+        "select": "loss",
+    },
+    "reward": {"prompts_per_batch": 3, "epochs": 6},
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +61,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_reward_model(root / "reward")
     prompts = [{"id": f"p{i}", "prompt": f"say {chr(ord('a') + i)}"} for i in range(10)]
     texts = [{"text": f"the quick brown fox number {i} jumps over the lazy dog"} for i in range(40)]
-    rows = {"prompts": prompts, "prompts_heldout": prompts[:6], "pretraining": texts, "pretraining_valid": texts[:8]}
+    rows: dict[str, list[dict[str, Any]]] = {"prompts": prompts, "prompts_heldout": prompts[:6]}
+    rows |= {"pretraining": texts, "pretraining_valid": texts[:8]}
+    rows["demonstrations"] = [{"prompt": f"say {i}", "response": "good " * (i % 4 + 1)} for i in range(25)]
+    rows["comparisons"] = [{"prompt": f"say {i}", "chosen": f"good {i}", "rejected": "bad"} for i in range(18)]
     for name, values in rows.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     return root
@@ -67,25 +82,28 @@ def rayward(*words: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=250, check=False)
 
 
-def start_and_kill(words: list[str], run: Path) -> None:
-    """SIGKILL the command while it works on the iteration after its first checkpoint."""
+def start_and_kill(words: list[str], checkpoint: Path) -> None:
+    """SIGKILL the command while it works on the step after that checkpoint."""
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 200
-        while not (run / "checkpoints" / "ppo" / "version-000002").is_dir():
+        while not checkpoint.is_dir():
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < end, "no checkpoint was written"
-            time.sleep(0.02)
+            time.sleep(0.005)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
 
 
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def logged(run: Path) -> dict[int, dict[str, float]]:
     """What each step logged last, times apart."""
     steps: dict[int, dict[str, float]] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in lines(run):
         times = ("time", "checkpoint/", "heldout/seconds")
         kept = {k: v for k, v in row.items() if not k.startswith(times) and not k.endswith("_s")}
         steps.setdefault(row["step"], {}).update(kept)
@@ -100,7 +118,7 @@ def test_a_run_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = rayward(*command(made, whole))
     assert done.returncode == 0, done.stdout + done.stderr
-    start_and_kill(command(made, parts), parts)
+    start_and_kill(command(made, parts), parts / "checkpoints" / "ppo" / "version-000002")
     assert main(command(made, parts)[3:]) == 2
     assert "holds a stage 'ppo' that is begun. Remedy: --resume goes on with it" in capfd.readouterr().err
     resumed = rayward(*command(made, parts, "--resume"))
@@ -117,3 +135,35 @@ def test_a_run_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
     stage = json.loads(capfd.readouterr().out)["stages"]["ppo"]
     assert (stage["trained"], stage["twice"], stage["resumed"], stage["outstanding"]) == (48, 0, 1, 0)
     assert stage["issued"] == 48 + sum(stage["dropped"].values())  # of the kill, and of the wave after the last batch
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("stage", "ranks"), [("sft", 2), ("reward", 1)])
+def test_a_model_whose_training_was_killed_and_resumed_is_bitwise_the_one_left_alone(
+    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], stage: str, ranks: int
+):
+    section = TRAINING[stage] | {"checkpoint_every": 2, "network.dtype": "float32", "optimizer.lr": 5e-3}
+    settings = {f"{stage}.{name}": value for name, value in section.items()}
+    settings |= {"models.base" if stage == "sft" else "models.sft": made / "sft"}
+    files = ("demonstrations", "pretraining" if stage == "sft" else "comparisons")
+    settings |= {f"data.{name}": made / f"{name}.jsonl" for name in files}
+    settings |= {"ppo.pretraining.sequence_tokens": 32} if stage == "sft" else {}
+    settings |= {"cluster.learner_ranks": ranks, "tracking.mode": "disabled"}
+    words = [stage, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*words, "--run", str(whole)]) == 0
+    checkpoints = parts / "checkpoints" / stage
+    program = [sys.executable, "-m", "cluster.cli.main", *words, "--run", str(parts)]
+    start_and_kill(program, checkpoints / "version-000004")
+    assert checkpoints.is_dir(), "it was complete before it could be killed"
+    assert main([*words, "--run", str(parts), "--resume"]) == 0
+    done = re.search(rf"{stage}: goes on after step (\d+), from {checkpoints}/version-", capfd.readouterr().out)
+    assert done
+    assert 4 <= int(done[1]) < 30
+    one, other = ((run / stage / "model.safetensors").read_bytes() for run in (whole, parts))
+    assert one == other
+    assert logged(parts) == logged(whole)
+    steps = [row["step"] for row in lines(parts) if f"{stage.replace('reward', 'reward_model')}/lr" in row]
+    assert steps == list(range(1, 31))
+    assert not checkpoints.exists()
