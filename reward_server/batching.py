@@ -13,11 +13,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from reward_server.config import Limits
 from reward_server.schema import Message, ScoreReply, ScoreRequest
 from reward_server.sources import Source
 
+T = TypeVar("T")
 PROBE = ScoreRequest(id="health", prompt=(Message(role="user", content="Hello"),), response="Hi", ended=True)
 _OLDEST = 4  # the post that has waited longest gets one part in so many of a batch, whoever else there is
 
@@ -134,15 +136,15 @@ class Batching:
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
-    async def _in_thread(self, call: Callable[..., object], *arguments: object) -> None:
-        def timed() -> None:
-            self._began = time.monotonic()
-            try:
-                call(*arguments)
-            finally:
-                self._began = None
+    def _timed(self, call: Callable[[list[ScoreRequest]], list[T]], requests: list[ScoreRequest]) -> list[T]:
+        self._began = time.monotonic()
+        try:
+            return call(requests)
+        finally:
+            self._began = None
 
-        await asyncio.get_running_loop().run_in_executor(self._thread, timed)
+    async def _in_thread(self, call: Callable[..., object], *arguments: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
     def _enqueue(self, requests: list[ScoreRequest]) -> _Post:
         post = _Post(requests, [None] * len(requests))
@@ -183,7 +185,7 @@ class Batching:
 
     def _measure(self, post: _Post) -> None:
         try:
-            tokens = self._source.tokens(post.requests)
+            tokens = self._timed(self._source.tokens, post.requests)
         except Exception as error:
             post.error = error
         else:
@@ -206,7 +208,7 @@ class Batching:
             post.replies[place] = reply
 
     def _scored(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        replies = self._source.score(requests) if requests else []
+        replies = self._timed(self._source.score, requests) if requests else []
         if [reply.id for reply in replies] != [request.id for request in requests]:
             raise RuntimeError(f"the source gave {len(replies)} replies, but not the {len(requests)} asked for")
         return replies

@@ -152,7 +152,8 @@ def _part_source(part: PartConfig, config: SourceConfig, model_path: str | Path 
     """A new kind of source is a class above, a case here, and a word in PartConfig.kind."""
     match part.kind, part.target:
         case "url", str(url):
-            return RemoteSource(url, part.token_variable and token_of(part.token_variable))
+            retry_s = min(30.0, config.retry_s / (1 + len(config.parts)))  # all together less than makes a replica hang
+            return RemoteSource(url, part.token_variable and token_of(part.token_variable), retry_s)
         case "function", str(name):
             return FunctionSource(name)
         case (("length" | "regex"), pattern):

@@ -195,3 +195,21 @@ def test_many_who_ask_for_health_are_one_probe() -> None:
 
     with_batching(source, ask)
     assert len(source.batches) == 2
+
+
+def test_how_long_a_batch_has_been_computed_is_told_from_any_thread_and_counts_from_its_own_start() -> None:
+    async def ask() -> None:
+        source = Letters()
+        source.gate.clear()
+        batching = Batching(source, Limits())
+        assert batching.computing_s == 0.0
+        for name in "ab":
+            asking = asyncio.create_task(batching.score(post(name, 3)))
+            await asyncio.sleep(0.3)
+            assert 0.15 < await asyncio.to_thread(lambda: batching.computing_s) < 0.55
+            source.gate.set()
+            await asking
+            assert batching.computing_s == 0.0
+            source.gate.clear()
+
+    asyncio.run(ask())

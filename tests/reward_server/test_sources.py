@@ -209,3 +209,11 @@ def test_a_url_is_sent_the_token_that_is_meant_for_it_and_never_our_own(monkeypa
             PartConfig(**wrong)
     with pytest.raises(ValidationError, match="only a url has one"):
         PartConfig(token_variable="FAR_TOKEN")
+
+
+def test_sources_elsewhere_give_up_before_the_replica_that_asks_them_counts_as_hung() -> None:
+    parts = tuple(PartConfig(name=str(n), kind="url", target="http://127.0.0.1:1") for n in range(5))
+    for retry_s, each in ((600.0, 30.0), (12.0, 2.0)):
+        mix = build_source(SourceConfig(parts=parts, retry_s=retry_s))
+        assert isinstance(mix, MixSource)
+        assert [source.retry_s for _, source in mix.sources if isinstance(source, RemoteSource)] == [each] * 5

@@ -3,17 +3,23 @@
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from actors.waits import Waits
-from cluster.config.schema import FleetConfig
+from cluster.config.schema import ClusterConfig, FleetConfig
+from cluster.fleet.processes import Processes
 from cluster.fleet.reward_replicas import reward_replicas
 from cluster.runtime.health import ActorDied, Health, Stats, measure
+from cluster.runtime.resources import Plan, Process
+from cluster.runtime.session import start_ray
 from reward_server.app import ScoreServer, serve
 from reward_server.client import RewardClient, RewardUnavailable
 from reward_server.config import PartConfig, SourceConfig
@@ -213,3 +219,41 @@ def test_when_none_is_to_come_back_the_run_is_told_at_once_instead_of_after_the_
         asyncio.run(scenario())
     assert time.monotonic() - began < 20
     assert not machine.hanging
+
+
+SLOW_ONCE = """
+import pathlib, re
+def score(prompts, responses):
+    once = pathlib.Path(__file__).with_name("once")
+    if "!" in responses[0] and not once.exists():
+        once.touch()
+        re.search("(a|aa)+$", "a" * 60 + "!")  # holds Python's lock for years
+    return [float(len(response)) for response in responses]
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_and_one_whose_function_backtracks_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Real processes: the replacement scores what they were asked for."""
+    (tmp_path / "slow_once.py").write_text(SLOW_ONCE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    plan = Plan(processes=(Process(name="reward-0", threads=1, cpus=1),), concurrent=())
+    fleet = FleetConfig(backoff_s=0.1, watch_s=0.5)
+    run = Processes(ClusterConfig(fleet=fleet, start_deadline_s=60), plan, tmp_path / "logs")
+    parts = (PartConfig(name="mine", kind="function", target="slow_once:score"),)
+    source = SourceConfig(parts=parts, retry_s=3.0, pause_s=60.0)
+
+    async def scenario() -> list[float]:
+        async with run.reward(source, None) as client:
+            (health,) = run.monitor.health
+            await health.attend(5.0)
+            assert health.last
+            os.kill(health.last.pid, signal.SIGSTOP)
+            texts = ("four", "five!")
+            return [(await client.score([ASKED[0].model_copy(update={"response": text})]))[0].score for text in texts]
+
+    with start_ray("local", cpus=1, log_dir=tmp_path / "logs"):
+        assert asyncio.run(scenario()) == [4.0, 5.0]
+    assert caplog.text.count("reward-0 is lost: it has said nothing for") == 2

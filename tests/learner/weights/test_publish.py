@@ -163,6 +163,12 @@ def test_members_change_in_epochs_and_a_restarted_one_counts_as_new(scene: Scene
     assert joins == ["one join 1 1 2", "one join 2 1 3", "two join 2 2 3", "one join 3 1 3", "two join 3 2 3"]
 
 
+def test_a_probe_that_no_engine_can_take_ends_the_run_and_costs_no_generator(scene: Scene) -> None:
+    scene.one.faults = scene.two.faults = {"logprobs": failing(ValueError("sequence 0 needs room for 1 more"))}
+    with pytest.raises(ValueError, match="sequence 0 needs room"):
+        scene.publish(1)
+
+
 @pytest.mark.parametrize("method", ["join", "begin", "receive"])
 def test_one_that_dies_is_left_out_and_the_others_get_the_version(scene: Scene, method: str) -> None:
     died = failing(RuntimeError("two died"))
