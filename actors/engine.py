@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from actors.config import GeneratorConfig
+from reward_server.config import UNTRUSTED, LoadingConfig
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -53,7 +54,13 @@ class Engine:
     """vLLM's asynchronous engine, in child processes; used from the event loop that awaited `start`."""
 
     def __init__(
-        self, config: GeneratorConfig, model_path: Path, name: str, worker_extension: str, direct: bool = False
+        self,
+        config: GeneratorConfig,
+        model_path: Path,
+        name: str,
+        worker_extension: str,
+        direct: bool = False,
+        loading: LoadingConfig = UNTRUSTED,
     ) -> None:
         """`worker_extension`: qualified name of a class that vLLM adds to its workers; `direct`: see Generator."""
         self.config = config
@@ -61,6 +68,7 @@ class Engine:
         self.name = name
         self.worker_extension = worker_extension
         self.direct = direct
+        self.loading = loading
         self.vocabulary = 0
         self._llm: AsyncLLM | None = None
         self._unusable = "it was not started"
@@ -190,7 +198,7 @@ class Engine:
     def _load(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = _arguments(self.config, self.model_path, self.worker_extension, self.direct)
+        arguments = _arguments(self.config, self.model_path, self.worker_extension, self.direct, self.loading)
         self._llm = AsyncLLM.from_engine_args(arguments)
         self.vocabulary = self._llm.model_config.get_vocab_size()
 
@@ -280,7 +288,9 @@ class Engine:
         return GeneratorError(f"generator {self.name!r}: the engine failed to {what}: {type(error).__name__}: {error}")
 
 
-def _arguments(config: GeneratorConfig, model_path: Path, worker_extension: str, direct: bool) -> "AsyncEngineArgs":
+def _arguments(
+    config: GeneratorConfig, model_path: Path, worker_extension: str, direct: bool, loading: LoadingConfig = UNTRUSTED
+) -> "AsyncEngineArgs":
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -290,6 +300,7 @@ def _arguments(config: GeneratorConfig, model_path: Path, worker_extension: str,
     alone = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     return AsyncEngineArgs(
         model=str(model_path),
+        trust_remote_code=loading.trust_remote_code,
         skip_tokenizer_init=True,  # tokens in, tokens out; the text is ChatEncoding's
         generation_config="vllm",  # sampling is what the run says, not what a model folder suggests
         dtype=config.dtype,

@@ -10,6 +10,7 @@ from actors.config import GeneratorConfig
 from actors.engine import Engine, GeneratorError, GeneratorTimeout
 from actors.trajectory import Completion
 from actors.transfer import Manifest, Rendezvous
+from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
 
 __all__ = ["Generator", "GeneratorError", "GeneratorTimeout"]
@@ -29,13 +30,19 @@ class Generator:
     """Qualified name of the class that vLLM adds to its workers, where its module registers our transfer."""
 
     def __init__(
-        self, config: GeneratorConfig, model_path: str | Path, name: str = "generator", direct: bool = False
+        self,
+        config: GeneratorConfig,
+        model_path: str | Path,
+        name: str = "generator",
+        direct: bool = False,
+        loading: LoadingConfig = UNTRUSTED,
     ) -> None:
         """`direct`: weights come from the learner's GPU over NCCL; otherwise through main memory over gloo."""
         self.config = config
         self.model_path = Path(model_path)
         self.name = name
-        self._engine = Engine(config, self.model_path, name, self.worker_extension, direct)
+        self.loading = loading
+        self._engine = Engine(config, self.model_path, name, self.worker_extension, direct, loading)
         self._encoding: ChatEncoding
         self._transfer_deadline_s = config.call_deadline_s
 
@@ -44,7 +51,7 @@ class Generator:
 
         Raises GeneratorError if the engine cannot start, and whatever ChatEncoding.load raises.
         """
-        self._encoding = await asyncio.to_thread(ChatEncoding.load, self.model_path)
+        self._encoding = await asyncio.to_thread(ChatEncoding.load, self.model_path, self.loading)
         await self._engine.start()
         await self._engine.set_version(str(version))
 

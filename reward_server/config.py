@@ -23,6 +23,18 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class LoadingConfig(Section):
+    """How the folders of models are read."""
+
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings along (auto_map), with all your rights: read it first. What was
+    made so is marked in the lineage."""
+
+
+UNTRUSTED = LoadingConfig()
+"""Nothing that a folder brings along is run."""
+
+
 class GateConfig(Section):
     """Turns a part into a condition: outside its bounds, `otherwise` is the whole score."""
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.pretrained import open_with
 from reward_server.schema import Message
 
@@ -67,19 +68,19 @@ class ChatEncoding:
         self._check_reply()
 
     @classmethod
-    def load(cls, path: str | Path, chat_template: str | None = None) -> Self:
+    def load(cls, path: str | Path, loading: LoadingConfig = UNTRUSTED, chat_template: str | None = None) -> Self:
         """Load the tokenizer of a model folder or Hub id, with the stop ids of its generation_config.json.
 
         Raises ValueError when it knows ids that the model does not.
         """
-        tokenizer: Any = open_with(AutoTokenizer, path)
+        tokenizer: Any = open_with(AutoTokenizer, path, loading)
         try:
             stop = GenerationConfig.from_pretrained(str(path)).eos_token_id
         except OSError:
             stop = None
         stop_ids = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
         try:
-            config = open_with(AutoConfig, path).get_text_config()
+            config = open_with(AutoConfig, path, loading).get_text_config()
         except (OSError, ValueError):  # a tokenizer's folder
             config = None
         size, positions = (getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
 from reward_server.pretrained import Kind, check_weights, load_weights
 
@@ -56,13 +57,15 @@ class ScalarHead(nn.Linear):
         return nn.functional.linear(input.float(), self.weight.float())
 
 
-def new_reward_model(base_path: str | Path, dtype: torch.dtype | None, seed: int) -> PreTrainedModel:
+def new_reward_model(
+    base_path: str | Path, dtype: torch.dtype | None, seed: int, loading: LoadingConfig = UNTRUSTED
+) -> PreTrainedModel:
     """Put a fresh head on a causal language model: weight ~ N(0, 1/(d+1)), no bias (lm-human-preferences).
 
     In eval mode, so without dropout; with the dedicated PAD of the base model's encoding.
     """
-    model = _with_scalar_head(load_weights(base_path, "new_value", dtype))
-    pad_id = ChatEncoding.load(base_path).pad_id
+    model = _with_scalar_head(load_weights(base_path, "new_value", dtype, loading))
+    pad_id = ChatEncoding.load(base_path, loading).pad_id
     model.config.pad_token_id = pad_id
     model.config.get_text_config().pad_token_id = pad_id
     setattr(model.config, _NORMALISATION_KEY, None)
@@ -73,17 +76,17 @@ def new_reward_model(base_path: str | Path, dtype: torch.dtype | None, seed: int
     return model
 
 
-def load_reward_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_reward_model(path: str | Path, dtype: torch.dtype, loading: LoadingConfig = UNTRUSTED) -> PreTrainedModel:
     """Load a reward model's folder, in eval mode.
 
     Raises ValueError when it has another head than one scalar, no trained head at all, or no pad_token_id.
     """
-    return _with_scalar_head(_readable(load_weights(path, "value", dtype)))
+    return _with_scalar_head(_readable(load_weights(path, "value", dtype, loading)))
 
 
-def check_model(path: str | Path, kind: Kind) -> None:
+def check_model(path: str | Path, kind: Kind, loading: LoadingConfig = UNTRUSTED) -> None:
     """Raise ValueError for what would stop a model from being used as `kind`; its weights are not read."""
-    model = check_weights(path, kind)
+    model = check_weights(path, kind, loading)
     if model is not None and kind == "value":
         normalisation(_readable(model))
 

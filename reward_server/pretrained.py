@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from reward_server.config import UNTRUSTED, LoadingConfig
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -23,20 +25,25 @@ _HEAD = "score.weight"
 _SHOWN = 4  # names of tensors in an error
 
 
-def open_with(auto: Any, path: str | Path, **settings: Any) -> Any:
-    """`auto.from_pretrained(path)`; code that the folder brings is not run, and nobody is asked on the terminal."""
+def open_with(auto: Any, path: str | Path, loading: LoadingConfig = UNTRUSTED, **settings: Any) -> Any:
+    """`auto.from_pretrained(path)`; code that the folder brings is run as `loading` says: no terminal is asked."""
     try:
-        return auto.from_pretrained(str(path), trust_remote_code=False, **settings)
+        return auto.from_pretrained(str(path), trust_remote_code=loading.trust_remote_code, **settings)
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
+        if loading.trust_remote_code or "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{path} needs Python code of its own, which is not run: name a model that transformers knows"
+            f"{path} needs Python code of its own, which would have all your rights and is not run unless asked: read "
+            "it and set models.trust_remote_code, or name a model that transformers knows"
         ) from error
 
 
 def load_weights(
-    path: str | Path, kind: Kind, dtype: "torch.dtype | None" = None, headers_only: bool = False
+    path: str | Path,
+    kind: Kind,
+    dtype: "torch.dtype | None" = None,
+    loading: LoadingConfig = UNTRUSTED,
+    headers_only: bool = False,
 ) -> "PreTrainedModel":
     """Load a folder's weights, in eval mode, on the CPU; a reward model with its head as `score`, a linear layer.
 
@@ -49,7 +56,7 @@ def load_weights(
 
     if find_adapter_config_file(str(path), local_files_only=headers_only):
         raise ValueError(f"{path} {ADAPTER}")
-    config = open_with(AutoConfig, path, local_files_only=headers_only)
+    config = open_with(AutoConfig, path, loading, local_files_only=headers_only)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{path} holds quantised weights (quantization_config in its config.json), which cannot be trained: name "
@@ -60,7 +67,7 @@ def load_weights(
     auto: Any = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
     with _quiet():  # its report is ours to raise
         model, report = open_with(
-            *(auto, path),
+            *(auto, path, loading),
             dtype=dtype or "auto",
             device_map="meta" if headers_only else None,
             local_files_only=headers_only,
@@ -76,7 +83,7 @@ def load_weights(
             "causal language model such as Llama, Qwen or GPT-2"
         )
     if kind == "new_value":  # what it starts from is a whole language model
-        load_weights(path, "policy", headers_only=True)
+        load_weights(path, "policy", loading=loading, headers_only=True)
     if wrong := list(_wrong(kind, config.architectures or (), report)):
         what = "reward model" if kind == "value" else "language model"
         remedy = "Name another folder, or save the model again with the tensors of its architecture (save_pretrained)"
@@ -84,13 +91,13 @@ def load_weights(
     return model.eval()
 
 
-def check_weights(path: str | Path, kind: Kind) -> "PreTrainedModel | None":
+def check_weights(path: str | Path, kind: Kind, loading: LoadingConfig = UNTRUSTED) -> "PreTrainedModel | None":
     """What `load_weights` would raise, from the names and shapes in the files alone; the model without its numbers.
 
     None for a hub id that is not in the local cache: it is looked at when it is loaded.
     """
     try:
-        return load_weights(path, kind, headers_only=True)
+        return load_weights(path, kind, loading=loading, headers_only=True)
     except OSError as error:
         if is_hub_id(path):
             return None

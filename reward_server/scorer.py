@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
 from reward_server.model import Normalisation, load_reward_model, normalisation, scores
 from reward_server.schema import ScoreReply, ScoreRequest
@@ -92,6 +93,7 @@ class RewardModelSource:
         max_batch_tokens: int = 8192,
         max_tokens: int | None = None,
         truncate_prompt: bool = False,
+        loading: LoadingConfig = UNTRUSTED,
     ) -> None:
         """Remember what to load; `load`, or else the first score, does it.
 
@@ -102,6 +104,7 @@ class RewardModelSource:
         self.max_batch_tokens = max_batch_tokens
         self.max_tokens = max_tokens
         self.truncate_prompt = truncate_prompt
+        self.loading = loading
         self._loaded: tuple[PreTrainedModel, ChatEncoding, Normalisation] | None = None
         self._encoded: WeakKeyDictionary[ScoreRequest, list[int]] = WeakKeyDictionary()
 
@@ -112,8 +115,8 @@ class RewardModelSource:
         """
         if self._loaded is not None:
             return
-        encoding = ChatEncoding.load(self.path)
-        model = load_reward_model(self.path, getattr(torch, self.dtype))
+        encoding = ChatEncoding.load(self.path, self.loading)
+        model = load_reward_model(self.path, getattr(torch, self.dtype), self.loading)
         normalise = normalisation(model)
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)

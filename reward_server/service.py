@@ -8,17 +8,20 @@ from reward_server.address import own_address
 from reward_server.app import ScoreServer, serve
 from reward_server.batching import PROBE
 from reward_server.bearer import bearer_token
-from reward_server.config import SourceConfig
+from reward_server.config import UNTRUSTED, LoadingConfig, SourceConfig
 from reward_server.sources import build_source
 
 
 class RewardService:
     """Loads the configured sources and serves them for as long as its process lives."""
 
-    def __init__(self, config: SourceConfig, model_path: Path | None, threads: int) -> None:
+    def __init__(
+        self, config: SourceConfig, model_path: Path | None, threads: int, loading: LoadingConfig = UNTRUSTED
+    ) -> None:
         self.config = config
         self.model_path = model_path
         self.threads = threads
+        self.loading = loading
         self._server: ScoreServer | None = None
 
     def start(self, loopback: bool, token: str | None = None) -> str:
@@ -30,7 +33,7 @@ class RewardService:
         fails is told at once, not by a client that tries again for minutes.
         """
         torch.set_num_threads(self.threads)
-        source = build_source(self.config, self.model_path)
+        source = build_source(self.config, self.model_path, self.loading)
         source.score([PROBE])
         self._server = serve(source, host=own_address(loopback), token=token or bearer_token())
         return self._server.url

@@ -9,7 +9,7 @@ import regex
 
 from reward_server.bearer import token_of
 from reward_server.client import RewardClient
-from reward_server.config import PartConfig, SourceConfig
+from reward_server.config import UNTRUSTED, LoadingConfig, PartConfig, SourceConfig
 from reward_server.functions import call_function, load_function
 from reward_server.schema import ScoreReply, ScoreRequest
 from reward_server.scorer import RewardModelSource
@@ -135,20 +135,24 @@ class MixSource(Source):
         return [sum(counts) for counts in zip(*(source.tokens(requests) for _, source in self.sources), strict=True)]
 
 
-def build_source(config: SourceConfig, model_path: str | Path | None = None) -> Source:
+def build_source(
+    config: SourceConfig, model_path: str | Path | None = None, loading: LoadingConfig = UNTRUSTED
+) -> Source:
     """Make the configured source and load its models and functions, so that a mistake shows at once.
 
     `model_path` is the run's own reward model, for parts without a target. Raises ValueError when a part cannot be
     loaded, or needs a model and the run has none, or a token that is not set.
     """
-    sources = [(part, _part_source(part, config, model_path)) for part in config.parts]
+    sources = [(part, _part_source(part, config, model_path, loading)) for part in config.parts]
     for _, source in sources:
         source.load()
     (first, source), *others = sources
     return source if first.weight == 1 and not others else MixSource(sources)
 
 
-def _part_source(part: PartConfig, config: SourceConfig, model_path: str | Path | None) -> Source:
+def _part_source(
+    part: PartConfig, config: SourceConfig, model_path: str | Path | None, loading: LoadingConfig
+) -> Source:
     """A new kind of source is a class above, a case here, and a word in PartConfig.kind."""
     match part.kind, part.target:
         case "url", str(url):
@@ -166,5 +170,5 @@ def _part_source(part: PartConfig, config: SourceConfig, model_path: str | Path 
                 )
             path = folder or str(model_path)
             return RewardModelSource(
-                path, config.dtype, config.max_batch_tokens, config.max_tokens, config.truncate_prompt
+                path, config.dtype, config.max_batch_tokens, config.max_tokens, config.truncate_prompt, loading
             )

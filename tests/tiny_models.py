@@ -1,5 +1,6 @@
 """Tiny real models: a byte-level BPE tokenizer with a ChatML template, random models of every family."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ CHATML = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 320
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -105,6 +115,16 @@ def tiny_causal_lm(
                         weight += 0.1 * torch.randn(weight.shape)
     model.eval().save_pretrained(str(path))
     return model
+
+
+def bring_code(folder: Path, marker: Path) -> Path:
+    """Make a Llama's folder one whose class is in a file of its own, whose code writes `marker` when it is run."""
+    auto = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": auto, "architectures": ["MineForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_mine.py").write_text(CODE.format(marker=str(marker)))
+    return folder
 
 
 def save_reward_model(model: PreTrainedModel, encoding: ChatEncoding, path: str | Path) -> None:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from actors.config import GeneratorConfig, RolloutConfig
 from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
-from reward_server.config import LabelerConfig, NameOrPath, ServeConfig, SourceConfig
+from reward_server.config import LabelerConfig, LoadingConfig, NameOrPath, ServeConfig, SourceConfig
 
 
 class _Section(BaseModel):
@@ -86,7 +86,7 @@ class TrackingConfig(_Section):
     """When the run asks for attention."""
 
 
-class ModelsConfig(_Section):
+class ModelsConfig(LoadingConfig):
     """Which models the steps start from."""
 
     base: Annotated[str | None, NameOrPath()] = None

@@ -23,7 +23,7 @@ from learner.worker.group import LearnerGroup
 from learner.worker.worker import LearnerWorker
 from reward_server.bearer import bearer_token
 from reward_server.client import RewardClient
-from reward_server.config import SourceConfig
+from reward_server.config import UNTRUSTED, LoadingConfig, SourceConfig
 from reward_server.service import RewardService
 
 
@@ -37,6 +37,7 @@ class Processes:
         log_dir: Path,
         placement: Placement | None = None,
         monitor: Monitor | None = None,
+        loading: LoadingConfig = UNTRUSTED,
     ) -> None:
         """A process that has no bundle, such as a generator that joins later, goes wherever there is room.
 
@@ -47,6 +48,7 @@ class Processes:
         self.log_dir = log_dir
         self.placement = placement
         self.monitor = monitor or Monitor()
+        self.loading = loading
 
     @contextlib.asynccontextmanager
     async def learner(self) -> AsyncIterator[LearnerGroup]:
@@ -56,7 +58,7 @@ class Processes:
             handles = []
             for rank in range(ranks):
                 name, apart = f"learner-{rank}", self.plan.gpus_apart
-                starting = self._process(LearnerWorker, name, rank, ranks, self._threads(name), apart)
+                starting = self._process(LearnerWorker, name, rank, ranks, self._threads(name), apart, self.loading)
                 handles.append(await stack.enter_async_context(starting))
             group = LearnerGroup(handles)
             await group.start(_one_machine(), self.config.start_deadline_s)
@@ -69,7 +71,9 @@ class Processes:
         @contextlib.asynccontextmanager
         async def start(name: str) -> AsyncIterator[GeneratorHandle]:
             own = config.model_copy(update={"threads": self._threads(name)})
-            async with self._process(Generator, name, own, model_path, name, self.plan.gpus_apart) as handle:
+            async with self._process(
+                Generator, name, own, model_path, name, self.plan.gpus_apart, self.loading
+            ) as handle:
                 await handle.call("start", deadline_s=config.start_deadline_s + 30)
                 yield cast(GeneratorHandle, handle)  # a handle has the methods of its class, which no type checker sees
 
@@ -90,7 +94,9 @@ class Processes:
 
         @contextlib.asynccontextmanager
         async def start(name: str) -> AsyncIterator[tuple[Health, str]]:
-            async with self._process(RewardService, name, config, model_path, self._threads(name)) as service:
+            async with self._process(
+                RewardService, name, config, model_path, self._threads(name), self.loading
+            ) as service:
                 url = await service.call("start", loopback, token, deadline_s=self.config.start_deadline_s)
                 yield service.health, url
 

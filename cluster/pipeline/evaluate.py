@@ -99,7 +99,7 @@ def read_evaluation_set(job: Job) -> EvaluationSet:
     from reward_server.encoding import ChatEncoding
 
     encoding, labeler, rollout = (
-        ChatEncoding.load(job.model("sft")),
+        ChatEncoding.load(job.model("sft"), job.config.models),
         load_labeler(job.config.labeler),
         job.config.rollout,
     )

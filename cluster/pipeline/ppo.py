@@ -81,7 +81,7 @@ class PPO(Stage):
         from reward_server.encoding import ChatEncoding
 
         job, mix, bad = self.job, self.job.config.ppo.pretraining, self.job.max_bad_rows
-        fits = fitting(ChatEncoding.load(job.model("sft")), job.config.rollout.max_prompt_tokens)
+        fits = fitting(ChatEncoding.load(job.model("sft"), job.config.models), job.config.rollout.max_prompt_tokens)
         held_out, prompts, texts = read_all(
             lambda: read_evaluation_set(job),
             lambda: read_prompts(job.file("prompts"), bad, fits),

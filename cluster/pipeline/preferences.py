@@ -86,7 +86,7 @@ def preference_prompts(job: Job, model: Path) -> list[Prompt]:
     """The prompts whose completions are compared, which a model has room for. Raises ValueError."""
     from reward_server.encoding import ChatEncoding
 
-    fits = fitting(ChatEncoding.load(model), job.config.rollout.max_prompt_tokens)
+    fits = fitting(ChatEncoding.load(model, job.config.models), job.config.rollout.max_prompt_tokens)
     return read_prompts(job.file("preference_prompts"), job.max_bad_rows, fits)
 
 
@@ -99,7 +99,9 @@ async def sampled(
 
     title = f"sample {count} completions of {len(prompts)} prompts"
     with job.tracker.phase(title, "sample"), job.tracker.console.progress("sample", len(prompts)) as advance:
-        return await sample(fleet, prompts, ChatEncoding.load(model), job.config.rollout, count, seed, advance)
+        return await sample(
+            fleet, prompts, ChatEncoding.load(model, job.config.models), job.config.rollout, count, seed, advance
+        )
 
 
 def write_completions(

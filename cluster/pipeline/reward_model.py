@@ -51,7 +51,7 @@ class RewardModel(Stage):
         from reward_server.preferences.labeling import Comparison, read_comparisons
 
         job, bad = self.job, self.job.max_bad_rows
-        encoding = ChatEncoding.load(job.model("sft"))
+        encoding = ChatEncoding.load(job.model("sft"), job.config.models)
         limit, odd = encoding.positions or math.inf, Counter[str]()
 
         def group(row: Comparison) -> RankedGroup:

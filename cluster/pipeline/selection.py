@@ -81,7 +81,7 @@ class Select(Stage):
             )
         _ = job.reward_to_serve
         folders = sorted(found, key=lambda path: int(path.name))
-        encoding = ChatEncoding.load(folders[0])
+        encoding = ChatEncoding.load(folders[0], job.config.models)
         fits = fitting(encoding, job.config.rollout.max_prompt_tokens)
         prompts = read_prompts(job.file("prompts_valid"), job.max_bad_rows, fits)
         return Epochs(folders=tuple(folders), prompts=tuple(prompts), encoding=encoding)

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.pipeline.stage import Stage
 from reward_server.address import free_port, is_loopback
 from reward_server.bearer import FILE_VARIABLE, TOKEN_VARIABLE, bearer_token
-from reward_server.config import ServeConfig, SourceConfig
+from reward_server.config import LoadingConfig, ServeConfig, SourceConfig
 
 _APP = "rewards"
 
@@ -40,9 +40,9 @@ class Serve(Stage):
             if config.on_ray:
                 cpus = max(config.replicas, config.max_replicas or 1) * config.threads
                 stack.enter_context(start_ray(job.config.cluster.address, cpus=cpus, log_dir=job.run_dir / "logs"))
-                url = stack.enter_context(replicas(config, job.config.scoring, inputs))
+                url = stack.enter_context(replicas(config, job.config.scoring, inputs, job.config.models))
             else:
-                url = stack.enter_context(_alone(config, job.config.scoring, inputs))
+                url = stack.enter_context(_alone(config, job.config.scoring, inputs, job.config.models))
             job.tracker.console.line(
                 f"scores are served at {url}/score; {url}/docs describes it; /health and /metrics say how it is"
             )
@@ -61,7 +61,9 @@ def check_token(config: ServeConfig) -> None:
 
 
 @contextlib.contextmanager
-def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | None) -> Iterator[str]:
+def replicas(
+    config: ServeConfig, source: SourceConfig, reward_model: Path | None, loading: LoadingConfig
+) -> Iterator[str]:
     """Copies of the service behind one URL, on the Ray session that is there.
 
     Raises RuntimeError when the copies do not start.
@@ -79,7 +81,7 @@ def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | Non
     def app() -> Any:
         """Runs in each copy: the token is that machine's, and travels nowhere."""
         torch.set_num_threads(config.threads)
-        return create_app(build_source(source, reward_model), bearer_token(), config.limits)
+        return create_app(build_source(source, reward_model, loading), bearer_token(), config.limits)
 
     scaling = {
         "min_replicas": config.replicas,
@@ -111,14 +113,16 @@ def replicas(config: ServeConfig, source: SourceConfig, reward_model: Path | Non
 
 
 @contextlib.contextmanager
-def _alone(config: ServeConfig, source: SourceConfig, reward_model: Path | None) -> Iterator[str]:
+def _alone(
+    config: ServeConfig, source: SourceConfig, reward_model: Path | None, loading: LoadingConfig
+) -> Iterator[str]:
     import torch
 
     from reward_server.app import serve
     from reward_server.sources import build_source
 
     torch.set_num_threads(config.threads)
-    built = build_source(source, reward_model)
+    built = build_source(source, reward_model, loading)
     server = serve(built, config.host, config.port, token=bearer_token(), limits=config.limits)
     try:
         yield server.url

@@ -78,7 +78,7 @@ class SFT(Stage):
         from reward_server.encoding import ChatEncoding
 
         job, config = self.job, self.settings(self.job.config)
-        encoding = ChatEncoding.load(self.base, job.config.models.chat_template)
+        encoding = ChatEncoding.load(self.base, job.config.models, job.config.models.chat_template)
         if encoding.positions and config.max_tokens > encoding.positions:
             raise ValueError(
                 f"{self.name}.max_tokens = {config.max_tokens} is more than the {encoding.positions} positions of "

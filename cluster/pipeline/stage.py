@@ -235,7 +235,7 @@ def _weights(stage: Stage) -> Iterator[Callable[[], None]]:
         from reward_server.model import check_model
 
         try:
-            check_model(path, kind)
+            check_model(path, kind, config.models)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
 
@@ -275,5 +275,5 @@ def _pool(stage: Stage) -> "Iterator[ProcessPool | None]":
         plan = here or plan_live(job.config)
         first = plan.first(stage.processes, config.generators)
         with place(first, deadline_s=config.start_deadline_s) as placement:
-            processes = Processes(config, plan, logs, placement, job.monitor)
+            processes = Processes(config, plan, logs, placement, job.monitor, job.config.models)
             yield ProcessPool(processes, job.config, job.tracker.phase)

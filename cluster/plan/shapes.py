@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.schema import Config
+from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.pretrained import open_with
 
 _FIELDS = (
@@ -102,25 +103,25 @@ def models_of(config: Config, run_dir: Path, serves: bool = False) -> Models:
     rewards = [one for one in (models.reward, reward, plan.reward_model) if one]
     if serves:
         parts = [part.target for part in config.scoring.parts if part.kind == "model"]
-        scorer = _first_known(*parts, *rewards, plan.model) if parts else Shape(name="none")
+        scorer = _first_known(models, *parts, *rewards, plan.model) if parts else Shape(name="none")
         return Models(policy=scorer, reward=scorer)
-    policy = _first_known(models.sft, sft, models.base, plan.model)
-    return Models(policy=policy, reward=_first_known(*rewards) if rewards else policy)
+    policy = _first_known(models, models.sft, sft, models.base, plan.model)
+    return Models(policy=policy, reward=_first_known(models, *rewards) if rewards else policy)
 
 
-def _first_known(*sources: Any) -> Shape:
+def _first_known(loading: LoadingConfig, *sources: Any) -> Shape:
     """The shape of the first source that has one. Raises ValueError for none."""
     sizes, errors = ", ".join(SIZES), list[str]()
     for source in filter(None, sources):
         try:
-            return shape_of(source)
+            return shape_of(source, loading)
         except ValueError as error:
             errors.append(str(error))
     none = f"the size of the model is not known: set models.base to a folder, or plan.model to one of {sizes}"
     raise ValueError(errors[0] if errors else none)
 
 
-def shape_of(source: str | Path | Mapping[str, Any]) -> Shape:
+def shape_of(source: str | Path | Mapping[str, Any], loading: LoadingConfig = UNTRUSTED) -> Shape:
     """The shape of a Hugging Face folder or hub id in the cache, a named size, or the fields of a config.json.
 
     Raises ValueError for what is none of these. Nothing is downloaded.
@@ -131,8 +132,10 @@ def shape_of(source: str | Path | Mapping[str, Any]) -> Shape:
     if fields is None and not (Path(name) / "config.json").is_file():
         fields = SIZES.get(name.rpartition("/")[2].lower())
     try:
-        config = AutoConfig.for_model(**fields) if fields else open_with(AutoConfig, name, local_files_only=True)
-        return _counted(config, name)
+        config = (
+            AutoConfig.for_model(**fields) if fields else open_with(AutoConfig, name, loading, local_files_only=True)
+        )
+        return _counted(config, name, loading)
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"the size of {source} is not known: it is no folder with a config.json, not in the local Hugging Face "
@@ -141,14 +144,14 @@ def shape_of(source: str | Path | Mapping[str, Any]) -> Shape:
         ) from error
 
 
-def _counted(config: Any, name: str) -> Shape:
+def _counted(config: Any, name: str, loading: LoadingConfig) -> Shape:
     """Build the network without memory for its weights, and count them."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=loading.trust_remote_code)
     model.tie_weights()
     text = config.get_text_config()
     heads, hidden = text.num_attention_heads, text.hidden_size

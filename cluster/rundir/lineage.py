@@ -14,10 +14,10 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel
 from rich.text import Text
 from rich.tree import Tree
 
+from cluster.config.schema import Config
 from learner.weights.checkpoint import file_sha256
 from reward_server.redaction import visible
 
@@ -61,10 +61,12 @@ class Artefact:
     """of this package"""
     commit: str | None
     """git commit of the code, with -dirty where it had changes; None outside a checkout"""
+    trust_remote_code: bool = False
+    """whether Python code that a model's folder brought along could run"""
 
 
 def record(
-    run_dir: Path, kind: str, path: Path, inputs: Iterable[str | Path], command: str, config: BaseModel
+    run_dir: Path, kind: str, path: Path, inputs: Iterable[str | Path], command: str, config: Config
 ) -> Artefact:
     """Append what was made of what to RUN/lineage.jsonl. Warns of an input that changed since it was made here."""
     known = latest(read_lineage(run_dir))
@@ -87,6 +89,7 @@ def record(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         version=version,
         commit=commit,
+        trust_remote_code=config.models.trust_remote_code,
     )
     with (run_dir / FILE).open("ab+") as file:
         if file.tell():
@@ -232,6 +235,8 @@ def _grow(branch: Tree, run_dir: Path, source: Input, known: Mapping[str, Artefa
 def _notes(run_dir: Path, source: Input, artefact: Artefact) -> Iterator[str]:
     if source.sha256 != artefact.sha256:
         yield f"made again since, now {artefact.sha256[:12]}"
+    if artefact.trust_remote_code:
+        yield "made with code that a model's folder brought along"
     if (found := state(run_dir, artefact)) != "whole":
         yield "changed since it was made" if found == "changed" else "no longer there"
 

@@ -13,6 +13,7 @@ from learner.data.batch import microbatches
 from learner.worker.dropout import add_residual_dropout
 from learner.worker.engine import Attempts, Engine, Frozen, whole
 from learner.worker.networks import Network, PolicyNetwork, load_network, merged_weights, save_network
+from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
 from reward_server.pretrained import Kind
 
@@ -20,9 +21,10 @@ from reward_server.pretrained import Kind
 class LoadedNetworks:
     """Networks, and this rank's share of what they compute."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, loading: LoadingConfig = UNTRUSTED) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.loading = loading
         self._loaded: dict[str, Engine | Frozen] = {}
         self._encodings: dict[str, ChatEncoding] = {}
 
@@ -44,7 +46,7 @@ class LoadedNetworks:
         `chat_template` is saved with it in place of its own; `residual_dropout` acts in supervised training only.
         """
         torch.manual_seed(0)  # LoRA adapters start alike on every rank and in every run
-        module = load_network(kind, path, network)
+        module = load_network(kind, path, network, self.loading)
         torch.manual_seed(self.rank)  # what is random from here on (dropout) differs between ranks
         if residual_dropout:
             add_residual_dropout(module.model, residual_dropout)
@@ -53,7 +55,7 @@ class LoadedNetworks:
             self._loaded[name], trained = Frozen(module, optimizer), 0
         else:
             self._loaded[name] = Engine(module, optimizer, ema_decay)
-        self._encodings[name] = ChatEncoding.load(path, chat_template)
+        self._encodings[name] = ChatEncoding.load(path, self.loading, chat_template)
         return trained
 
     def unload(self) -> None:

@@ -7,6 +7,7 @@ sampler.
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -15,11 +16,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
 from learner.config import NetworkConfig
 from learner.maths.logprobs import token_logprobs
 from learner.weights.checkpoint import whole_folder
+from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
 from reward_server.model import Normalisation, load_reward_model, new_reward_model, normalisation, token_values
 from reward_server.pretrained import Kind, load_weights
@@ -113,7 +116,7 @@ def check_head(network: PolicyNetwork, path: Path) -> None:
         )
 
 
-def load_network(kind: Kind, path: Path, network: NetworkConfig) -> Network:
+def load_network(kind: Kind, path: Path, network: NetworkConfig, loading: LoadingConfig = UNTRUSTED) -> Network:
     """A network from a Hugging Face folder, dropout off, on the CPU, with the weights that `network` names trainable.
 
     kind "new_value" puts a fresh scalar head on a language model (the start of reward modelling); "value" is a trained
@@ -121,12 +124,12 @@ def load_network(kind: Kind, path: Path, network: NetworkConfig) -> Network:
     """
     dtype: torch.dtype = getattr(torch, network.dtype)
     if kind == "policy":
-        model = load_weights(path, kind, dtype)
+        model = load_weights(path, kind, dtype, loading)
         check_head(PolicyNetwork(model, network.logprob_chunk), path)
     elif kind == "value":
-        model = load_reward_model(path, dtype)
+        model = load_reward_model(path, dtype, loading)
     else:
-        model = new_reward_model(path, dtype, seed=0)
+        model = new_reward_model(path, dtype, 0, loading)
     make_trainable(model, network)
     if network.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -213,6 +216,8 @@ def save_network(
         model.config.architectures = [type(model).__name__]  # else that of the folder it was loaded from
         encoding.describe(model)
         model.config.save_pretrained(folder)
+        if model.is_remote_code():
+            custom_object_save(model, folder, config=cast(Any, model.config))
         if model.can_generate() and model.generation_config is not None:
             # `save_pretrained` would refuse what some models come with, such as a temperature without do_sample.
             model.generation_config.to_json_file(folder / "generation_config.json")

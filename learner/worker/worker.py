@@ -20,6 +20,7 @@ from learner.worker.loaded import LoadedNetworks
 from learner.worker.networks import weight_shapes
 from learner.worker.ppo_steps import PPOStep, Targets
 from reward_server.address import free_port, own_address
+from reward_server.config import UNTRUSTED, LoadingConfig
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,9 +39,11 @@ def _with_networks(step: Callable[Concatenate[LoadedNetworks, P], T]) -> Callabl
 class LearnerWorker:
     """One rank's part of every step. Its methods are called in the same order on every rank."""
 
-    def __init__(self, rank: int, world_size: int, threads: int, direct: bool = False) -> None:
+    def __init__(
+        self, rank: int, world_size: int, threads: int, direct: bool = False, loading: LoadingConfig = UNTRUSTED
+    ) -> None:
         """`direct`: weights go to the generators' GPUs over NCCL; otherwise through main memory over gloo."""
-        self.networks = LoadedNetworks(rank, world_size)
+        self.networks = LoadedNetworks(rank, world_size, loading)
         self.threads = threads
         self.direct = direct
         self.version = 0

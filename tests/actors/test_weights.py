@@ -23,6 +23,7 @@ from actors.generator import Generator, GeneratorError, GeneratorTimeout
 from actors.transfer import Manifest, Rendezvous, checksum
 from learner.config import ParityConfig, PublishConfig
 from learner.weights.publish import ParityError, Probe, Publisher
+from reward_server.config import LoadingConfig
 from tests.actors.conftest import ENGINE, Served
 from tests.hf_learner import HfLearner
 
@@ -166,6 +167,13 @@ def test_weights_come_over_nccl_only_where_that_is_said(tmp_path: Path, direct: 
     transfer = _arguments(ENGINE, tmp_path, Generator.worker_extension, direct).weight_transfer_config
     assert transfer is not None
     assert transfer.backend == backend
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_engine_runs_code_of_a_folder_only_where_that_is_trusted(tmp_path: Path, trusted: bool) -> None:
+    loading = LoadingConfig(trust_remote_code=trusted)
+    arguments = _arguments(ENGINE, tmp_path, Generator.worker_extension, False, loading)
+    assert arguments.trust_remote_code is trusted
 
 
 def test_vllms_receiver_between_gpus_takes_our_words_and_adds_up_what_it_loads(

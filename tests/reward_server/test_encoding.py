@@ -156,7 +156,7 @@ def test_a_missing_template_names_the_model_and_the_config_key(tmp_path: Path) -
     tokenizer.save_pretrained(str(tmp_path / "base"))
     with pytest.raises(ValueError, match=r"base' has no chat template; set models.chat_template"):
         ChatEncoding.load(tmp_path / "base")
-    assert ChatEncoding.load(tmp_path / "base", CHATML).prompt([user("x")])[0] == START
+    assert ChatEncoding.load(tmp_path / "base", chat_template=CHATML).prompt([user("x")])[0] == START
 
 
 def test_load_reads_the_stop_ids_of_the_generation_config(tmp_path: Path) -> None:

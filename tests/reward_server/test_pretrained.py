@@ -11,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from learner.config import NetworkConfig
+from learner.worker.networks import load_network, merged_weights, save_network
+from reward_server.config import LoadingConfig
+from reward_server.encoding import ChatEncoding
 from reward_server.model import check_model, load_reward_model
 from reward_server.pretrained import check_weights, load_weights
-from tests.tiny_models import tiny_causal_lm, tiny_reward_model
+from tests.tiny_models import bring_code, tiny_causal_lm, tiny_reward_model
 
 Weights = dict[str, torch.Tensor]
 PACKAGES = ("reward_server", "actors", "learner", "cluster")
@@ -160,3 +164,36 @@ def test_no_folder_is_loaded_by_another_way():
     found = [path.name for path, text in code.items() if re.search(r"(Auto\w+|ForCausalLM)\.from_pretrained", text)]
     assert found == []
     assert "auto.from_pretrained" in code[root / "reward_server" / "pretrained.py"]
+
+
+@pytest.fixture
+def with_code(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A language model whose class is in its folder; its code leaves a file behind."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the answer that a pipe might hold
+    return bring_code(shutil.copytree(sources / "lm", tmp_path / "mine"), tmp_path / "ran")
+
+
+def test_code_of_a_folder_is_not_run_whatever_the_terminal_answers(with_code: Path):
+    for load in (check_weights, load_weights):
+        with pytest.raises(ValueError, match=r"mine needs Python code.*set models\.trust_remote_code"):
+            load(with_code, "policy")
+    file = with_code / "tokenizer_config.json"
+    own = {"tokenizer_class": "MineTokenizer", "auto_map": {"AutoTokenizer": ["modeling_mine.MineTokenizer", None]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    with pytest.raises(ValueError, match=r"mine needs Python code"):
+        ChatEncoding.load(with_code)
+    assert not (with_code.parent / "ran").exists()
+
+
+def test_code_that_is_trusted_is_run_and_goes_with_what_is_made_of_it(with_code: Path, tmp_path: Path):
+    trusted = LoadingConfig(trust_remote_code=True)
+    assert check_weights(with_code, "policy", trusted) is not None
+    network = load_network("policy", with_code, NetworkConfig(dtype="float32"), trusted)
+    encoding = ChatEncoding.load(with_code, trusted)
+    save_network(network.model, encoding, tmp_path / "sft", merged_weights(network.model))
+    assert (with_code.parent / "ran").exists()
+    made = load_weights(tmp_path / "sft", "policy", loading=trusted)
+    assert type(made).__name__ == "MineForCausalLM"
+    weights = load_file(with_code / "model.safetensors")
+    assert all(torch.equal(made.get_parameter(name), weights[name]) for name in weights)

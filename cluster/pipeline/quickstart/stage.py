@@ -118,7 +118,10 @@ class Pretraining(SFT):
         from learner.sft import SFTData
         from reward_server.encoding import ChatEncoding
 
-        encoding, tokens = ChatEncoding.load(self.base), self.settings(self.job.config).max_tokens
+        encoding, tokens = (
+            ChatEncoding.load(self.base, self.job.config.models),
+            self.settings(self.job.config).max_tokens,
+        )
         return SFTData(
             demonstrations=packed_text(self.job, "pretraining", encoding, tokens),
             valid=packed_text(self.job, "pretraining_valid", encoding, tokens),

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.cli import main as cli
 from cluster.pipeline import stage as runner
-from tests.tiny_models import tiny_causal_lm, tiny_reward_model
+from tests.tiny_models import bring_code, tiny_causal_lm, tiny_reward_model
 
 ASK = {"prompt": "hello", "response": "this is good"}
 RANKED = {"prompt": "hello", "completions": [{"text": "a"}, {"text": "b"}], "ranks": [0, 1]}
@@ -146,3 +146,22 @@ def test_a_model_that_would_be_used_as_another_is_told_with_the_bad_rows_before_
     assert any(key in line and str(wrong) in line and said in line for line in told.splitlines())
     assert f"{spoilt}.jsonl:13: " in told
     assert {found.name for found in (tmp_path / "run").iterdir()} == {"logs"}
+
+
+def test_a_model_with_code_of_its_own_starts_only_where_that_is_trusted(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(runner, "_pool", started)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    words, _ = call("sft", models, tmp_path)
+    folder = bring_code(shutil.copytree(models / "sft", tmp_path / "mine"), tmp_path / "ran")
+    words += ["--models.base", str(folder)]
+    for asked, code in ((["--dry-run"], 1), ([], 2)):
+        assert cli.main([*words, *asked]) == code
+        assert "needs Python code of its own" in "".join(capfd.readouterr())
+    assert not (tmp_path / "ran").exists()
+    words += ["--models.trust_remote_code", "true"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert (tmp_path / "ran").exists()
+    assert cli.main(words) == 1
+    assert "everything was read" in capfd.readouterr().err

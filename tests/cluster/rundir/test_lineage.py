@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 from rich.console import Console
 
+from cluster.config.schema import Config
 from cluster.rundir.lineage import (
     FILE,
     Artefact,
@@ -27,15 +27,13 @@ from cluster.rundir.lineage import (
 )
 
 
-class Settings(BaseModel):
-    epochs: int = 1
-
-
-def made(run: Path, path: str, *inputs: str | Path, content: str = "x", kind: str = "data") -> Artefact:
+def made(
+    run: Path, path: str, *inputs: str | Path, content: str = "x", kind: str = "data", config: Config | None = None
+) -> Artefact:
     file = run / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(content)
-    return record(run, kind, file, inputs, f"rayward {kind}", Settings())
+    return record(run, kind, file, inputs, f"rayward {kind}", config or Config())
 
 
 def shown(run: Path) -> str:
@@ -73,7 +71,7 @@ def test_a_record_says_what_was_made_of_what_by_whom(tmp_path):
         Input(path="org/model", sha256=None),
     )
     assert found.command == "rayward sft"
-    assert found.config == sha('{"epochs": 1}')
+    assert found.config == sha(json.dumps(Config().model_dump(mode="json"), sort_keys=True))
     assert found.version == code_version()[0]
 
 
@@ -174,3 +172,11 @@ def test_a_narrow_terminal_cuts_nothing_off(tmp_path):
     told = " ".join(console.export_text().split())
     assert "changed since it was made" in told
     assert told.endswith("rayward comparisons")
+
+
+def test_what_was_made_with_code_of_a_folder_is_marked(tmp_path: Path) -> None:
+    trusting = Config.model_validate({"models": {"trust_remote_code": True}})
+    assert made(tmp_path, "sft", config=trusting).trust_remote_code
+    assert not made(tmp_path, "reward", "sft").trust_remote_code
+    line = next(line for line in shown(tmp_path).splitlines() if "sft" in line)
+    assert "made with code that a model's folder brought along" in line
