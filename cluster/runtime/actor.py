@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.runtime.actor_process import ActorProcess, Failure, recipe
@@ -23,6 +23,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")]
 _PROBE_S = 1.0
 _TAIL_LINES = 5
+_DEATHS = (RayActorError, OutOfMemoryError)
 _RESERVED = {"call", "health", "kill", "name", "ready"}
 _KILLED = "it was killed by its handle"
 
@@ -98,8 +99,8 @@ class Handle:
             raise ActorDied(self.name, _KILLED)
         try:
             return await self._actor.stats.remote()
-        except RayActorError as error:
-            raise ActorDied(self.name, _KILLED if self._killed else _reason(error)) from None
+        except _DEATHS as error:
+            raise ActorDied(self.name, self._reason(error)) from None
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float) -> Any:
         with self.health.call(method):
@@ -129,9 +130,8 @@ class Handle:
         except asyncio.CancelledError:
             self._abandon(reference, cancel)
             raise
-        except RayActorError as error:
-            reason = _KILLED if self._killed else _reason(error)
-            raise ActorDied(self.name, reason, _tail(self._log_file)) from None
+        except _DEATHS as error:
+            raise ActorDied(self.name, self._reason(error), _tail(self._log_file)) from None
         except RayError as error:
             raise RemoteError(f"actor {self.name!r}: {method}() got no further than Ray: {error}") from None
         if isinstance(outcome, Failure):
@@ -153,6 +153,9 @@ class Handle:
         error.add_note(f"raised in actor {self.name!r}:\n{failure.traceback}")
         return error
 
+    def _reason(self, error: RayError) -> str:
+        return _KILLED if self._killed else _sentence(error) + self.health.memory()
+
     def _unknown(self, method: str) -> str:
         has = sorted(self._methods)
         return f"actor {self.name!r} ({self._class}) has no public method {method!r}; it has {has}"
@@ -162,8 +165,8 @@ class Handle:
         try:
             async with asyncio.timeout(_PROBE_S):
                 stacks = await self._actor.stacks.remote()
-        except RayActorError as error:
-            return f"; it is dead: {_reason(error)}"
+        except _DEATHS as error:
+            return f"; it is dead: {self._reason(error)}"
         except TimeoutError:
             if ray.wait([self._started], timeout=0)[0]:
                 return f"; it answers nothing within {_PROBE_S:g} s: it is stopped, or its event loop is blocked"
@@ -226,8 +229,11 @@ def _public_methods(cls: type) -> dict[str, bool]:
     return {name: inspect.iscoroutinefunction(method) for name, method in found if not name.startswith("_")}
 
 
-def _reason(error: RayActorError) -> str:
+def _sentence(error: RayError) -> str:
     """The sentence of Ray's report that says why; the rest of it guesses."""
+    if isinstance(error, OutOfMemoryError):
+        used = str(error).partition("Memory on the node ")[2].partition("\n")[0]
+        return f"Ray killed it for want of memory on its machine {used}".strip()
     lines = [line.strip() for line in str(error).splitlines() if line and not line.startswith("\t")]
     text = " ".join(lines).removeprefix("The actor died unexpectedly before finishing this task. ")
     return text.split(" Some common causes")[0]

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -105,6 +106,15 @@ def _gpu_bytes() -> int | None:
     return sum(used) if used else None
 
 
+def _kills() -> int:
+    """Processes that this machine's kernel has killed for want of memory, in any container; Linux says so."""
+    try:
+        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(counts.get("oom_kill", 0))
+
+
 class Health:
     """A process as its controller sees it: its open calls, what it has said of itself lately, whether it is gone.
 
@@ -121,6 +131,7 @@ class Health:
         self.answered = 0
         """Calls answered, or failed, since it started."""
         self._ask = ask
+        self._kills = _kills()
         self._question: asyncio.Future[Stats] | None = None
         self._asked = 0.0
         self._heard: deque[Stats] = deque(maxlen=_KEPT)
@@ -178,6 +189,14 @@ class Health:
     def last(self) -> Stats | None:
         """What it takes and does, as it said last; None before the first time."""
         return self._heard[-1] if self._heard else None
+
+    def memory(self) -> str:
+        """For the report of its death: what it took last, and whether the kernel has killed here for want of memory."""
+        if self.last is None:
+            return ""
+        here = self.last.node == socket.gethostname() and _kills() > self._kills
+        killed = ", and the kernel has killed on this machine for want of memory since it started" if here else ""
+        return f"; it last took {self.last.resident / 2**30:.2f} GiB of memory{killed}"
 
     @property
     def cores(self) -> float | None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from cluster.runtime.actor import Handle, RemoteError, remote
 from cluster.runtime.actor_process import Failure
@@ -309,6 +310,32 @@ def test_a_failing_constructor_answers_every_call(session: Path) -> None:
     handle.kill()
 
 
+def test_a_kill_for_want_of_memory_is_a_death_with_what_it_took(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = remote(Worker, 1, process=Process(name="large"))
+
+    async def scenario() -> None:
+        await handle.ready(deadline_s=60)
+        await handle.health.attend(10)
+        for error, said in (  # as Ray's memory monitor has it, and of the kernel's
+            (
+                OutOfMemoryError(
+                    "1 worker(s) were killed ... Memory on the node (IP: x) was 22GB used / 23GB limit\n.."
+                ),
+                "22GB used",
+            ),
+            (ActorDiedError(), "the kernel has killed on this machine for want of memory since it started"),
+        ):
+            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            answer.set_exception(error)
+            with pytest.raises(ActorDied, match=r"(?s)actor 'large' died: .*it last took 0\.\d\d GiB") as caught:
+                await handle._answer(answer, "add", 1.0)
+            assert said in str(caught.value)
+            monkeypatch.setattr("cluster.runtime.health._kills", lambda: 10**9)
+
+    asyncio.run(scenario())
+    handle.kill()
+
+
 def test_sigkill_is_told_with_the_log_and_leaves_no_child(session: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = session / "victim.log"
     handle = remote(Worker, process=Process(name="victim"), log_file=log)
@@ -319,10 +346,12 @@ def test_sigkill_is_told_with_the_log_and_leaves_no_child(session: Path, capfd: 
         children = await handle.start_children()
         assert all(alive(child) for child in children)
         waiting = [asyncio.ensure_future(handle.wait(60)), asyncio.ensure_future(handle.block(60))]
-        await asyncio.sleep(0.2)
+        await handle.health.attend(10)
         os.kill(pid, signal.SIGKILL)
         for call in [*waiting, handle.add(1)]:
-            with pytest.raises(ActorDied, match=r"'victim' died: .*worker process has died") as caught:
+            with pytest.raises(
+                ActorDied, match=r"'victim' died: .*worker process has died.*took 0\.\d\d GiB"
+            ) as caught:
                 await asyncio.wait_for(call, 10)
             assert caught.value.name == "victim"
             assert "from a child" in caught.value.log
