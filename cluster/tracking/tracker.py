@@ -20,7 +20,6 @@ from cluster.runtime.health import Monitor, repeating
 from cluster.tracking.alerts import Alert, Alerts
 from cluster.tracking.console import Console
 from cluster.tracking.prometheus import Exporter, serving
-from cluster.tracking.tensorboard import event_files, write_samples, write_step
 from cluster.tracking.wandb import WandbFeed
 from reward_server.redaction import shown
 
@@ -100,7 +99,7 @@ class Tracker:
         if port := self._config.prometheus_port:
             self._closing.enter_context(serving(self._exporter, self._config.prometheus_host, port))
         if self._config.tensorboard:
-            self._events = self._closing.enter_context(event_files(self.run_dir / "tensorboard"))
+            self._events = self._closing.enter_context(_event_files(self.run_dir / "tensorboard"))
         self._closing.enter_context(repeating(self._alerts.tick, _TICK_S, "alerts"))
         self._wandb.start()
         return self
@@ -117,8 +116,8 @@ class Tracker:
         self._append("metrics.jsonl", {"stage": stage, "step": step, "time": time.time(), **values})
         for sink in self._sinks:
             _harmless(sink, stage, step, values)
-        if self._events is not None:
-            _harmless(write_step, self._events, self._prefix + stage, step, values)
+        for name, value in values.items() if self._events else ():
+            _harmless(self._events.add_scalar, f"{self._prefix}{stage}/{name}", value, step)
         if new := {name: value for name, value in values.items() if self._is_new(stage, step, name)}:
             self._wandb.step(self._prefix + stage, step, new)
 
@@ -132,14 +131,12 @@ class Tracker:
         finally:
             seconds = time.monotonic() - started
             self._append("phases.jsonl", {"phase": name, "stage": stage or name, "seconds": seconds})
-            self._wandb.phase(self._prefix + (stage or name), name, seconds)
+            self._wandb.phase(self._prefix + (stage or name), seconds)
 
     def samples(
         self, stage: str, step: int, shown: Sequence[Mapping[str, Any]], distributions: Mapping[str, Sequence[float]]
     ) -> None:
         """Show held-out samples, rows with the same columns, and how figures of all of them are distributed."""
-        if self._events is not None:
-            _harmless(write_samples, self._events, self._prefix + stage, step, shown, distributions)
         if self._is_new(stage, step, "heldout/samples"):
             self._wandb.samples(self._prefix + stage, step, shown, distributions)
 
@@ -181,6 +178,17 @@ class Tracker:
     def _is_new(self, stage: str, step: int, name: str) -> bool:
         """Whether W&B has not been sent it before a stop: else its curves would go back and forth."""
         return step > self._sent.get((stage, area(name)), -1)
+
+
+def _event_files(folder: Path) -> Any:
+    """A SummaryWriter, to be entered; raises ValueError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"tracking.tensorboard is set, and TensorBoard cannot be imported ({error}). Remedy: install tensorboard"
+        ) from error
+    return SummaryWriter(str(folder), flush_secs=10)
 
 
 def _harmless(show: Callable[..., None], *args: Any) -> None:

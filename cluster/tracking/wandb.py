@@ -14,6 +14,7 @@ import secrets
 import shlex
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -26,7 +27,6 @@ from cluster.tracking.alerts import Alert
 
 log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
-_AGE = "staleness/age_"
 
 
 def _fed(work: Callable[Concatenate["WandbFeed", _P], None]) -> Callable[Concatenate["WandbFeed", _P], None]:
@@ -49,7 +49,7 @@ class WandbFeed:
         self._wandb: Any = wandb
         self._run: Any = None
         self._axes: set[str] = set()
-        self._phases: list[tuple[str, str, float]] = []
+        self._seconds = defaultdict[str, float](float)
         self._items: queue.Queue[Callable[[], None] | None] = queue.Queue(config.queue_size)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._enabled = config.mode != "disabled"
@@ -100,13 +100,7 @@ class WandbFeed:
     @_fed
     def step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Metrics of a step."""
-        ages = {int(name.removeprefix(_AGE)): value for name, value in values.items() if name.startswith(_AGE)}
-        bars: dict[str, Any] = {}
-        if ages:
-            shares = [ages.get(age, 0.0) for age in range(max(ages) + 1)]
-            edges = [age - 0.5 for age in range(len(shares) + 1)]
-            bars["staleness/ages"] = self._wandb.Histogram(np_histogram=(shares, edges))
-        self._log(stage, step, {**values, **bars})
+        self._log(stage, step, values)
 
     @_fed
     def samples(
@@ -119,10 +113,10 @@ class WandbFeed:
         self._log(stage, step, {"heldout/samples": table, **bars})
 
     @_fed
-    def phase(self, stage: str, name: str, seconds: float) -> None:
-        """Seconds of each stage so far, as the run's summary, a column to compare runs by; of each phase at the end."""
-        self._phases.append((stage, name, seconds))
-        self._run.summary.update({f"seconds/{stage}": sum(took for one, _, took in self._phases if one == stage)})
+    def phase(self, stage: str, seconds: float) -> None:
+        """Seconds of each stage so far, as the run's summary, a column to compare runs by."""
+        self._seconds[stage] += seconds
+        self._run.summary.update({f"seconds/{stage}": self._seconds[stage]})
 
     @_fed
     def alert(self, alert: Alert) -> None:
@@ -161,7 +155,7 @@ class WandbFeed:
             if self._run is None or not self._attempt("failed", item):
                 self._lost += 1
         if self._run is not None:
-            self._sent = self._attempt("could not finish", self._finish) and self._online
+            self._sent = self._attempt("could not finish", self._run.finish) and self._online
 
     def _attempt(self, failed: str, call: Callable[[], None]) -> bool:
         try:
@@ -201,13 +195,6 @@ class WandbFeed:
             finish_timeout=half,
             finish_timeout_raises=True,
         )
-
-    def _finish(self) -> None:
-        if self._phases:
-            table = self._wandb.Table(columns=["stage", "phase", "seconds"], data=[list(row) for row in self._phases])
-            bars = self._wandb.plot.bar(table, "phase", "seconds", title="Seconds of each phase")
-            self._run.log({"phases": bars})
-        self._run.finish()
 
     def _remember(self, finished: bool) -> None:
         remember_run(Path(self._start["dir"]), self._start["job_type"], self.id, finished)
