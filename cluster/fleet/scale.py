@@ -29,7 +29,8 @@ def scale(run_dir: Path, console: Console, wanted: str, json: bool = False) -> N
 
     Raises ValueError with the run's reason when it refuses, TimeoutError when nobody answers.
     """
-    number = number_of(wanted)
+    if not wanted.isdecimal() or (number := int(wanted)) < 1:
+        raise ValueError(f"{wanted!r} generators cannot be asked for: give a number from 1 on")
     file, ticket, end = run_dir / "scale.json", secrets.token_hex(8), time.monotonic() + ANSWER_S
     write_whole(file, dumps({"id": ticket, "generators": number}))
     try:
@@ -45,13 +46,6 @@ def scale(run_dir: Path, console: Console, wanted: str, json: bool = False) -> N
     if found["refused"]:
         raise ValueError(f"the run in {run_dir} refuses: {found['answer']}")
     console.line(dumps({"generators": number, "answer": found["answer"]}) if json else found["answer"])
-
-
-def number_of(wanted: str) -> int:
-    """A number of generators. Raises ValueError for what is none."""
-    if not wanted.isdecimal() or int(wanted) < 1:
-        raise ValueError(f"{wanted!r} generators cannot be asked for: give a number from 1 on")
-    return int(wanted)
 
 
 @contextlib.asynccontextmanager

@@ -7,10 +7,9 @@ right after it, by the stages themselves, and still before Ray starts.
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.config.load import settings
 from cluster.config.schema import Config
@@ -23,14 +22,13 @@ from reward_server.bearer import bearer_token, token_of
 from reward_server.functions import load_function
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnostics:
-    """What is wrong with a configuration, and what is only odd."""
+class Diagnostics(NamedTuple):
+    """What is wrong with a configuration, and what is only odd: a line each."""
 
     problems: tuple[str, ...] = ()
-    """a line each; the command must not start"""
+    """the command must not start"""
     warnings: tuple[str, ...] = ()
-    """a line each; it may"""
+    """it may"""
 
 
 def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Diagnostics:

@@ -47,7 +47,9 @@ def place(processes: Sequence[Process], *, deadline_s: float) -> Placement:
     What the cluster could not hold if it were empty is refused at once. Raises: ResourceError naming the bundle that
     has no place and what the cluster has.
     """
-    _check_size(processes)
+    nodes = cluster_nodes()
+    if never := place_processes(processes, nodes, by_cpus=True).unplaced:
+        raise ResourceError(f"{never[0]}. The cluster has {_text(nodes)}")
     bundles = [{"CPU": p.cpus, "GPU": p.gpus} if p.gpus else {"CPU": p.cpus} for p in processes]
     group = placement_group(bundles, strategy="PACK")
     placement, placed = Placement(group, [process.name for process in processes]), False
@@ -68,23 +70,6 @@ def plan_live(config: Config) -> Plan:
     if len(nodes) == 1:
         check(plan, cores=int(nodes[0].cpus), gpus=nodes[0].gpus)
     return plan
-
-
-def _check_size(processes: Sequence[Process]) -> None:
-    nodes = cluster_nodes()
-    for process in processes:
-        if not any(node.cpus >= process.cpus and node.gpus >= process.gpus for node in nodes):
-            raise ResourceError(
-                f"the bundle of {process.name!r} needs {process.cpus:g} CPUs and {process.gpus:g} GPUs "
-                f"on one machine, and no machine has that. The cluster has {_text(nodes)}. Ask for less, or "
-                "add a larger machine"
-            )
-    needs = sum(process.cpus for process in processes), sum(process.gpus for process in processes)
-    if needs[0] > sum(node.cpus for node in nodes) or needs[1] > sum(node.gpus for node in nodes):
-        raise ResourceError(
-            f"the processes need {needs[0]:g} CPUs and {needs[1]:g} GPUs, and the cluster has {_text(nodes)}. Use "
-            "fewer generators, learner ranks or reward replicas, or add machines"
-        )
 
 
 def _no_room(processes: Sequence[Process], deadline_s: float) -> str:

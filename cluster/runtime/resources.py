@@ -7,7 +7,7 @@ turns, though, so what has to fit is each set of processes that compute at the s
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -43,23 +43,13 @@ class Process:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Concurrent:
-    """A set of processes that compute at the same time."""
-
-    name: str
-    """What they do, for errors."""
-    processes: tuple[str, ...]
-    """Their names."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """All processes of a run, and which of them compute at the same time."""
 
     processes: tuple[Process, ...]
     """Each process once."""
-    concurrent: tuple[Concurrent, ...]
-    """Every set of processes that can be computing at some moment."""
+    concurrent: Mapping[str, tuple[str, ...]]
+    """Every set of processes that can be computing at some moment, by what they do then."""
 
     @property
     def cpus(self) -> int:
@@ -85,10 +75,8 @@ class Plan:
         """The same plan for processes of these kinds alone, and the sets in which any of them computes."""
         kept = tuple(one for one in self.processes if one.name.partition("-")[0] in kinds)
         names = {one.name for one in kept}
-        parts = [
-            Concurrent(name=p.name, processes=tuple(n for n in p.processes if n in names)) for p in self.concurrent
-        ]
-        return Plan(processes=kept, concurrent=tuple(part for part in parts if part.processes))
+        parts = {phase: tuple(n for n in found if n in names) for phase, found in self.concurrent.items()}
+        return Plan(processes=kept, concurrent={phase: found for phase, found in parts.items() if found})
 
     def process(self, name: str) -> Process:
         """The process called `name`. Raises: KeyError."""
@@ -139,7 +127,7 @@ def plan_replicas(serve: ServeConfig, gpus: int) -> Plan:
     names = [f"reward-{index}" for index in range(max(serve.replicas, serve.max_replicas or 1))]
     cpus = serve.threads if serve.on_ray else 0
     found = [Process(name=name, threads=serve.threads, cpus=cpus, gpus=own) for name in names]
-    return Plan(processes=tuple(found), concurrent=(Concurrent(name="score", processes=tuple(names)),))
+    return Plan(processes=tuple(found), concurrent={"score": tuple(names)})
 
 
 def plan_machine(config: Config, cores: int, gpus: int) -> Plan:
@@ -189,18 +177,16 @@ def plan_machine(config: Config, cores: int, gpus: int) -> Plan:
 
 def _concurrent(
     rollout: Sequence[Process], learner: Sequence[Process], reward: Sequence[Process], together: bool, borrowing: bool
-) -> tuple[Concurrent, ...]:
-    generators, ranks, replicas = ([process.name for process in kind] for kind in (rollout, learner, reward))
+) -> dict[str, tuple[str, ...]]:
+    generators, ranks, replicas = (tuple(process.name for process in kind) for kind in (rollout, learner, reward))
     if borrowing:
         busy = min(len(replicas), len(generators))
-        concurrent = {"generate": generators, "score": [*generators[busy:], *replicas[:busy]]}
+        found = {"generate": generators, "score": (*generators[busy:], *replicas[:busy])}
     else:
-        concurrent = {"generate and score": [*generators, *replicas]}
+        found = {"generate and score": (*generators, *replicas)}
     if together:
-        concurrent = {f"{name} and update": [*names, *ranks] for name, names in concurrent.items()}
-    else:
-        concurrent["update"] = ranks
-    return tuple(Concurrent(name=name, processes=tuple(names)) for name, names in concurrent.items())
+        return {f"{name} and update": (*names, *ranks) for name, names in found.items()}
+    return found | {"update": ranks}
 
 
 def check(plan: Plan, *, cores: int, gpus: float) -> None:
@@ -208,13 +194,13 @@ def check(plan: Plan, *, cores: int, gpus: float) -> None:
 
     Raises: ResourceError naming the phase, each process with its share, their sum, the limit and the remedy.
     """
-    for phase in plan.concurrent:
-        processes = [plan.process(name) for name in phase.processes]
+    for phase, names in plan.concurrent.items():
+        processes = [plan.process(name) for name in names]
         if (total := sum(process.threads for process in processes)) > cores:
             each = ", ".join(f"{process.name}: {process.threads}" for process in processes)
             raise ResourceError(
                 f"{total} threads would compute at the same time on {cores} cores in the phase "
-                f"{phase.name!r} ({each}). Beyond the cores they run 5 to 15 times slower: use fewer "
+                f"{phase!r} ({each}). Beyond the cores they run 5 to 15 times slower: use fewer "
                 f"generators, learner ranks or reward replicas, fewer threads for each, or a machine with {total} cores"
             )
     if plan.gpus > gpus:

@@ -420,10 +420,12 @@ def test_a_process_without_threads_and_methods_whose_names_clash_are_refused(ses
 
 def test_bundles_are_placed_or_refused_by_name(session: Path) -> None:
     small = Process(name="generator-0", threads=1, cpus=0.5)
-    with pytest.raises(ResourceError, match=r"'learner-0' needs 64 CPUs and 0 GPUs.*: 4 CPUs, 0 GPUs"):
+    with pytest.raises(ResourceError, match=r"'learner-0' needs 0 GPUs and 64 CPUs.*: 4 CPUs, 0 GPUs"):
         place([small, Process(name="learner-0", threads=64, cpus=64)], deadline_s=30)
     three = [Process(name=name, threads=3, cpus=3) for name in ("generator-0", "learner-0")]
-    with pytest.raises(ResourceError, match=r"the processes need 6 CPUs and 0 GPUs, and the cluster has .*: 4 CPUs, 0"):
+    with pytest.raises(
+        ResourceError, match=r"the bundle of .* needs 0 GPUs and 3 CPUs .* The cluster has .*: 4 CPUs, 0"
+    ):
         place(three, deadline_s=30)
     with (
         place(three[:1], deadline_s=30),

@@ -129,7 +129,7 @@ def test_a_bundle_without_room_is_named_by_the_deadline_and_nothing_stays_reserv
         assert time.monotonic() - started < 5
         assert f"{OTHER}: 2 CPUs" in str(refused.value)
         until_free(2.5)
-        with pytest.raises(ResourceError, match=r"'generator-0' needs 4 CPUs .* no machine has that"):
+        with pytest.raises(ResourceError, match=r"'generator-0' needs 0 GPUs and 4 CPUs on one machine"):
             place(processes(generator_0=4).processes, deadline_s=30)
     until_free(7.0)
 

@@ -43,11 +43,11 @@ def test_synchronous_generators_share_the_cores_and_the_learner_has_all() -> Non
     assert threads(found) == {"generator-0": 1, "generator-1": 1, "learner-0": 2, "reward-0": 1}
     assert [found.process(f"generator-{i}").pin for i in range(2)] == [(0,), (1,)]
     assert found.process("learner-0").pin is None
-    assert [(phase.name, phase.processes) for phase in found.concurrent] == [
-        ("generate", ("generator-0", "generator-1")),
-        ("score", ("generator-1", "reward-0")),
-        ("update", ("learner-0",)),
-    ]
+    assert found.concurrent == {
+        "generate": ("generator-0", "generator-1"),
+        "score": ("generator-1", "reward-0"),
+        "update": ("learner-0",),
+    }
     assert found.cpus == 5
     check(found, cores=2, gpus=0)
 
@@ -55,10 +55,7 @@ def test_synchronous_generators_share_the_cores_and_the_learner_has_all() -> Non
 def test_asynchronous_rollout_and_learner_split_the_cores() -> None:
     found = plan(generators=1, max_staleness=2)
     assert threads(found) == {"generator-0": 1, "learner-0": 1, "reward-0": 1}
-    assert [phase.processes for phase in found.concurrent] == [
-        ("generator-0", "learner-0"),
-        ("reward-0", "learner-0"),
-    ]
+    assert [*found.concurrent.values()] == [("generator-0", "learner-0"), ("reward-0", "learner-0")]
     check(found, cores=2, gpus=0)
     with pytest.raises(ResourceError, match="generate and update"):
         check(plan(generators=2, max_staleness=2), cores=2, gpus=0)
@@ -117,10 +114,7 @@ def test_generators_that_may_join_later_are_not_asked_for_at_the_start() -> None
 def test_some_kinds_alone_keep_the_phases_in_which_they_compute() -> None:
     some = plan(generators=2).of(["learner", "reward"])
     assert [process.name for process in some.processes] == ["learner-0", "reward-0"]
-    assert {phase.name: phase.processes for phase in some.concurrent} == {
-        "score": ("reward-0",),
-        "update": ("learner-0",),
-    }
+    assert some.concurrent == {"score": ("reward-0",), "update": ("learner-0",)}
 
 
 def test_a_single_copy_of_the_reward_service_is_the_command_itself() -> None:
