@@ -239,7 +239,7 @@ def test_a_process_that_is_stopped_and_one_whose_function_backtracks_are_replace
     """Real processes: the replacement scores what they were asked for."""
     (tmp_path / "slow_once.py").write_text(SLOW_ONCE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    plan = Plan(processes=(Process(name="reward-0", threads=1, cpus=1),), concurrent=())
+    plan = Plan(processes=(Process(name="reward-0", threads=1, cpus=1),), concurrent={})
     fleet = FleetConfig(backoff_s=0.1, watch_s=0.5)
     run = Processes(ClusterConfig(fleet=fleet, start_deadline_s=60), plan, tmp_path / "logs")
     parts = (PartConfig(name="mine", kind="function", target="slow_once:score"),)

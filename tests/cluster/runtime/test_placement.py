@@ -99,7 +99,7 @@ def config(cluster: Machines, **counts: int) -> ClusterConfig:
 def processes(**cpus: float) -> Plan:
     """Processes of one thread, by hand; `cpus` by name, "_" being "-"."""
     found = [Process(name=name.replace("_", "-"), threads=1, cpus=each) for name, each in cpus.items()]
-    return Plan(processes=tuple(found), concurrent=())
+    return Plan(processes=tuple(found), concurrent={})
 
 
 @pytest.mark.slow
