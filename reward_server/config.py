@@ -1,6 +1,7 @@
 """The reward server's sections of the configuration. Nothing heavy is imported here: the help reads it."""
 
 from dataclasses import dataclass
+from datetime import date
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -29,6 +30,9 @@ class LoadingConfig(Section):
     trust_remote_code: bool = False
     """Run the Python code that a model's folder brings along (auto_map), with all your rights: read it first. What was
     made so is marked in the lineage."""
+    chat_date: date = date(2024, 7, 26)
+    """Day that a chat template is given which prints the current one (strftime_now), so that a prompt is the same on
+    every day and machine; written into the templates of the run's models."""
 
 
 UNTRUSTED = LoadingConfig()

@@ -1,7 +1,10 @@
 """The text format of a model: messages and replies to token ids, for serving and for training alike."""
 
+import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -37,24 +40,21 @@ class ChatEncoding:
         stop_ids: Iterable[int] = (),
         name: str = "",
         positions: int | None = None,
+        chat_date: date = UNTRUSTED.chat_date,
     ) -> None:
         """Take a tokenizer with its EOS.
 
         `chat_template` replaces the tokenizer's own (Jinja text); `stop_ids` are further ids that end a
-        response; `positions` are those of the model beside it, its longest sequence, where it says. Raises ValueError
-        when there is no template, one that does not open the assistant's turn, no EOS, or no token that could be a
-        dedicated PAD.
+        response; `positions` are those of the model beside it, its longest sequence, where it says; `chat_date` is what
+        a template is given that asks for the current day. Raises ValueError when there is no template, one that does
+        not open the assistant's turn, no EOS, or no token that could be a dedicated PAD.
         """
         self.tokenizer: Any = tokenizer  # transformers types its results as unions over every way to call it
         self.positions = positions
         self.name = name or tokenizer.name_or_path or type(tokenizer).__name__
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer of {self.name!r} has no chat template; set models.chat_template to "
-                "its Jinja text, or use a model that brings one"
-            )
+        tokenizer.chat_template = self._one_template(chat_date)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {self.name!r} has no eos_token; set it in its tokenizer_config.json")
         self.document_end = int(self.tokenizer.eos_token_id)
@@ -91,7 +91,7 @@ class ChatEncoding:
                 f"vocabulary has {size}; resize the model's embeddings (resize_token_embeddings), or save the "
                 "tokenizer that the model was trained with beside it"
             )
-        return cls(tokenizer, chat_template, stop_ids, name=str(path), positions=positions)
+        return cls(tokenizer, chat_template, stop_ids, str(path), positions, loading.chat_date)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Encode a conversation and open the assistant's turn.
@@ -153,6 +153,35 @@ class ChatEncoding:
         except TemplateError as error:
             roles = ", ".join(message.role for message in messages)
             raise ValueError(f"the chat template of {self.name!r} refuses the roles [{roles}]: {error}") from error
+
+    def _one_template(self, day: date) -> str:
+        """The tokenizer's template, the default of several, in which the current day is `day`."""
+        found = self.tokenizer.chat_template
+        if isinstance(found, dict) and "default" not in found:
+            raise ValueError(
+                f"the tokenizer of {self.name!r} has the chat templates {sorted(found)} and no default; set "
+                "models.chat_template to the Jinja text of one, or a file with it"
+            )
+        template = found["default"] if isinstance(found, dict) else found
+        if not template:
+            raise ValueError(
+                f"the tokenizer of {self.name!r} has no chat template; set models.chat_template to "
+                "its Jinja text, or a file with it, or use a model that brings one"
+            )
+        frozen = re.sub(
+            r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: json.dumps(day.strftime(call[2])), template
+        )
+        if "strftime_now(" in frozen:
+            raise ValueError(
+                f"the chat template of {self.name!r} prints the current day in a way that cannot be frozen; set "
+                "models.chat_template to one with strftime_now('a format')"
+            )
+        if frozen != template:
+            _warn(
+                f"the chat template of {self.name!r} prints the current day. In this run, and in the models that it "
+                f"writes, that is always {day}: models.chat_date"
+            )
+        return frozen
 
     def _required_bos(self) -> int | None:
         """The BOS, where the tokenizer puts it before any text; written into a template that leaves it out."""

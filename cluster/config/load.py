@@ -229,7 +229,7 @@ def _from(folder: Path) -> Callable[[str, bool], str]:
 
     def absolute(text: str, named: bool) -> str:
         path = folder / os.path.expanduser(text)
-        return text if named and not (text.startswith((".", "/", "~")) or path.exists()) else str(path)
+        return text if named and not (text.startswith((".", "/", "~")) or os.path.exists(path)) else str(path)
 
     return absolute
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from actors.config import GeneratorConfig, RolloutConfig
 from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
@@ -86,13 +86,24 @@ class TrackingConfig(_Section):
     """When the run asks for attention."""
 
 
+def _template_text(given: str | None) -> str | None:
+    """A chat template, read where its file is given: what is recorded is the text."""
+    if not given or "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"neither Jinja text nor a file that can be read ({error})") from error
+
+
 class ModelsConfig(LoadingConfig):
     """Which models the steps start from."""
 
     base: Annotated[str | None, NameOrPath()] = None
     """Hugging Face folder or hub id of the language model that is fine-tuned."""
-    chat_template: str | None = None
-    """Jinja text that replaces the base model's chat template, or gives one to a model without; saved with RUN/sft."""
+    chat_template: Annotated[str | None, NameOrPath(), AfterValidator(_template_text)] = None
+    """Jinja text, or a file with it, that replaces the base model's chat template, or gives one to a model without;
+    saved with RUN/sft."""
     sft: Path | None = None
     """Folder of the SFT model; RUN/sft when not set."""
     init: Path | None = None

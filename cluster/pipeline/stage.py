@@ -138,7 +138,9 @@ class Stage:
 
     def _made_of(self) -> dict[str, Any]:
         settings, contents = self.made_of()
-        return made_of({**settings, "data": {"max_bad_rows": self.job.max_bad_rows}}, contents)
+        dated = self.job.config.models.model_dump(mode="json", include={"chat_date"}, exclude_defaults=True)
+        models = {**settings.get("models", {}), **dated}
+        return made_of({**settings, "models": models, "data": {"max_bad_rows": self.job.max_bad_rows}}, contents)
 
     @property
     def complete(self) -> bool:

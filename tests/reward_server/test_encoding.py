@@ -1,10 +1,12 @@
 import logging
+from datetime import date
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from reward_server.config import LoadingConfig
 from reward_server.encoding import ChatEncoding
 from reward_server.schema import Message
 from tests.tiny_models import CHATML, tiny_tokenizer
@@ -196,6 +198,58 @@ def test_a_bos_that_the_tokenizer_does_not_put_before_text_is_not_added(encoding
     assert encoding.tokenizer.bos_token is not None
     assert encoding.bos_id is None
     assert encoding.document("good") == encoding.response("good", ended=True)
+
+
+# --- several templates, and what day it is
+
+
+@pytest.mark.parametrize("templates", [{"default": CHATML, "tool_use": PLAIN}, {"default": GEMMA, "rag": PLAIN}])
+def test_the_default_of_several_templates_is_taken_beside_a_bos_too(templates: dict[str, str], tmp_path: Path) -> None:
+    with_bos().save_pretrained(str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(str(tmp_path))
+    encoding, alone = ChatEncoding.load(tmp_path), ChatEncoding(with_bos(), templates["default"])
+    assert encoding.prompt([user("hello")]) == alone.prompt([user("hello")])
+    assert encoding.tokenizer.chat_template == alone.tokenizer.chat_template
+
+
+def test_several_templates_without_a_default_are_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"rag": PLAIN, "tool_use": CHATML}
+    with pytest.raises(
+        ValueError, match=r"the chat templates \['rag', 'tool_use'\] and no default; set models\.chat_t"
+    ):
+        ChatEncoding(tokenizer)
+    assert ChatEncoding(tokenizer, CHATML).prompt([user("x")])[0] == START
+
+
+def test_a_template_that_prints_the_day_prints_the_configured_one_here_and_in_what_is_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}"
+        "{% else %}{% set day = '?' %}{% endif %}"
+        '<|im_start|>system\nToday is {{ day }}, {{ strftime_now( "%A" ) }}<|im_end|>\n' + CHATML
+    )
+    tokenizer.save_pretrained(str(tmp_path / "base"))
+    loading = LoadingConfig(chat_date=date(2025, 3, 2))
+    encoding = ChatEncoding.load(tmp_path / "base", loading)
+    ids = encoding.prompt([user("hello")])
+    assert encoding.tokenizer.decode(ids).startswith("<|im_start|>system\nToday is 02 Mar 2025, Sunday<|im_end|>\n")
+    (record,) = caplog.records
+    assert "base' prints the current day." in record.message
+    assert "always 2025-03-02: models.chat_date" in record.message
+    encoding.tokenizer.save_pretrained(str(tmp_path / "sft"))
+    assert ChatEncoding.load(tmp_path / "sft").prompt([user("hello")]) == ids  # whatever is configured there
+    default = ChatEncoding.load(tmp_path / "base")
+    assert "Today is 26 Jul 2024, Friday" in default.tokenizer.decode(default.prompt([user("hello")]))
+
+
+def test_a_day_that_cannot_be_frozen_is_refused() -> None:
+    with pytest.raises(ValueError, match="prints the current day in a way that cannot be frozen; set models"):
+        ChatEncoding(tiny_tokenizer(), "{% set how = '%d' %}{{ strftime_now(how) }}" + CHATML)
 
 
 # --- the end of a reply

@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.cli.commands import COMMANDS
-from cluster.config.load import PRESETS, compose, presets, read_overrides, read_toml, save_toml, settings
+from cluster.config.load import PRESETS, ConfigError, compose, presets, read_overrides, read_toml, save_toml, settings
 from cluster.config.schema import Config
 
 
@@ -43,3 +43,20 @@ def test_commands_name_sections_that_exist():
 
 def test_every_section_belongs_to_a_command():
     assert {section for c in COMMANDS.values() for section in c.sections} == set(Config.model_fields)
+
+
+def test_a_chat_template_may_be_a_file_whose_text_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "{% for message in messages %}" + "{{ message['content'] }}" * 40 + "{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(text)
+    (tmp_path / "run.toml").write_text('[models]\nchat_template = "chat.jinja"\n')
+    given = read_toml(Config, tmp_path / "run.toml")  # counts from the file's folder, and the command line from here
+    monkeypatch.chdir(tmp_path)
+    for one in (given, read_overrides(Config, [("models.chat_template", "chat.jinja")])):
+        config = compose(Config, one)
+        assert config.models.chat_template == text
+        save_toml(config, tmp_path / "config.toml")
+        (tmp_path / "chat.jinja").write_text(text + "later")
+        assert compose(Config, read_toml(Config, tmp_path / "config.toml")) == config
+        (tmp_path / "chat.jinja").write_text(text)
+    with pytest.raises(ConfigError, match=r"models\.chat_template = .*absent\.jinja .*: neither Jinja text nor a file"):
+        compose(Config, read_overrides(Config, [("models.chat_template", "./absent.jinja")]))

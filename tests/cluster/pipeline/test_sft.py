@@ -180,3 +180,9 @@ class LoadingLearner(FakeLearner):
     async def load(self, *_, **settings):
         self.settings = settings
         return 1
+
+
+def test_a_stage_does_not_go_on_with_another_day_in_its_chat_template(tmp_path, base):
+    for number, (told, day) in enumerate([({}, None), ({"chat_date": "2025-03-02"}, "2025-03-02")]):
+        one = make_job(tmp_path / str(number), models={"base": str(base), **told})
+        assert SFT(one)._made_of().get("models.chat_date") == day
