@@ -6,13 +6,12 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from reward_server.replicas import Replica, Replicas, RewardRefused, Unanswered
-from reward_server.schema import ScoreBatch, ScoreBatchReply, ScoreReply, ScoreRequest
+from reward_server.schema import Pause, ScoreBatch, ScoreBatchReply, ScoreReply, ScoreRequest
 
 __all__ = ["Pause", "RewardClient", "RewardRefused", "RewardUnavailable"]
 Answer = TypeVar("Answer")
@@ -25,16 +24,6 @@ log = logging.getLogger(__name__)
 
 class RewardUnavailable(RuntimeError):
     """No valid scores before the deadline. The text names the server and the last reason."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pause:
-    """The service gives no scores, and whoever needs one waits until it does."""
-
-    since: float
-    """when its retries were used up, seconds since the epoch"""
-    reason: str
-    """why its last attempt failed"""
 
 
 class RewardClient:

@@ -120,8 +120,8 @@ class SourceConfig(Section):
     """Seconds for which scores that did not come are asked for again, before the run is paused. A replica that says
     nothing, or computes one batch, for so long is started again."""
     pause_s: float = Field(default=3600.0, ge=0)
-    """Seconds for which a paused run waits for the service; nothing is sampled meanwhile, and nothing is lost. Then the
-    run stops with the reason."""
+    """Seconds for which a paused run waits for the service, or for room on a full disk; nothing is sampled meanwhile,
+    and nothing is lost. Then the run stops with the reason."""
 
     @property
     def uses_own_model(self) -> bool:

@@ -88,10 +88,11 @@ class Formatter(logging.Formatter):
 
 
 class Output(io.TextIOWrapper):
-    """A text file that is written without secrets."""
+    """A text file that is written without secrets, as far as there is room: nothing stops for what it prints."""
 
     def write(self, text: str, /) -> int:
-        super().write(redact(text))
+        with contextlib.suppress(OSError):
+            super().write(redact(text))
         return len(text)
 
 

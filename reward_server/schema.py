@@ -1,11 +1,22 @@
-"""The wire types of a score: text, never tokens, as policy and reward model may differ in tokenizer."""
+"""The wire types of a score: text, never tokens, as policy and reward model may differ in tokenizer; and a pause."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 Number = Annotated[FiniteFloat, Field(strict=True)]
 Identifier = Annotated[str, Field(min_length=1, max_length=300)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """A run waits for something without which it cannot go on: scores, or room on a disk."""
+
+    since: float
+    """seconds since the epoch"""
+    reason: str
+    """why the last attempt failed"""
 
 
 class _Wire(BaseModel):

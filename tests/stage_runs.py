@@ -11,14 +11,16 @@ from cluster.config.schema import Config, TrackingConfig
 from cluster.pipeline.job import Job
 from cluster.pipeline.stage import Stage, advance
 from cluster.rundir.lineage import read_lineage
+from cluster.runtime.health import Monitor
 from cluster.tracking.tracker import Tracker
 from tests.fake_pool import FakePool
 
 
 def make_job(run_dir: Path, **sections: Any) -> Job:
     run_dir.mkdir(exist_ok=True)
-    tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), "test")
-    return Job(config=Config.model_validate(sections), run_dir=run_dir, tracker=tracker)
+    monitor = Monitor()
+    tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), "test", monitor=monitor)
+    return Job(config=Config.model_validate(sections), run_dir=run_dir, tracker=tracker, monitor=monitor)
 
 
 def run_stage(stage: Stage, learner: Any = None, generators: Any = (), rewards: Any = None) -> FakePool:

@@ -46,17 +46,10 @@ Exit codes:
 """
 
 
+@ended_by_signals()
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line, by default this process's; returns the exit code."""
     words = list(sys.argv[1:] if words is None else words)
-    try:
-        with ended_by_signals():
-            return _main(words)
-    except Stopped as error:
-        return int(str(error.code))
-
-
-def _main(words: list[str]) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help", *words[2:]]
     if not words or words[0] in ("-h", "--help"):
@@ -90,6 +83,8 @@ def _main(words: list[str]) -> int:
         return bind(command, words[1:])() or DONE
     except ConfigError as error:
         return _tell(words[0], str(error).splitlines(), WRONG, "--json" in words)
+    except Stopped as error:
+        return int(str(error.code))
     except _TOLD as error:
         return _tell(words[0], dict.fromkeys(_reasons(error)), FAILED, "--json" in words)
 
@@ -130,6 +125,7 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
     from cluster.runtime.health import Monitor
     from cluster.status.snapshot import reporting
     from cluster.tracking.tracker import Tracker
+    from reward_server.preferences.records import sweep
 
     run_dir, name = call.run_dir, command.name
     if "json" in call.flags:
@@ -144,7 +140,11 @@ def _run_stage(command: Command, call: Call, config: Config, words: Sequence[str
         for warning in found.warnings:
             console.warning(warning)
         console.line(f"rayward {name}: everything goes to {run_dir}")
-        run_id, monitor = earlier_run(run_dir, name) if "resume" in call.flags else None, Monitor()
+        sweep(run_dir)
+        run_id, monitor = (
+            earlier_run(run_dir, name) if "resume" in call.flags else None,
+            Monitor(config.scoring.pause_s),
+        )
         told = {"settings": config.model_dump(mode="json"), "console": console, "run_id": run_id, "monitor": monitor}
         end.remedy = resume if "resume" in call.flags else ""
         tracker = Tracker(run_dir, config.tracking, name, **told)

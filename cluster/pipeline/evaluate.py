@@ -1,5 +1,6 @@
 """What a model does on prompts and text that it was not trained on: `rayward evaluate`, and the curves of PPO."""
 
+import asyncio
 import json
 import logging
 import math
@@ -189,7 +190,8 @@ class Evaluator:
         ]
         path = job.run_dir / "evaluations" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        await job.monitor.disk.saved(lambda: asyncio.to_thread(write_whole, path, text))
         shown = samples_to_show(rows, evaluation.shown, evaluation.seed)
         table = [{**row, "prompt": row["prompt"][-1]["content"]} for row in shown]
         job.tracker.samples(stage or name, step, table, {"gold": golds, "score": scores, "kl": kls})

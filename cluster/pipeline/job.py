@@ -1,11 +1,10 @@
 """A job: one command at work in its run directory."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config.schema import Config
 from cluster.rundir.inputs import data_file, model_folder
@@ -13,7 +12,11 @@ from cluster.rundir.lineage import record
 from cluster.rundir.record import Start
 from cluster.runtime.health import Monitor
 from cluster.tracking.tracker import Tracker
+from learner.weights.checkpoint import whole_folder
 from reward_server.preferences.records import write_whole
+
+if TYPE_CHECKING:
+    from learner.worker.group import LearnerGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +69,26 @@ class Job:
 
     def install(self, model: Path, name: str) -> None:
         """Make RUN/<name> a copy of another model's folder, written aside and renamed when it is whole."""
-        target, aside = self.run_dir / name, self.run_dir / f".{name}.{os.getpid()}"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(model, aside)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+
+        def copy() -> None:
+            with whole_folder(self.run_dir / name) as aside:
+                shutil.copytree(model, aside, dirs_exist_ok=True)
+
+        self.monitor.disk.written(copy)
+
+    async def export(self, learner: "LearnerGroup", *network: Any, **settings: Any) -> None:
+        """Save a network of the learner as a Hugging Face folder, see its `save`, as soon as there is room for it."""
+        await self.monitor.disk.saved(lambda: learner.save(*network, **settings))
 
     def made(self, kind: str, path: Path, *inputs: str | Path) -> None:
         """Record in the lineage, and in W&B, that `path` was made of `inputs`."""
         root = self.root or self.run_dir
-        self.tracker.artefact(record(root, kind, path, inputs, self.command, self.config), root)
+        made = self.monitor.disk.written(lambda: record(root, kind, path, inputs, self.command, self.config))
+        self.tracker.artefact(made, root)
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a text file whole, as soon as there is room for it."""
+        self.monitor.disk.written(lambda: write_whole(path, text))
 
     def summarise(self, *keys: str, **figures: Any) -> None:
         """Merge final figures into RUN/summary.json, under a path of keys."""
@@ -85,4 +98,4 @@ class Job:
         for key in keys:
             table = table.setdefault(key, {})
         table.update(figures)
-        write_whole(path, json.dumps(summary, indent=2) + "\n")
+        self.write(path, json.dumps(summary, indent=2) + "\n")

@@ -144,8 +144,8 @@ class PPO(Stage):
         with tracker.phase(f"{name}: held-out responses after", name):
             after = await self._measure(evaluator, name, config.iterations)
         policy, ema, _ = (job.run_dir / result for result in self.results)
-        await learner.save("policy", policy)
-        await learner.save("policy", ema, ema=True)
+        await job.export(learner, "policy", policy)
+        await job.export(learner, "policy", ema, ema=True)
         await learner.unload()
         processes.weights = policy
         job.summarise("ppo", name, iterations=config.iterations, kl=after.kl, **_figures(after, "after"))
@@ -187,7 +187,8 @@ class PPO(Stage):
 
         job, config, name, fleet, rewards = self.job, self.config, self.name, evaluator.fleet, evaluator.rewards
         stream, encoding = PromptStream(inputs.prompts, seed=config.seed), inputs.held_out.encoding
-        ledger, waits = Ledger(self._ledger_file, stream), job.monitor.waits
+        disk, waits = job.monitor.disk, job.monitor.waits
+        ledger = Ledger(self._ledger_file, stream, disk)
         buffer = Buffer(
             config.prompts_per_batch,
             job.config.rollout.samples_per_prompt,
@@ -196,7 +197,7 @@ class PPO(Stage):
             ledger=ledger,
             batches=config.iterations,
             waiting=fleet.joining,
-            paused_s=lambda: rewards.paused_s,
+            paused_s=lambda: rewards.paused_s + disk.paused_s,
             waits=waits,
         )
         self._restore(progress, buffer, ledger)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config.schema import Config
 from cluster.pipeline.stage import SECTIONS, MadeOf, Stage, Trained
-from reward_server.preferences.records import read_all, write_whole
+from reward_server.preferences.records import read_all
 
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
@@ -99,9 +99,9 @@ class RewardModel(Stage):
                 "interval from %.0f %%); look at the comparisons, or give more",
                 *(100 * found.accuracy, found.pairs, 100 * found.accuracy_ci[0]),
             )
-        await learner.save("reward", folder)
+        await job.export(learner, "reward", folder)
         await learner.unload()
         calibration = {**asdict(found), "calibration_error": found.calibration_error}
-        write_whole(folder / "calibration.json", json.dumps(calibration, indent=2) + "\n")
+        job.write(folder / "calibration.json", json.dumps(calibration, indent=2) + "\n")
         job.summarise("reward", **{name: getattr(found, name) for name in _SUMMARISED})
         job.made("reward", folder, base, job.file("comparisons"), job.file("demonstrations"))

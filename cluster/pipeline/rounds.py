@@ -231,7 +231,7 @@ class SampleOfRound(Sample):
             for row, prompt in enumerate(chosen, start=1)
         )
         file = job.run_dir / "data" / "preference_prompts.jsonl"
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        job.write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         job.made("data", file, self.rounds.job.file("preference_prompts"))
         return super().check()
 

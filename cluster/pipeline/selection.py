@@ -103,7 +103,7 @@ class Select(Stage):
         job.made(name, job.run_dir / name, best, job.file("prompts_valid"))
         rows = [asdict(one) for one in found]
         text = json.dumps({"model": name, "chosen": chosen.epoch, "prompts": len(prompts), "epochs": rows}, indent=2)
-        (job.run_dir / f"selection-{name}.json").write_text(text + "\n")
+        job.write(job.run_dir / f"selection-{name}.json", text + "\n")
         job.summarise("select", name, epoch=chosen.epoch, score=chosen.score, score_ci=chosen.score_ci)
         job.tracker.console.show(_table(found, chosen))
 

@@ -128,14 +128,14 @@ class SFT(Stage):
 
         async def keep(epoch: int) -> None:
             if config.select != "last":
-                await learner.save("policy", kept / str(epoch))
+                await job.export(learner, "policy", kept / str(epoch))
 
         title = f"{self.name}: {len(inputs.demonstrations)} examples, {trained / 1e6:.1f} M parameters"
         with job.tracker.phase(title, self.name):
             losses = await sft(learner, inputs, config, progress, keep)
         epoch = best_epoch(losses) if config.select == "loss" else config.epochs
         if config.select == "last":
-            await learner.save("policy", target)
+            await job.export(learner, "policy", target)
         else:
             job.install(kept / str(epoch), out)
         await learner.unload()

@@ -252,12 +252,13 @@ def _weights(stage: Stage) -> Iterator[Callable[[], None]]:
 
 async def _work(stage: Stage, pool: Any, inputs: Any, while_open: AbstractAsyncContextManager[Any]) -> None:
     async with while_open:
-        record = stage.record
-        if record is not None and record.begin():
+        record, disk = stage.record, stage.job.monitor.disk
+        if record is not None and disk.written(record.begin):
             stage.job.tracker.forget(stage.name)
         figures = await stage.run(pool, inputs)
+        await disk.ready()  # for its metrics and its ledger
         if record is not None:
-            record.finish(figures or {})
+            disk.written(lambda: record.finish(figures or {}))
 
 
 @contextmanager

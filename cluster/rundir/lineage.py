@@ -18,6 +18,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cluster.config.schema import Config
+from learner.data.journal import append_line
 from learner.weights.checkpoint import file_sha256
 from reward_server.redaction import visible
 
@@ -91,12 +92,7 @@ def record(
         commit=commit,
         trust_remote_code=config.models.trust_remote_code,
     )
-    with (run_dir / FILE).open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # the line that a killed command was writing
-                file.write(b"\n")
-        file.write(json.dumps(asdict(artefact), ensure_ascii=False).encode() + b"\n")
+    append_line(run_dir / FILE, asdict(artefact))
     return artefact
 
 

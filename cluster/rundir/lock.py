@@ -9,7 +9,6 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import socket
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Self, TextIO
 
 from cluster.config.load import ConfigError
 from cluster.runtime.health import repeating
+from cluster.runtime.signals import end
 
 FILE = "owner.json"
 RENEW_S, LEASE_S = 5.0, 60.0
@@ -69,7 +69,7 @@ def owned(run_dir: Path, command: str, renew_s: float = RENEW_S, lease_s: float 
     """Own a run directory until the block ends. Raises ConfigError with whoever is at work there.
 
     An owner on another machine shows by renewing its lease that it lives, for which this waits `lease_s` at most. Who
-    finds that somebody else has taken over, as when it stood still for longer than its lease, gets SIGTERM.
+    finds that somebody else has taken over, as when it stood still for longer than its lease, ends as failed.
     """
     file, me = run_dir / FILE, Owner.this(command)
     renewed: float | None = None
@@ -95,8 +95,7 @@ def owned(run_dir: Path, command: str, renew_s: float = RENEW_S, lease_s: float 
                 _write(lease, me)
             elif not lost:
                 lost.append(now)
-                log.error("%s has been taken over by %s, so this command stops", run_dir, now)
-                os.kill(os.getpid(), signal.SIGTERM)
+                end(f"{run_dir} has been taken over by {now}")
 
     try:
         with repeating(renew, renew_s, "lease"):

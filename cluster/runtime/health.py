@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from actors.waits import Waits
+from learner.data.journal import Disk
+from reward_server.schema import Pause
 
 if TYPE_CHECKING:
-    from reward_server.client import Pause, RewardClient
+    from reward_server.client import RewardClient
 
 INTERVAL_S = 2.0
 """Seconds between two questions to a process."""
@@ -233,13 +235,16 @@ class Health:
 
 
 class Monitor:
-    """What there is to see of one command: its processes, waits and phases, and whether scores can be had.
+    """What there is to see of one command: its processes, waits and phases, and whether it is paused.
 
     Made by the command, and given to whoever starts processes or waits, who keeps it true, and to whoever shows it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pause_s: float = 3600.0) -> None:
+        """`pause_s`: seconds that it may be paused for a full disk."""
         self.waits = Waits()
+        self.disk = Disk(pause_s)
+        """Whether there is room for what it writes."""
         self.health: set[Health] = set()
         """Of each process that has been started and not been ended."""
         self.sources: set[Any] = set()
@@ -285,9 +290,9 @@ class Monitor:
         return sorted(self.health, key=lambda one: _order(one.name))
 
     @property
-    def paused(self) -> "Pause | None":
-        """Since when and why the run waits for scores; None while it does not."""
-        return next((client.paused for client in list(self.reward_clients) if client.paused), None)
+    def paused(self) -> Pause | None:
+        """Since when and why the run waits for room on a disk, or for scores; None while it does not."""
+        return self.disk.paused or next((one.paused for one in list(self.reward_clients) if one.paused), None)
 
     def stats(self) -> dict[str, float]:
         """What the objects of this process say of themselves."""

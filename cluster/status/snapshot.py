@@ -22,6 +22,7 @@ from cluster.rundir.files import read_metrics, read_rows
 from cluster.runtime.exit_codes import FAILED
 from cluster.runtime.health import INTERVAL_S, SILENT_S, Health, Monitor, repeating
 from cluster.runtime.signals import Stopped
+from reward_server.preferences.records import write_whole
 from reward_server.redaction import redact, visible
 
 FILE = "status.json"
@@ -64,10 +65,9 @@ def reporting(run_dir: Path, command: str, monitor: Monitor, interval_s: float =
     started = time.time()
 
     def write(**more: str) -> None:
-        aside = run_dir / f".{FILE}.{os.getpid()}"
         with contextlib.suppress(OSError):  # a full disk must not stop the run that it reports on
-            aside.write_text(redact(json.dumps({**snapshot(command, monitor), "started": started, **more})))
-            aside.replace(run_dir / FILE)
+            text = redact(json.dumps({**snapshot(command, monitor), "started": started, **more}))
+            write_whole(run_dir / FILE, text)
 
     write()
     ended = "failed"

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import logging
 import secrets
 import threading
@@ -21,6 +20,7 @@ from cluster.tracking.alerts import Alert, Alerts
 from cluster.tracking.console import Console
 from cluster.tracking.prometheus import Exporter, serving
 from cluster.tracking.wandb import WandbFeed
+from learner.data.journal import Journal
 from reward_server.redaction import shown
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class Tracker:
         self._config = config
         self._monitor = monitor or Monitor()
         self._lock = threading.Lock()
+        self._journals: dict[Path, Journal] = {}
         self._goes_on = run_id is not None
         self._sent: dict[tuple[str, str], int] = {}
         start: dict[str, Any] = {
@@ -109,6 +110,8 @@ class Tracker:
         self._closing.close()
         if command := self._wandb.close():
             self.console.line(f"To send this run to W&B: {command}")
+        for journal in self._journals.values():
+            journal.close()
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step of a stage ("sft", "reward", "ppo", ...), by the name "area/name"."""
@@ -148,7 +151,9 @@ class Tracker:
         """Take a stage that starts over out of the JSONL files, whose readers would mix it with the new one."""
         self._sent = {key: step for key, step in self._sent.items() if key[0] != stage}
         with self._lock:
-            forget_stage(self.run_dir, stage)
+            for journal in self._journals.values():
+                journal.close()
+            self._monitor.disk.written(lambda: forget_stage(self.run_dir, stage))
 
     def go_on(self, stage: str, done: int) -> bool:
         """Take the steps of a stage after `done`, which are done again, out of metrics.jsonl; whether there are any."""
@@ -159,7 +164,8 @@ class Tracker:
         if (pause := self._monitor.paused) is None:
             return None
         since = datetime.fromtimestamp(pause.since).strftime("%H:%M:%S")
-        return f"the run has been paused since {since}, as the reward service gives no scores: {pause.reason}"
+        why = "" if pause is self._monitor.disk.paused else ", as the reward service gives no scores"
+        return f"the run has been paused since {since}{why}: {pause.reason}"
 
     def _alert(self, alert: Alert) -> None:
         alert = replace(alert, text=shown(alert.text))
@@ -172,8 +178,10 @@ class Tracker:
         self._wandb.alert(alert)
 
     def _append(self, file: str, row: Mapping[str, Any]) -> None:
-        with self._lock, (self.run_dir / file).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+        path = self.run_dir / file
+        with self._lock:
+            journal = self._journals.setdefault(path, Journal(path, self._monitor.disk))
+        journal.append(row)
 
     def _is_new(self, stage: str, step: int, name: str) -> bool:
         """Whether W&B has not been sent it before a stop: else its curves would go back and forth."""

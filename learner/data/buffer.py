@@ -68,9 +68,11 @@ class Buffer:
 
         `holder` is who samples them, for whoever waits for the answer.
         The wait ends with the learner's next `advance`, with `fail` or with `close`: the learner's own
-        deadlines bound it. Raises what `fail` was given, or BufferClosed.
+        deadlines bound it. While the ledger's disk is full nothing is handed out. Raises what `fail` was given,
+        BufferClosed, or NotWritten when the disk was full for too long.
         """
         assert n >= 1, n
+        await self._ledger.disk.ready()
         while not self._tickets.again and self._capacity() == 0:
             await self._bell.wait()
         self._bell.check()
@@ -121,9 +123,11 @@ class Buffer:
     async def take(self, deadline_s: float) -> list[Trajectory]:
         """Wait for the batch of the present version and return its trajectories, in the order of their tickets.
 
-        To be called once a version. Raises TimeoutError that names what is missing, what `fail` was given, or
-        BufferClosed.
+        To be called once a version. Raises TimeoutError that names what is missing, what `fail` was given,
+        BufferClosed, or NotWritten when the disk was full for too long.
         """
+        with self._waits.reported("the learner", lambda: "room on the disk, which is full"):
+            await self._ledger.disk.ready()
         first = self._taken
         assert first == self.version * self.prompts_per_batch, "advance() comes before the next batch"
         numbers = range(first, first + self.prompts_per_batch)

@@ -7,26 +7,26 @@ in the same file: the line "resumed" undoes what its checkpoint does not hold.
 """
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from actors.prompts import PromptStream
 from actors.trajectory import Ticket
+from learner.data.journal import Disk, Journal
 
 
 class Ledger:
     """Appends lines to a JSONL file; without a path it keeps nothing."""
 
-    def __init__(self, path: str | Path | None, stream: PromptStream | None = None) -> None:
-        """Store the path. With the run's `stream`, a line about a ticket also names its prompt."""
-        self._path = None if path is None else Path(path)
+    def __init__(self, path: str | Path | None, stream: PromptStream | None = None, disk: Disk | None = None) -> None:
+        """Store the path. With the run's `stream`, a line about a ticket also names its prompt; `disk` is the run's."""
+        self.disk = disk or Disk()
+        self._journal = None if path is None else Journal(Path(path), self.disk)
         self._stream = stream
-        self._file: TextIO | None = None
 
     def record(self, state: str, ticket: Ticket, **details: object) -> None:
         """Note that a ticket came into a state."""
@@ -42,15 +42,14 @@ class Ledger:
         self._write({"state": "resumed", "version": version, "kept": names})
 
     def sync(self) -> None:
-        """Have what was written survive a loss of power, as a checkpoint does that counts on it."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        """Have what was written survive a loss of power, as a checkpoint does that counts on it. Raises NotWritten."""
+        if self._journal is not None:
+            self._journal.sync()
 
     def close(self) -> None:
         """Close the file; a later line opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._journal is not None:
+            self._journal.close()
 
     def name(self, number: int) -> str:
         """Name a ticket for an error message."""
@@ -60,25 +59,12 @@ class Ledger:
         return f"ticket {number} (prompt {prompt.id!r}, epoch {epoch})"
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self._path is None:
+        if self._journal is None:
             return
         if self._stream is not None and "ticket" in line:
             prompt, epoch = self._stream[line["ticket"]]
             line |= {"prompt_id": prompt.id, "epoch": epoch}
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_torn_line(self._path)
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._file.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Remove the rest of a line whose writer was killed."""
-    if path.exists():
-        with path.open("rb+") as file:
-            written = file.read()
-            file.truncate(written.rfind(b"\n") + 1)
-            os.fsync(file.fileno())
+        self._journal.append({"time": round(time.time(), 3), **line})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

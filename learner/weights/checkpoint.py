@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reward_server.preferences.records import ASIDE, sweep, writing
+
 MANIFEST, STATE, NETWORKS = "manifest.json", "state.json", "networks"
 _NAME = re.compile(r"version-(\d{6,})")
-_ASIDE = ".aside-"  # begins the names of what is not complete, or no longer
 log = logging.getLogger(__name__)
 
 
@@ -90,9 +91,7 @@ class Checkpoints:
         """
         if not self.folder.is_dir():
             return None
-        for left in self.folder.glob(f"{_ASIDE}*"):
-            log.warning("removed %s, which was not complete", left)
-            shutil.rmtree(left)
+        sweep(self.folder)
         for path in self._complete():
             self._check_owner(path)
             version = int(path.name.removeprefix("version-"))
@@ -133,12 +132,14 @@ class Checkpoints:
 def whole_folder(path: Path) -> Iterator[Path]:
     """An empty folder to fill, which becomes `path` when the block ends well, in place of what was there.
 
-    It is on disk by then. After an error, or a crash at any moment, `path` is as it was, or not there.
+    It is on disk by then. After an error, or a crash at any moment, `path` is as it was, or not there. Raises
+    NotWritten.
     """
     aside = _open_aside(path)
     try:
-        yield aside
-        _put_in_place(aside, path)
+        with writing(path):
+            yield aside
+            _put_in_place(aside, path)
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -197,7 +198,7 @@ def _damage(folder: Path, version: int) -> str | None:
 
 def _open_aside(path: Path) -> Path:
     """An empty folder beside `path`; what a killed process left there is removed."""
-    aside = path.with_name(_ASIDE + path.name)
+    aside = path.with_name(ASIDE + path.name)
     if aside.exists():
         shutil.rmtree(aside)
     aside.mkdir(parents=True)
@@ -216,7 +217,7 @@ def _put_in_place(aside: Path, path: Path) -> None:
 
 def _discard(path: Path) -> None:
     """Remove a folder so that it is never seen half removed under its name."""
-    trash = path.with_name(f"{_ASIDE}old-{path.name}")
+    trash = path.with_name(f"{ASIDE}old-{path.name}")
     if trash.exists():
         shutil.rmtree(trash)
     path.rename(trash)

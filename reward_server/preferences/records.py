@@ -4,8 +4,12 @@ Everything people hand to a run (prompts, demonstrations, comparisons, pretraini
 before any model is loaded: a bad row found in the third hour of a run costs three hours.
 """
 
+import contextlib
+import errno
 import logging
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +17,8 @@ from typing import Any, TypeVar
 from reward_server.preferences.formats import file_rows
 
 MAX_ID_LENGTH = 100
+ASIDE = ".aside-"
+"""Begins the names of files and folders that are not complete, or no longer."""
 _SHOWN = 20  # bad rows of a file that are told with their reasons; of the others the lines are
 
 Row = TypeVar("Row")
@@ -116,14 +122,54 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+class NotWritten(OSError):
+    """A file could not be written. The text names it, with the reason and the remedy."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether an error says that a disk is full; of a library's, or another process's, only the words do."""
+    return re.search("No space left on device|[Qq]uota exceeded", str(error)) is not None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise NotWritten for an error of the operating system in the block, or a library's about a full disk."""
+    try:
+        yield
+    except Exception as error:
+        if not (full := no_room(error)) and not isinstance(error, OSError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        remedy = "make room on its disk" if full else "see to the folder, and who may write there"
+        text = f"{path} cannot be written ({reason}). Remedy: {remedy}"
+        raise NotWritten(getattr(error, "errno", errno.ENOSPC), text) from error
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there with all of its text or, after a crash, as it was before."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Write a text file that is there with all of its text or, after an error or a crash, as it was before.
+
+    Raises NotWritten.
+    """
+    aside = path.with_name(f"{ASIDE}{path.name}-{os.getpid()}")
+    try:
+        with writing(path):
+            with aside.open("w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what was not complete when its writer was killed, in a folder in which nobody is writing."""
+    for left in list(folder.rglob(f"{ASIDE}*")):
+        log.warning("removed %s, which was not complete", left)
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _named(row: dict[str, Any] | ValueError, error: Exception) -> str:

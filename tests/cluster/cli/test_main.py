@@ -50,7 +50,10 @@ def test_a_command_runs_in_its_run_directory(tmp_path: Path, entry: Any, capfd: 
 
     entry("sft", work)
     run = tmp_path / "mine"
+    (run / "data").mkdir(parents=True)
+    (run / "data" / ".aside-completions.jsonl-7").write_text("of a command that was killed")
     assert rayward("sft", "--run", run, "--sft.epochs=3", "--sft.optimizer.lr", "0.5") == 0
+    assert not list((run / "data").iterdir())
     (job,) = jobs
     assert job.run_dir == run
     assert (job.config.sft.epochs, job.config.sft.optimizer.lr) == (3, 0.5)
@@ -62,6 +65,7 @@ def test_a_command_runs_in_its_run_directory(tmp_path: Path, entry: Any, capfd: 
     assert (run / "metrics.jsonl").is_file()
     assert capfd.readouterr().out.splitlines() == [
         f"rayward sft: everything goes to {run}",
+        f"warning: removed {run}/data/.aside-completions.jsonl-7, which was not complete",
         "sft    1  held-out loss  2.500",
     ]
 

@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import PPO
 from cluster.pipeline.stage import advance
 from cluster.rundir.record import ResumeRefused, Start
-from cluster.runtime.health import ActorDied
+from cluster.runtime.health import ActorDied, Monitor
 from cluster.tracking.console import Console
 from cluster.tracking.tracker import Tracker
 from learner.data.buffer import Buffer
@@ -30,6 +31,7 @@ from learner.worker.worker import LearnerWorker
 from reward_server.sources import FunctionSource
 from tests.fake_pool import FakePool
 from tests.fakes import FakeFleet
+from tests.full_disk import FullDisk
 from tests.hf_generator import HfGenerator, SourceScorer
 from tests.ranks import InProcess
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model
@@ -106,9 +108,10 @@ def align(
     }
     models = {"sft": made / "sft", "reward": made / "reward", "critic": critic}
     settings = SETTINGS | {"ppo": SETTINGS["ppo"] | ppo, "models": models, "data": files}
-    shown = io.StringIO()
-    tracker = Tracker(run, TrackingConfig(mode="disabled"), "ppo", console=Console(stream=shown))
-    job = Job(config=Config.model_validate(settings), run_dir=run, tracker=tracker, start=start)
+    shown, monitor = io.StringIO(), Monitor()
+    tracker = Tracker(run, TrackingConfig(mode="disabled"), "ppo", console=Console(stream=shown), monitor=monitor)
+    config = Config.model_validate(settings)
+    job = Job(config=config, run_dir=run, tracker=tracker, start=start, monitor=monitor)
     run.mkdir(exist_ok=True)
     worker.unload()
     fleet: Any = OneGenerator(HfGenerator(made / "sft"), worker, killed_at)
@@ -231,6 +234,39 @@ def test_a_run_killed_after_its_last_iteration_is_measured_and_written(
             align(worker, made, tmp_path, "resume", iterations=1)
     finally:
         data.write_text(before)
+
+
+def test_a_run_waits_for_room_on_a_full_disk_and_ends_the_same(
+    worker: LearnerWorker, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Full in the second iteration, and again when the policy is exported."""
+    align(worker, made, tmp_path / "whole", "new", iterations=2)
+    disk, run, save, update = FullDisk(monkeypatch), tmp_path / "full", LearnerWorker.save, LearnerWorker.update
+    freed: list[threading.Timer] = []
+
+    def fill(times: int) -> None:
+        if len(freed) < times:
+            disk.full = True
+            freed.append(threading.Timer(0.5, setattr, (disk, "full", False)))
+            freed[-1].start()
+
+    def updated(self: LearnerWorker, *rest: Any, **more: Any) -> Any:
+        fill(1)
+        return update(self, *rest, **more)
+
+    def saved(self: LearnerWorker, *rest: Any, **more: Any) -> Any:
+        fill(2)
+        return save(self, *rest, **more)
+
+    monkeypatch.setattr(LearnerWorker, "update", updated)
+    monkeypatch.setattr(LearnerWorker, "save", saved)
+    assert align(worker, made, run, "new", iterations=2)[0] == [0, 1, 2]
+    assert results(run) == results(tmp_path / "whole")
+    assert audit(run / "ledger-ppo.jsonl").violations == ()
+    assert audit(run / "ledger-ppo.jsonl").trained == 12
+    assert caplog.text.count("the pause is over") == len(freed) == 2
+    assert "cannot be written (No space left on device). Remedy: make room on its disk" in caplog.text
+    assert not list(run.rglob(".aside-*"))
 
 
 # --- where it goes on, and checkpoints that cannot be written

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from cluster.cli import main as cli
 from cluster.cli.commands import COMMANDS, _of
 from cluster.pipeline.stage import Stage
 from cluster.pipeline.stages import STAGES
+from tests.full_disk import FullDisk
+from tests.stage_runs import make_job, run_stage
 
 PAGE = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
 
@@ -56,6 +59,26 @@ def test_what_it_reads_is_checked_before_anything_is_recorded(count: list[str], 
     assert cli.main(count) in (1, 2)
     assert "p.jsonl:1" in capfd.readouterr().err
     assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_stage_is_complete_when_all_that_it_logged_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    disk = FullDisk(monkeypatch)
+
+    class Logging(Stage):
+        name, results = "logging", ("result",)
+
+        async def run(self, processes: Any, inputs: Any) -> None:
+            (self.job.run_dir / "result").mkdir()
+            disk.full = True
+            self.job.tracker.log("logging", 1, {"a/b": 1.0})
+            threading.Timer(0.3, setattr, (disk, "full", False)).start()
+
+    job = make_job(tmp_path / "run")
+    job.monitor.disk.retry_s = 0.02
+    run_stage(Logging(job))
+    assert disk.refused > 2
+    assert json.loads((job.run_dir / "metrics.jsonl").read_text())["step"] == 1
+    assert json.loads((job.run_dir / "stages" / "logging.json").read_text())["complete"]
 
 
 def test_five_calls_lead_from_the_command_to_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.config.load import ConfigError
+from cluster.rundir import lock
 from cluster.rundir.lock import FILE, Owner, owned
 
 _HOLD = "import sys, time, pathlib; from cluster.rundir.lock import owned\n"
@@ -106,12 +106,13 @@ def test_an_owner_elsewhere_is_gone_when_its_lease_has_run_out(tmp_path: Path):
 
 
 def test_whose_lease_was_taken_over_stops_and_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda *call: told.append(call))
+    told: list[str] = []
+    monkeypatch.setattr(lock, "end", told.append)
     with owned(tmp_path, "sft", renew_s=0.05):
         leave(tmp_path)
         time.sleep(0.4)
-    assert told == [(os.getpid(), signal.SIGTERM)]
+    (said,) = told
+    assert said.startswith(f"{tmp_path} has been taken over by `rayward ppo`, PID 7 on node-7 since ")
     assert json.loads((tmp_path / FILE).read_text())["pid"] == 7
 
 

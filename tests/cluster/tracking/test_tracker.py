@@ -19,6 +19,7 @@ from cluster.tracking.console import Console
 from cluster.tracking.tracker import Tracker
 from reward_server.address import free_port
 from reward_server.client import Pause, RewardClient
+from tests.full_disk import FullDisk
 
 
 class FakeRun:
@@ -284,6 +285,30 @@ def test_a_run_that_waits_for_scores_alerts_everywhere_without_a_secret(
     assert (row["kind"], row["text"].endswith("gives no scores: [HF_TOKEN]\\x1b[2J")) == ("paused", True)
     assert [text for _, text, _ in alerted] == [row["text"]]
     assert f"warning: {row['text']}" in stream.getvalue()
+
+
+def test_metrics_of_a_full_disk_wait_for_room_and_the_run_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    disk, monitor, stream = FullDisk(monkeypatch), Monitor(), io.StringIO()
+    monitor.disk.retry_s = 0.02
+    monkeypatch.setattr("cluster.tracking.tracker._TICK_S", 0.02)
+    told: dict[str, Any] = {"console": Console(stream=stream), "monitor": monitor}
+    with told["console"], Tracker(tmp_path, TrackingConfig(mode="disabled"), "ppo", **told) as found:
+        found.log("ppo", 1, {"score/mean": 0.25})
+        disk.full = True
+        found.log("ppo", 2, {"score/mean": 0.5})
+        end = time.monotonic() + 10
+        while "warning: the run has been paused since" not in stream.getvalue():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert f"{tmp_path}/metrics.jsonl cannot be written (No space left on device)" in stream.getvalue()
+        disk.full = False
+        while "no longer paused" not in stream.getvalue():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        found.forget("sft")
+        found.log("ppo", 3, {"score/mean": 0.75})
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["over"] for row in rows(tmp_path / "alerts.jsonl")] == [False, True]
 
 
 def test_prometheus_can_scrape_a_run_while_it_works(tmp_path: Path):

@@ -16,9 +16,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from actors.prompts import PromptStream
 from actors.trajectory import BufferClosed, SampleKey, StaleTrajectories, Ticket, Trajectory
+from actors.waits import Waits
 from learner.data.buffer import Buffer
+from learner.data.journal import Disk
 from learner.data.ledger import Ledger, audit
+from reward_server.preferences.records import NotWritten
 from tests.fakes import FakeClock, completion, prompts
+from tests.full_disk import FullDisk
 
 
 def samples(ticket: Ticket, count: int = 1, version: int = 0) -> list[Trajectory]:
@@ -255,6 +259,29 @@ def test_the_deadline_of_a_batch_does_not_count_pauses() -> None:
     assert len(asyncio.run(wait(comes=True))) == 1
     with pytest.raises(TimeoutError, match=r"waited 0\.3 s for batch 0"):
         asyncio.run(asyncio.wait_for(wait(comes=False), 5))
+
+
+def test_nothing_is_handed_out_or_taken_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, waits, room = FullDisk(monkeypatch), Waits(), Disk(pause_s=0.3, retry_s=0.02)
+    path = tmp_path / "ledger.jsonl"
+
+    async def run() -> None:
+        buffer = Buffer(1, 1, 1, ledger=Ledger(path, disk=room), waits=waits)
+        (ticket,) = await buffer.admit(1)
+        disk.full = True
+        buffer.put(ticket, samples(ticket))
+        waiting = [asyncio.create_task(buffer.admit(1)), asyncio.create_task(buffer.take(60.0))]
+        assert await asyncio.wait(waiting, timeout=0.15) == (set(), set(waiting))
+        assert [(wait.who, wait.text) for wait in waits.open] == [("the learner", "room on the disk, which is full")]
+        disk.full = False
+        await asyncio.gather(*waiting)
+        assert [json.loads(line)["state"] for line in path.read_text().splitlines()][1] == "scored"
+        disk.full = True
+        buffer.generated(waiting[0].result()[0])
+        with pytest.raises(NotWritten, match="--resume goes on"):
+            await buffer.admit(1)
+
+    asyncio.run(run())
 
 
 def test_a_long_list_of_missing_prompts_is_cut() -> None:

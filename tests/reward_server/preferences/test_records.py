@@ -18,7 +18,18 @@ from actors.prompts import read_demonstrations, read_prompts
 from learner.data.corpora import read_texts
 from reward_server.preferences import formats
 from reward_server.preferences.labeling import Comparison, read_comparisons, write_comparisons
-from reward_server.preferences.records import RecordError, read_all, read_records, read_rows, row_id
+from reward_server.preferences.records import (
+    ASIDE,
+    NotWritten,
+    RecordError,
+    read_all,
+    read_records,
+    read_rows,
+    row_id,
+    sweep,
+    write_whole,
+)
+from tests.full_disk import FullDisk
 
 
 def _file(folder: Path, content: bytes) -> Path:
@@ -240,3 +251,26 @@ def test_a_line_of_100_mb_is_refused_by_its_number_without_being_held(tmp_path: 
         RecordError, match=r"data\.jsonl:2: the line is longer than 16 MiB; split it, one object a line"
     ):
         list(read_rows(path))
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, file = FullDisk(monkeypatch), tmp_path / "a.json"
+    write_whole(file, "first")
+    disk.full = True
+    with pytest.raises(NotWritten) as refused:
+        write_whole(file, "second")
+    assert str(refused.value) == f"{file} cannot be written (No space left on device). Remedy: make room on its disk"
+    with pytest.raises(NotWritten, match=r"b/a\.json cannot be written \(No such file or directory\)\. Remedy: see to"):
+        write_whole(tmp_path / "b" / "a.json", "third")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "first")]
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "data" / f"{ASIDE}policy" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / f"{ASIDE}a.json-7").write_text("{")
+    (tmp_path / "data" / ".mine").write_text("")
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", ".mine"]
+    assert caplog.text.count("which was not complete") == 2
