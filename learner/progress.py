@@ -15,9 +15,13 @@ Log = Callable[[str, int, dict[str, float]], None]
 _logger = logging.getLogger(__name__)
 
 
-def due(every: int, step: int, steps: int) -> bool:
+def due(every: int, step: int, steps: int, stopping: bool = False) -> bool:
     """Whether a checkpoint follows a step: every so often, and before what comes after the last one. 0: never."""
-    return every > 0 and (step % every == 0 or step == steps)
+    return every > 0 and (step % every == 0 or step == steps or stopping)
+
+
+def _never_stopping() -> AbstractContextManager[Callable[[], bool]]:
+    return nullcontext(lambda: False)
 
 
 class Progress:
@@ -28,11 +32,11 @@ class Progress:
         stage: str,
         log: Log,
         checkpoints: Checkpoints | None = None,
-        unbroken: Callable[[], AbstractContextManager[object]] = nullcontext,
+        unbroken: Callable[[], AbstractContextManager[Callable[[], bool]]] = _never_stopping,
     ) -> None:
         """Find where `checkpoints` say to go on; without any it starts, and saves nothing. Raises ValueError.
 
-        What ends the command waits while `unbroken()` is entered.
+        What ends the command waits while `unbroken()` is entered; what that gives says whether something does.
         """
         self.stage = stage
         self.checkpoints = checkpoints
@@ -45,7 +49,7 @@ class Progress:
         self.failures = 0
         """checkpoints that could not be written"""
         self._log = log
-        self._unbroken = unbroken
+        self.unbroken = unbroken
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step."""
@@ -62,7 +66,7 @@ class Progress:
             return False
         started = time.monotonic()
         try:
-            with self._unbroken():
+            with self.unbroken():
                 size = await self.checkpoints.write(step, state, save_networks)
         except (OSError, NotSaved) as error:
             if isinstance(error, TimeoutError):  # an OSError to Python; here it is a learner that does not answer

@@ -102,14 +102,15 @@ async def reward_modeling(
     batches, budget = _batches(train, config), config.max_tokens_per_microbatch
     steps, skipped_steps = len(batches), SkippedSteps(progress.stage, config.max_skipped_steps)
     for step, batch in enumerate(batches[progress.done :], start=progress.done + 1):
-        lr = cosine_to_tenth(config.optimizer.lr, step - 1, steps)
-        sums = await learner.ranking_step(
-            "reward", [g.sequences for g in batch], [g.ranks for g in batch], config.normaliser, budget, lr
-        )
-        measured = {**_batch_metrics(sums, len(batch)), **skipped_steps.count(step, [sums])}
-        progress.log(step, {**measured, "reward_model/lr": lr, "progress/total": float(steps)})
-        if due(config.checkpoint_every, step, steps):
-            await progress.save(step, {}, learner.save_state)
+        with progress.unbroken() as stopping:
+            lr = cosine_to_tenth(config.optimizer.lr, step - 1, steps)
+            sums = await learner.ranking_step(
+                "reward", [g.sequences for g in batch], [g.ranks for g in batch], config.normaliser, budget, lr
+            )
+            measured = {**_batch_metrics(sums, len(batch)), **skipped_steps.count(step, [sums])}
+            progress.log(step, {**measured, "reward_model/lr": lr, "progress/total": float(steps)})
+            if due(config.checkpoint_every, step, steps, stopping()):
+                await progress.save(step, {}, learner.save_state)
     scale = Normalisation.of(await learner.last_values("reward", demonstrations, budget), config.unit_variance)
     await learner.normalise("reward", scale.gain, scale.bias)
     found = await held_out_accuracy(learner, held_out, budget)

@@ -63,16 +63,17 @@ async def sft(
         losses.append(await _held_out(learner, data, budget))
         progress.log(0, _named(stage, losses[0]) | total)
     for step, (number, batch) in enumerate(batches[progress.done :], start=progress.done + 1):
-        lr = cosine_to_tenth(config.optimizer.lr, step - 1, steps)
-        sums = await learner.language_model_step("policy", batch, budget, lr)
-        found = {f"{stage}/{key}": sums[key] for key in ("loss", "grad_norm") if key in sums}
-        progress.log(step, found | {f"{stage}/lr": lr} | total | skipped_steps.count(step, [sums]))
-        if batch is epochs[number - 1][-1]:
-            losses.append(await _held_out(learner, data, budget))
-            progress.log(step, _named(stage, losses[-1]))
-            await keep(number)
-        if due(config.checkpoint_every, step, steps):
-            await progress.save(step, {"losses": [asdict(loss) for loss in losses]}, learner.save_state)
+        with progress.unbroken() as stopping:
+            lr = cosine_to_tenth(config.optimizer.lr, step - 1, steps)
+            sums = await learner.language_model_step("policy", batch, budget, lr)
+            found = {f"{stage}/{key}": sums[key] for key in ("loss", "grad_norm") if key in sums}
+            progress.log(step, found | {f"{stage}/lr": lr} | total | skipped_steps.count(step, [sums]))
+            if batch is epochs[number - 1][-1]:
+                losses.append(await _held_out(learner, data, budget))
+                progress.log(step, _named(stage, losses[-1]))
+                await keep(number)
+            if due(config.checkpoint_every, step, steps, stopping()):
+                await progress.save(step, {"losses": [asdict(loss) for loss in losses]}, learner.save_state)
     return losses
 
 

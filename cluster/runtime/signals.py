@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cluster.runtime.exit_codes import FAILED
 
@@ -46,7 +46,7 @@ class _Ending:
         else:
             with contextlib.suppress(RuntimeError):  # the main thread may be in the midst of a line
                 log.warning(
-                    "%s: what is being saved is finished first; once more ends the command at once", self.stopped.by
+                    "%s: this step, or save, is finished first; once more ends the command at once", self.stopped.by
                 )
 
     def leave(self, stopped: Stopped) -> None:
@@ -95,12 +95,15 @@ def attach() -> None:
 
 
 @contextlib.contextmanager
-def unbroken() -> Iterator[None]:
-    """A signal that arrives in the block ends the command after it; a second one at once."""
+def unbroken() -> Iterator[Callable[[], bool]]:
+    """A signal that arrives in the block ends the command after it; a second one at once.
+
+    Gives the block what tells whether one has arrived.
+    """
     ending = _ending
     ending.saves += 1
     try:
-        yield
+        yield lambda: ending.stopped is not None
     finally:
         ending.saves -= 1
         if ending.stopped and ending.timer is None and not ending.saves:

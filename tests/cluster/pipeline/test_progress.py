@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cluster.pipeline.reward_model import RewardModel
 from cluster.pipeline.sft import SFT
 from cluster.pipeline.stage import Stage, advance
 from cluster.rundir.record import ResumeRefused, Start
+from cluster.runtime.signals import Stopped, ended_by_signals
 from cluster.tracking.console import Console
 from cluster.tracking.tracker import Tracker
 from learner.worker.group import LearnerGroup
@@ -40,16 +42,18 @@ class Killed(BaseException):
 
 
 class Killable(InProcess):
-    """A rank whose caller is killed while it takes a step."""
+    """A rank whose caller is killed, or sent a signal, while it takes a step."""
 
-    def __init__(self, worker: LearnerWorker, killed_at: int) -> None:
+    def __init__(self, worker: LearnerWorker, killed_at: int, by: signal.Signals) -> None:
         super().__init__(worker)
-        self.killed_at, self.steps = killed_at, 0
+        self.killed_at, self.by, self.steps = killed_at, by, 0
 
     def __getattr__(self, method: str) -> Any:
         self.steps += method in STEPS
         if self.steps == self.killed_at and method in STEPS:
-            raise Killed
+            if self.by == signal.SIGKILL:
+                raise Killed
+            signal.raise_signal(self.by)
         return super().__getattr__(method)
 
 
@@ -73,17 +77,24 @@ def made(tmp_path: Path) -> dict[str, Any]:
 
 
 def train(
-    worker: LearnerWorker, made: dict[str, Any], name: str, run: Path, start: Start, killed_at: int = 0, **changed: Any
+    worker: LearnerWorker,
+    made: dict[str, Any],
+    name: str,
+    run: Path,
+    start: Start,
+    killed_at: int = 0,
+    by: signal.Signals = signal.SIGKILL,
+    **changed: Any,
 ) -> tuple[int, str]:
     """One command; (steps that it took, what it printed)."""
-    shown, learner = io.StringIO(), Killable(worker, killed_at)
+    shown, learner = io.StringIO(), Killable(worker, killed_at, by)
     settings = SETTINGS | made | {name: SETTINGS[name] | changed}
     tracker = Tracker(run, TrackingConfig(mode="disabled"), name, console=Console(stream=shown))
     run.mkdir(exist_ok=True)
     job = Job(config=Config.model_validate(settings), run_dir=run, tracker=tracker, start=start)
     worker.unload()
     pool: Any = FakePool(LearnerGroup([learner]))
-    with contextlib.suppress(Killed):
+    with contextlib.suppress(Killed), ended_by_signals():
         asyncio.run(advance(STAGES[name](job), pool))
     return learner.steps, shown.getvalue()
 
@@ -143,3 +154,15 @@ def test_a_stage_goes_on_with_the_data_it_was_begun_with_alone(
     ):
         train(worker, made, name, tmp_path / "run", "resume")
     assert train(worker, made, name, tmp_path / "run", "restart")[0] == 9
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_is_stopped_saves_the_step_that_is_under_way(
+    worker: LearnerWorker, made: dict[str, Any], tmp_path: Path, name: str
+):
+    with pytest.raises(Stopped) as stopped:
+        train(worker, made, name, tmp_path, "new", killed_at=3, by=signal.SIGTERM, checkpoint_every=100)
+    assert stopped.value.code == 143
+    assert [path.name for path in (tmp_path / "checkpoints" / name).iterdir()] == ["version-000003"]
+    steps, shown = train(worker, made, name, tmp_path, "resume")
+    assert (steps, "goes on after step 3, from" in shown) == (6, True)

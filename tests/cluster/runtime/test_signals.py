@@ -81,6 +81,6 @@ def test_signals_end_a_program_once_and_not_in_a_save(
             running.send_signal(number)
         out, err = running.communicate(timeout=10)
     assert (running.returncode, out.splitlines()) == (code, said), err
-    warned = "SIGTERM: what is being saved is finished first" in err
+    warned = "SIGTERM: this step, or save, is finished first" in err
     assert warned == (words == ("save",))
     assert ("it is lost" in err) == ("lost" in words), err
