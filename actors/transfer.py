@@ -1,10 +1,12 @@
 """What learner and generators agree on when weights travel: the meeting point, the layout, the checksums."""
 
+import hmac
 import math
+import secrets
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
 
@@ -29,13 +31,15 @@ class Rendezvous:
     host: str
     """Address at which the learner listens."""
     port: int
-    """TCP port of the learner's store."""
+    """TCP port of the learner's store; 0 for NCCL, which needs none."""
     world_size: int
     """The sender, which is rank 0, and every worker of every generator."""
     epoch: int
     """Number of this membership; a member of another epoch never meets this one."""
     deadline_s: float
     """Seconds that any single wait inside the group may take."""
+    secret: str = field(repr=False)
+    """Known to the members alone, as it comes to them with the call to join: for NCCL the group's own id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +155,7 @@ class GlooGroup:
     def __init__(self, rendezvous: Rendezvous, rank: int, store: Store | None = None) -> None:
         """Meet the other members; blocks until all are there. The sender passes the store it listens with.
 
-        Raises TransferError when somebody is missing at the deadline.
+        Raises TransferError when somebody is missing at the deadline, or does not know the secret.
         """
         self._rendezvous = rendezvous
         limit = timedelta(seconds=rendezvous.deadline_s)
@@ -163,6 +167,7 @@ class GlooGroup:
             options._devices = [gloo.create_device(hostname=_local_address(rendezvous))]
             group = gloo(PrefixStore(f"weights/{rendezvous.epoch}", store), rank, rendezvous.world_size, options)
         self._group: Any = group
+        self._prove(rank)
 
     def broadcast(self, buffer: Tensor) -> Work:
         """Start to send (rank 0) or to receive (others) a bucket of bytes."""
@@ -178,6 +183,26 @@ class GlooGroup:
     def close(self) -> None:
         """Leave; members that still wait for this one get an error."""
         self._group = None
+
+    def _prove(self, rank: int) -> None:
+        """Leave a group of which a member does not know the secret: whoever finds the port could have joined."""
+
+        def proof(member: int) -> bytes:
+            return hmac.digest(self._rendezvous.secret.encode(), b"%d/" % member + b"".join(nonces), "sha256")
+
+        with self._awaited("all members to prove that they know the secret"):
+            nonces = self._gather(secrets.token_bytes(32))
+            proofs = self._gather(proof(rank))
+        strangers = [member for member, given in enumerate(proofs) if not hmac.compare_digest(given, proof(member))]
+        if strangers:
+            self.close()
+            raise TransferError(f"ranks {strangers} of the group that carries weights do not know its secret")
+
+    def _gather(self, own: bytes) -> list[bytes]:
+        """The bytes of every member, by rank."""
+        found = [torch.empty(len(own), dtype=torch.uint8) for _ in range(self._rendezvous.world_size)]
+        self._group.allgather([found], [torch.frombuffer(bytearray(own), dtype=torch.uint8)]).wait()
+        return [one.numpy().tobytes() for one in found]
 
     @contextmanager
     def _awaited(self, what: str) -> Iterator[None]:

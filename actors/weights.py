@@ -148,8 +148,7 @@ class NcclReceiver(NCCLWeightTransferEngine):
         info = JoinInfo(**init_dict)
         meeting = Rendezvous(**info.rendezvous)
         return NCCLWeightTransferInitInfo(
-            master_address=meeting.host,
-            master_port=meeting.port,
+            nccl_unique_id_b64=meeting.secret,
             rank_offset=info.rank_offset,
             world_size=meeting.world_size,
             packed=True,

@@ -108,7 +108,7 @@ class FakeSource:
     """The learner as publishing sees it."""
 
     async def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous:
-        return Rendezvous(host="h", port=1, world_size=world_size, epoch=epoch, deadline_s=1)
+        return Rendezvous(host="h", port=1, world_size=world_size, epoch=epoch, deadline_s=1, secret="s")
 
     async def connect_transfer(self) -> None: ...
 

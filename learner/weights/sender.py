@@ -1,15 +1,17 @@
 """The sending side of a weight transfer, in the learner's rank 0; actors/weights.py is the other one."""
 
+import base64
+import secrets
+import socket
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from actors.transfer import Bucket, GlooGroup, Manifest, Rendezvous, TransferError, checksum
-from reward_server.address import free_port
 
 if TYPE_CHECKING:
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
@@ -30,9 +32,11 @@ class WeightSender:
     def listen(self, world_size: int, epoch: int) -> Rendezvous:
         """Open a meeting point on a free port for `world_size` members with this one; ends an earlier one."""
         self.close()
-        limit = timedelta(seconds=self.deadline_s)
-        self._store = TCPStore(self.host, 0, is_master=True, timeout=limit, wait_for_workers=False)
-        self._meeting = self._rendezvous(self._store.port, world_size, epoch)
+        listener = socket.create_server((self.host, 0))  # a store of its own would listen on all interfaces
+        port, limit = listener.getsockname()[1], timedelta(seconds=self.deadline_s)
+        opening: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+        self._store = TCPStore(self.host, port, timeout=limit, **opening)
+        self._meeting = self._rendezvous(port, world_size, epoch, secrets.token_hex(32))
         return self._meeting
 
     def connect(self) -> None:
@@ -75,8 +79,9 @@ class WeightSender:
             self._group.close()
         self._group = self._store = self._meeting = None
 
-    def _rendezvous(self, port: int, world_size: int, epoch: int) -> Rendezvous:
-        return Rendezvous(host=self.host, port=port, world_size=world_size, epoch=epoch, deadline_s=self.deadline_s)
+    def _rendezvous(self, port: int, world_size: int, epoch: int, secret: str) -> Rendezvous:
+        told = {"host": self.host, "port": port, "world_size": world_size, "epoch": epoch, "secret": secret}
+        return Rendezvous(**told, deadline_s=self.deadline_s)
 
     def _pack(
         self, manifest: Manifest, bucket: Bucket, tensors: Iterator[tuple[str, Tensor]], checksums: dict[str, int]
@@ -97,23 +102,21 @@ class NcclWeightSender(WeightSender):
     _nccl: "PyNcclCommunicator | None" = None
 
     def listen(self, world_size: int, epoch: int) -> Rendezvous:
-        """Pick a free port; vLLM opens the meeting point itself, in `connect`."""
+        """Have NCCL open a meeting point, which admits those alone who know its id."""
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
         self.close()
-        self._meeting = self._rendezvous(free_port(self.host), world_size, epoch)
+        secret = base64.b64encode(bytes(NCCLLibrary().ncclGetUniqueId().internal)).decode()
+        self._meeting = self._rendezvous(0, world_size, epoch, secret)
         return self._meeting
 
     def connect(self) -> None:
         """Meet the receivers."""
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
         assert self._meeting is not None, "listen before connect"
-        self._nccl = trainer_init(
-            {
-                "master_address": self._meeting.host,
-                "master_port": self._meeting.port,
-                "world_size": self._meeting.world_size,
-            }
-        )
+        device, secret = torch.accelerator.current_device_index(), base64.b64decode(self._meeting.secret)
+        self._nccl = uid_init_process_group(secret, rank=0, world_size=self._meeting.world_size, device=device)
 
     def send(self, manifest: Manifest, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         """Send the manifest's tensors to all receivers, and return the checksum of each."""

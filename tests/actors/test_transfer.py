@@ -96,7 +96,7 @@ def test_unpack_gives_views_of_the_buffer() -> None:
 
 def test_nobody_waits_for_a_missing_member_beyond_the_deadline() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting = Rendezvous(host="127.0.0.1", port=store.port, world_size=2, epoch=3, deadline_s=1.0)
+    meeting = Rendezvous(host="127.0.0.1", port=store.port, world_size=2, epoch=3, deadline_s=1.0, secret="s")
     started = time.monotonic()
     with pytest.raises(TransferError, match=r"epoch 3 at 127.0.0.1:\d+.*2 members to meet \(this is rank 0\)"):
         GlooGroup(meeting, 0, store)
@@ -104,14 +104,14 @@ def test_nobody_waits_for_a_missing_member_beyond_the_deadline() -> None:
 
 
 def test_nobody_waits_for_a_store_that_is_not_there() -> None:
-    meeting = Rendezvous(host="127.0.0.1", port=1, world_size=2, epoch=1, deadline_s=1.0)
+    meeting = Rendezvous(host="127.0.0.1", port=1, world_size=2, epoch=1, deadline_s=1.0, secret="s")
     with pytest.raises(TransferError, match="2 members to meet"):
         GlooGroup(meeting, 1)
 
 
 def test_the_default_process_group_stays_free() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting = Rendezvous(host="127.0.0.1", port=store.port, world_size=2, epoch=1, deadline_s=10.0)
+    meeting = Rendezvous(host="127.0.0.1", port=store.port, world_size=2, epoch=1, deadline_s=10.0, secret="s")
     before = torch.distributed.is_initialized()
     received = torch.zeros(3, dtype=torch.uint8)
 

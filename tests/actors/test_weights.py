@@ -1,6 +1,7 @@
 """The receiving side in a real engine: what a packed head needs, dead engines, and engines whose generator died."""
 
 import asyncio
+import base64
 import json
 import multiprocessing
 import os
@@ -194,9 +195,10 @@ def test_vllms_receiver_between_gpus_takes_our_words_and_adds_up_what_it_loads(
     sides: Any = SimpleNamespace(parallel_config=None, model_config=None)
     model: Any = Model()
     receiver = NcclReceiver(WeightTransferConfig(backend="rayward_nccl"), sides, torch.device("cpu"), model)
-    meeting = Rendezvous(host="h", port=7, world_size=3, epoch=1, deadline_s=1)
+    secret = base64.b64encode(bytes(range(128))).decode()
+    meeting = Rendezvous(host="h", port=0, world_size=3, epoch=1, deadline_s=1, secret=secret)
     init = receiver.parse_init_info({"rendezvous": asdict(meeting), "rank_offset": 2})
-    assert (init.master_address, init.master_port, init.world_size, init.rank_offset) == ("h", 7, 3, 2)
+    assert (init.nccl_unique_id_bytes, init.world_size, init.rank_offset) == (bytes(range(128)), 3, 2)
     assert init.packed
     tensor = torch.arange(6.0).view(2, 3)
     info = receiver.parse_update_info(asdict(Manifest.of([("w", tensor)], bucket_bytes=99)))

@@ -87,7 +87,7 @@ class ScriptedLearner:
 
     async def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous:
         await self._do("listen", epoch)
-        return Rendezvous(host="h", port=1, world_size=world_size, epoch=epoch, deadline_s=1)
+        return Rendezvous(host="h", port=1, world_size=world_size, epoch=epoch, deadline_s=1, secret="s")
 
     async def connect_transfer(self) -> None:
         await self._do("connect")

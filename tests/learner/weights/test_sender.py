@@ -1,6 +1,9 @@
 """Sending weights over gloo: what arrives, and what happens when a receiver does not take it."""
 
+import base64
+import ctypes
 import inspect
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -8,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -150,13 +154,47 @@ def test_a_meeting_point_is_open_before_anybody_is_told() -> None:
     first = sender.listen(2, epoch=1)
     second = sender.listen(2, epoch=2)
     assert first.port > 0
-    assert second == Rendezvous(host="127.0.0.1", port=second.port, world_size=2, epoch=2, deadline_s=5)
+    told = {"host": "127.0.0.1", "port": second.port, "world_size": 2, "epoch": 2, "deadline_s": 5}
+    assert second == Rendezvous(**told, secret=second.secret)
+    assert (first.secret != second.secret, len(second.secret), second.secret in repr(second)) == (True, 64, False)
     assert TCPStore("127.0.0.1", second.port).port == second.port
     sender.close()
 
 
+def test_the_store_listens_where_it_is_told_alone() -> None:
+    sender = WeightSender(bucket_mb=1, deadline_s=5, host="127.0.0.2")
+    port = sender.listen(2, epoch=1).port
+    listening = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == port] == ["127.0.0.2"]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    sender.close()
+
+
+def test_who_does_not_know_the_secret_gets_no_weights() -> None:
+    """It joins, as a local process could that has seen the port, and takes part in the proof as well as it can."""
+    sender = WeightSender(bucket_mb=1, deadline_s=5)
+    meeting = sender.listen(2, epoch=1)
+    refused: list[object] = []
+
+    def stranger() -> None:
+        try:
+            refused.append(GlooGroup(replace(meeting, secret="guessed"), 1))
+        except TransferError as error:
+            refused.append(str(error))
+
+    threading.Thread(target=stranger, daemon=True).start()
+    with pytest.raises(TransferError, match=r"ranks \[1\] of the group that carries weights do not know its secret"):
+        sender.connect()
+    wait_for(refused, 1)
+    assert "ranks [0]" in str(refused[0])
+    with pytest.raises(AssertionError, match="connect before send"):
+        send(sender, [("w", torch.ones(4))])
+
+
 def test_vllms_sender_between_gpus_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as that goes without a GPU: our arguments fit vLLM's signatures, and every tensor has its checksum."""
+    from vllm.distributed.device_communicators import pynccl_wrapper
     from vllm.distributed.weight_transfer import nccl_common, packed_tensor
 
     joined: dict[str, object] = {}
@@ -168,12 +206,23 @@ def test_vllms_sender_between_gpus_is_called_as_it_wants(monkeypatch: pytest.Mon
         assert arguments["buffer_size_bytes"] == 3 << 20
         sent.extend(arguments["post_iter_func"](pair) for pair in arguments["iterator"])
 
-    monkeypatch.setattr(nccl_common, "trainer_init", lambda info: joined.update(info) or SimpleNamespace(destroy=int))
+    joining = inspect.signature(nccl_common.uid_init_process_group)
+
+    def join(*given: Any, **named: Any) -> Any:
+        joined.update(joining.bind(*given, **named).arguments)
+        return SimpleNamespace(destroy=int)
+
+    made = SimpleNamespace(internal=(ctypes.c_byte * 128)(*range(-64, 64)))
+    monkeypatch.setattr(pynccl_wrapper, "NCCLLibrary", lambda: SimpleNamespace(ncclGetUniqueId=lambda: made))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(nccl_common, "uid_init_process_group", join)
     monkeypatch.setattr(packed_tensor, "packed_nccl_broadcast_producer", broadcast)
     sender = NcclWeightSender(bucket_mb=3, deadline_s=5)
     meeting = sender.listen(2, epoch=1)
     sender.connect()
-    assert joined == {"master_address": "127.0.0.1", "master_port": meeting.port, "world_size": 2}
+    identity = base64.b64decode(meeting.secret)
+    assert identity == bytes(made.internal)
+    assert joined == {"nccl_unique_id_bytes": identity, "rank": 0, "world_size": 2, "device": 3}
     tensor = torch.randn(5, dtype=torch.bfloat16)
     assert send(sender, [("w", tensor)]) == {"w": checksum(tensor)}
     assert torch.equal(sent[0], tensor)
