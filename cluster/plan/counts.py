@@ -1,6 +1,6 @@
 """The batch arithmetic of a stage, as the loops do it, with lengths that are the same for all sequences."""
 
-import gzip
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from learner.config import PPOConfig, RewardModelingConfig, SFTConfig
+from reward_server.preferences.formats import file_rows
 
 
 def section_of(config: Config, stage: type[Stage]) -> SFTConfig | RewardModelingConfig | PPOConfig | None:
@@ -149,12 +150,10 @@ def _rows(config: Config, stage: type[Stage], run_dir: Path, rounds: bool) -> tu
 
 
 def rows_of(config: Config, name: str, run_dir: Path) -> int | None:
-    """Lines of a data file, configured or the run's own, that are not blank; None where there is no such file."""
-    path = getattr(config.data, name) or run_dir / "data" / f"{name}.jsonl"
-    if not path.is_file():
-        return None
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        return sum(1 for line in lines if line.strip()) or None
+    """Rows of a data file, configured or the run's own; None where there is none that can be read."""
+    with contextlib.suppress(ValueError):
+        return sum(1 for _ in file_rows(getattr(config.data, name) or run_dir / "data" / f"{name}.jsonl"))
+    return None
 
 
 def neighbours(possible: Sequence[int], wanted: int) -> str:

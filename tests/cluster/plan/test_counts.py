@@ -94,6 +94,8 @@ def test_sampling_of_each_kind(tmp_path: Path):
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": 2}\n'))
     assert rows_of(settings({"data.demonstrations": packed}), "demonstrations", NOWHERE) == 2
+    (tmp_path / "rows.json").write_text('[{"a":\n1},\n{"a": 2},\n{"a": 3}]')
+    assert rows_of(settings({"data.demonstrations": tmp_path / "rows.json"}), "demonstrations", NOWHERE) == 3
 
 
 def test_lengths_are_those_of_the_settings():
