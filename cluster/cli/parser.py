@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from pydantic import BaseModel
 from tyro.conf import arg
-from tyro.constructors import PrimitiveConstructorSpec
 
 from cluster.config.load import (
     PRESETS,
@@ -250,9 +249,9 @@ def _type_of(command: Command | None, shown: Iterable[Setting], closed: bool = F
     if command is not None:
         known, under = tuple(presets()), "settings under those of a file: "
         fields = [
-            ("run", _text("DIR", f"the run directory; {command.run} when not named", Path), Path()),
-            ("config", _text("FILE", "settings from a TOML file", Path), Path()),
-            ("preset", _text("NAME", under + ", ".join(known), Any, closed and known), None),
+            ("run", *_text("DIR", f"the run directory; {command.run} when not named", Path)),
+            ("config", *_text("FILE", "settings from a TOML file", Path)),
+            ("preset", *_text("NAME", under + ", ".join(known), str, known if closed else ())),
         ]
         for name, meaning in {**command.variants, **command.flags}.items():
             kind = Annotated[bool, arg(name=name, help=meaning, help_behavior_hint="")]
@@ -261,26 +260,18 @@ def _type_of(command: Command | None, shown: Iterable[Setting], closed: bool = F
     docs = {one.key: one.doc for one in settings(Config) if one.section}
     for one in shown:
         prefix, _, name = one.key.rpartition(".")
-        of = Path if "Path" in one.type else Any
-        kind = _text(one.type, f"{one.doc} ({one.default_text})", of, closed and tuple(_values(one.field.annotation)))
-        groups.setdefault(prefix, []).append((name, kind, Path()))
+        of, values = Path if "Path" in one.type else str, [*_values(one.field.annotation)] if closed else []
+        groups.setdefault(prefix, []).append((name, *_text(one.type, f"{one.doc} ({one.default_text})", of, values)))
     for prefix, members in groups.items():
         group = dataclasses.make_dataclass("Section", members, frozen=True)
         fields.append((prefix.replace(".", "__"), Annotated[group, arg(name=prefix, help=docs[prefix])], group()))
     return dataclasses.make_dataclass("Words", fields)
 
 
-def _text(metavar: str, meaning: str, of: Any, values: Any = ()) -> Any:
-    """An option whose value stays text; a wrong one, or one too many, is found by who reads it."""
-    spec: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=metavar,
-        instance_from_str=list,
-        is_instance=lambda _: True,
-        str_from_instance=lambda _: [],
-        choices=tuple(values or ()) or None,
-    )
-    return Annotated[of, spec, arg(help=meaning, help_behavior_hint="")]
+def _text(metavar: str, meaning: str, of: Any, values: Sequence[str] = ()) -> tuple[Any, Any]:
+    """Type and default of an option: one of some values, a path, or any text."""
+    kind, default = (Literal[tuple(values)], values[0]) if values else (of, of())
+    return Annotated[kind, arg(metavar=metavar, help=meaning, help_behavior_hint="")], default
 
 
 def _values(annotation: Any) -> Iterator[str]:
