@@ -15,10 +15,10 @@ class _Section(BaseModel):
 
 
 class FleetConfig(_Section):
-    """What is done about generators that are lost."""
+    """What is done about generators and reward replicas that are lost."""
 
     max_restarts: int = Field(default=3, ge=0)
-    """Times that a generator is replaced without having sampled anything in between; then its place stays empty."""
+    """Times that one is replaced without having sampled, or served a minute, in between; then its place stays empty."""
     min_generators: int = Field(default=1, ge=1)
     """Fewest places with which a run goes on when others stay empty."""
     backoff_s: float = Field(default=2.0, ge=0)
@@ -26,7 +26,7 @@ class FleetConfig(_Section):
     replacement_deadline_s: float = Field(default=600.0, gt=0)
     """Seconds that a run waits for a replacement when no generator is left."""
     watch_s: float = Field(default=5.0, gt=0)
-    """Seconds between two looks at a generator's progress."""
+    """Seconds between two looks at the progress of each."""
 
 
 class ClusterConfig(_Section):
@@ -47,7 +47,7 @@ class ClusterConfig(_Section):
     step_deadline_s: float = Field(default=3600.0, gt=0)
     """Seconds that one call may take, such as an iteration's update."""
     fleet: FleetConfig = FleetConfig()
-    """What is done about generators that are lost."""
+    """What is done about generators and reward replicas that are lost."""
 
 
 class AlertsConfig(_Section):

@@ -60,7 +60,7 @@ def scores_of(*parts: PartConfig) -> list[float]:
 def test_a_pattern_that_backtracks_is_refused_with_its_response_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("reward_server.sources._SEARCH_S", 0.05)
+    monkeypatch.setattr("reward_server.sources._SEARCH_S", 0.2)
     source, began = RuleSource(r"(a|aa)+$"), time.monotonic()
     ticks = []
     thread = threading.Thread(target=lambda: ticks.extend(time.sleep(0.005) or n for n in range(4)))

@@ -239,21 +239,21 @@ def test_a_process_that_is_stopped_and_one_whose_function_backtracks_are_replace
     """Real processes: the replacement scores what they were asked for."""
     (tmp_path / "slow_once.py").write_text(SLOW_ONCE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    plan = Plan(processes=(Process(name="reward-0", threads=1, cpus=1),), concurrent={})
+    replicas = tuple(Process(name=f"reward-{n}", threads=1, cpus=1) for n in range(2))
+    plan = Plan(processes=replicas, concurrent={})
     fleet = FleetConfig(backoff_s=0.1, watch_s=0.5)
     run = Processes(ClusterConfig(fleet=fleet, start_deadline_s=60), plan, tmp_path / "logs")
     parts = (PartConfig(name="mine", kind="function", target="slow_once:score"),)
     source = SourceConfig(parts=parts, retry_s=3.0, pause_s=60.0)
 
-    async def scenario() -> list[float]:
+    async def scenario() -> float:
         async with run.reward(source, None) as client:
-            (health,) = run.monitor.health
-            await health.attend(5.0)
-            assert health.last
-            os.kill(health.last.pid, signal.SIGSTOP)
-            texts = ("four", "five!")
-            return [(await client.score([ASKED[0].model_copy(update={"response": text})]))[0].score for text in texts]
+            first = run.monitor.processes()[0]
+            await first.attend(5.0)
+            assert first.last
+            os.kill(first.last.pid, signal.SIGSTOP)
+            return (await client.score([ASKED[0].model_copy(update={"response": "five!"})]))[0].score
 
-    with start_ray("local", cpus=1, log_dir=tmp_path / "logs"):
-        assert asyncio.run(scenario()) == [4.0, 5.0]
-    assert caplog.text.count("reward-0 is lost: it has said nothing for") == 2
+    with start_ray("local", cpus=2, log_dir=tmp_path / "logs"):
+        assert asyncio.run(scenario()) == 5.0
+    assert caplog.text.count("is lost: it has said nothing for") == 2
