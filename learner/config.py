@@ -58,6 +58,8 @@ class OptimizerConfig(Section):
 class LoopConfig(Section):
     """What all three loops are told."""
 
+    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
+    """Padded tokens in one forward pass at most; all completions of a ranked prompt stay together."""
     checkpoint_every: int = Field(default=100, ge=0)
     """Optimizer steps between checkpoints, from which `--resume` goes on; 0 writes none, so that it starts over."""
     checkpoints_kept: int = Field(default=2, ge=1)
@@ -87,8 +89,6 @@ class SFTConfig(LoopConfig):
     """Learn the responses only; false learns the prompts too."""
     max_tokens: int = Field(default=1024, ge=2)
     """Longest example; a longer response is cut off and then has no EOS to learn."""
-    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
-    """Padded tokens in one forward pass at most."""
     seed: int = 0
     """Order of the examples, and which are held out."""
     network: NetworkConfig = NetworkConfig()
@@ -129,8 +129,6 @@ class RewardModelingConfig(LoopConfig):
     """Share of the prompts held out to measure accuracy; a prompt that occurs twice is on one side only."""
     unit_variance: bool = False
     """Scale scores to standard deviation 1 over the demonstrations (lm-human-preferences); the paper shifts only."""
-    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
-    """Padded tokens in one forward pass at most; all completions of a prompt stay together."""
     seed: int = 0
     """Order of the prompts and which are held out."""
     network: NetworkConfig = NetworkConfig()
@@ -208,8 +206,6 @@ class PPOConfig(LoopConfig):
     """The policy's learning rate rises from a tenth over these (paper: 10)."""
     ema_decay: float = Field(default=0.992, ge=0, lt=1)
     """Of the policy's moving average, a step a minibatch (paper: 0.992)."""
-    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
-    """Padded tokens in one forward pass at most."""
     checkpoint_every: int = Field(default=10, ge=0)
     """Iterations between checkpoints, from which `--resume` goes on; 0 writes none, so that PPO starts over."""
     rollout_deadline_s: float = Field(default=1800.0, gt=0)

@@ -166,3 +166,19 @@ def test_a_stage_that_is_stopped_saves_the_step_that_is_under_way(
     assert [path.name for path in (tmp_path / "checkpoints" / name).iterdir()] == ["version-000003"]
     steps, shown = train(worker, made, name, tmp_path, "resume")
     assert (steps, "goes on after step 3, from" in shown) == (6, True)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_was_killed_after_its_last_step_takes_none_again(
+    worker: LearnerWorker, made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    changed = {"epochs": 1, **({"select": "last"} if name == "sft" else {})}
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnerWorker, "save", killed)
+        assert train(worker, made, name, tmp_path, "new", **changed)[0] == 3
+    assert train(worker, made, name, tmp_path, "resume", **changed)[0] == 0
+    assert (tmp_path / name / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "summary.json").read_text())[name]
