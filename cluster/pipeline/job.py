@@ -1,6 +1,7 @@
 """A job: one command at work in its run directory."""
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from reward_server.preferences.records import write_whole
 
 if TYPE_CHECKING:
     from learner.worker.group import LearnerGroup
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +96,14 @@ class Job:
     def summarise(self, *keys: str, **figures: Any) -> None:
         """Merge final figures into RUN/summary.json, under a path of keys."""
         path = self.run_dir / "summary.json"
-        summary = json.loads(path.read_text()) if path.is_file() else {}
-        table = summary
-        for key in keys:
-            table = table.setdefault(key, {})
-        table.update(figures)
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            table = summary
+            for key in keys:
+                table = table.setdefault(key, {})
+            table.update(figures)
+        except (ValueError, AttributeError) as error:  # no reason to lose what a stage has just made
+            damaged = path.replace(path.with_name(f"damaged-{path.name}"))
+            log.warning("%s was damaged (%s), and is begun anew; it is now %s", path, error, damaged.name)
+            return self.summarise(*keys, **figures)
         self.write(path, json.dumps(summary, indent=2) + "\n")

@@ -220,7 +220,7 @@ def _object(path: Path, unreadable: list[str]) -> dict[str, Any]:
 
 def _rows(path: Path, unreadable: list[str]) -> Iterator[dict[str, Any]]:
     # not splitlines(): a sample may hold a character such as U+2028, which JSON does not escape
-    for line_number, line in enumerate(_text(path, unreadable).split("\n"), start=1):
+    for line_number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), start=1):
         if not line.strip():
             continue
         try:

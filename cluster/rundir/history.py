@@ -1,14 +1,15 @@
 """What earlier commands left in a run directory for those that go on: their W&B runs, and how far they logged."""
 
-import contextlib
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from reward_server.preferences.records import write_whole
 
 _FILE = "wandb-runs.json"
+log = logging.getLogger(__name__)
 
 
 def earlier_run(run_dir: Path, command: str) -> str | None:
@@ -24,7 +25,10 @@ def has_all(run_dir: Path, command: str) -> bool:
 def remember_run(run_dir: Path, command: str, run_id: str, finished: bool) -> None:
     """Note the id of a command's W&B run, and whether it was finished."""
     runs = {**_runs(run_dir), command: {"id": run_id, "finished": finished}}
-    write_whole(run_dir / _FILE, json.dumps(runs, indent=2) + "\n")
+    try:
+        write_whole(run_dir / _FILE, json.dumps(runs, indent=2) + "\n")
+    except OSError as error:
+        log.warning("%s. W&B may be sent steps again after a stop", error)
 
 
 def area(name: str) -> str:
@@ -34,14 +38,10 @@ def area(name: str) -> str:
 
 def last_steps(run_dir: Path) -> dict[tuple[str, str], int]:
     """The last step of each area of metrics of each stage in metrics.jsonl, by (stage, area)."""
-    path, last = run_dir / "metrics.jsonl", dict[tuple[str, str], int]()
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-        try:
-            row = json.loads(line)
-            for key in {(row["stage"], area(name)) for name in row if "/" in name}:
-                last[key] = max(row["step"], last.get(key, row["step"]))
-        except (ValueError, LookupError, TypeError):
-            continue  # a line that its writer had no time to finish
+    last = dict[tuple[str, str], int]()
+    for _, row in _rows(run_dir / "metrics.jsonl"):
+        for key in {(row["stage"], area(name)) for name in row if "/" in name}:
+            last[key] = max(row["step"], last.get(key, row["step"]))
     return last
 
 
@@ -57,18 +57,34 @@ def forget_steps(run_dir: Path, stage: str, done: int) -> bool:
 
 
 def _leave_out(path: Path, wrong: Callable[[dict[str, Any]], bool]) -> bool:
-    """Leave rows out of a file, and a line that its writer had no time to finish; whether there were any."""
-    lines, kept = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], []
-    for line in filter(None, lines):
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            if not wrong(json.loads(line)):
-                kept.append(f"{line}\n")
-    if "".join(kept) == "\n".join(lines):
+    """Leave rows out of a file, and lines that are none; whether there were any."""
+    kept = b"".join(line + b"\n" for line, row in _rows(path) if not wrong(row))
+    if not path.is_file() or kept == path.read_bytes():
         return False
-    write_whole(path, "".join(kept))
+    write_whole(path, kept.decode())
     return True
 
 
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line of metrics or phases that is one; the others are named, but for one that its writer did not finish."""
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not (isinstance(row["stage"], str) and isinstance(row.get("step", 0), int)):
+                raise ValueError
+        except (ValueError, LookupError, TypeError):
+            log.warning("%s:%d is damaged, and left out", path, number)
+        else:
+            yield line, row
+
+
 def _runs(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """What is noted of W&B's runs: nothing where it cannot be read, as no run depends on that."""
     path = run_dir / _FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {command: {"id": str(run["id"]), "finished": run["finished"] is True} for command, run in found.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning("%s is damaged (%s): W&B begins new runs, and what it has is sent again", path, error)
+        return {}

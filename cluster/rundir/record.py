@@ -99,7 +99,16 @@ class StageRecord:
 
     @property
     def _found(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text()) if self.file.is_file() else {"made_of": {}, "complete": False}
+        if not self.file.is_file():
+            return {"made_of": {}, "complete": False}
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            return {**found, "made_of": dict(found["made_of"]), "complete": found["complete"] is True}
+        except (ValueError, LookupError, TypeError) as error:
+            raise ResumeRefused(
+                f"{self.file} is damaged ({error}), so nobody knows what the stage {self.name!r} was made of. Remedy: "
+                "put an intact copy there, or --restart starts the stage over"
+            ) from error
 
     def _write(self, **state: Any) -> None:
         self.file.parent.mkdir(exist_ok=True)

@@ -92,7 +92,10 @@ def read(run_dir: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} does not exist: no command has run in {run_dir} yet. Remedy: name the --run directory of a run"
         )
-    status = json.loads(path.read_text())
+    try:
+        status = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Remedy: a command at work writes it anew") from error
     status["silent_s"] = max(0.0, time.time() - status["time"])
     status["state"] = _state(status)
     status["curves"] = read_metrics(run_dir)

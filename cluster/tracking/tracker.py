@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from cluster.config.schema import TrackingConfig
 from cluster.rundir.history import area, forget_stage, forget_steps, has_all, last_steps
@@ -23,6 +23,7 @@ from cluster.tracking.wandb import WandbFeed
 from learner.data.journal import Journal
 from reward_server.redaction import shown
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 _TICK_S = 5.0
 
@@ -150,15 +151,18 @@ class Tracker:
     def forget(self, stage: str) -> None:
         """Take a stage that starts over out of the JSONL files, whose readers would mix it with the new one."""
         self._sent = {key: step for key, step in self._sent.items() if key[0] != stage}
-        with self._lock:
-            for journal in self._journals.values():
-                journal.close()
-            self._monitor.disk.written(lambda: forget_stage(self.run_dir, stage))
+        self._rewrite(lambda: forget_stage(self.run_dir, stage))
 
     def go_on(self, stage: str, done: int) -> bool:
         """Take the steps of a stage after `done`, which are done again, out of metrics.jsonl; whether there are any."""
+        return self._rewrite(lambda: forget_steps(self.run_dir, stage, done))
+
+    def _rewrite(self, change: Callable[[], T]) -> T:
+        """Change the JSONL files, which nobody has open meanwhile, as soon as there is room for it."""
         with self._lock:
-            return forget_steps(self.run_dir, stage, done)
+            for journal in self._journals.values():
+                journal.close()
+            return self._monitor.disk.written(change)
 
     def _paused(self) -> str | None:
         if (pause := self._monitor.paused) is None:

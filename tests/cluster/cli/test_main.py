@@ -368,6 +368,15 @@ def test_a_file_that_is_named_again_is_read_over_the_saved_settings(tmp_path: Pa
     assert (jobs[1].config.ppo.iterations, jobs[1].config.ppo.minibatch_size) == (5, 8)
 
 
+def test_damaged_bookkeeping_does_not_stop_a_resume(tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]):
+    entry("sft", lambda job: lambda: job.tracker.log("sft", 2, {"sft/valid_loss": 2.5}))
+    damage = {"wandb-runs.json": b"{", "metrics.jsonl": b"\xff\n", "phases.jsonl": b"\0", "summary.json": b"["}
+    for name, content in damage.items():
+        (tmp_path / name).write_bytes(content)
+    assert cli.main(["sft", "--run", str(tmp_path), "--resume"]) == 0  # with W&B
+    assert f"warning: {tmp_path}/wandb-runs.json is damaged" in capfd.readouterr().out
+
+
 def test_settings_that_are_refused_do_not_replace_those_of_the_run(
     tmp_path: Path, entry: Any, capfd: pytest.CaptureFixture[str]
 ):

@@ -104,3 +104,13 @@ def test_figures_are_merged_under_their_keys(job):
         "ppo": {"ppo": {"gold_after": 0.5}, "ppo-noptx": {"gold_after": 0.6}},
         "labeler": "simulated labeler (VADER)",
     }
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"ppo": 1}'])
+def test_figures_that_are_damaged_are_kept_and_cost_nothing_new(job, content, caplog):
+    one = job()
+    (one.run_dir / "summary.json").write_text(content)
+    one.summarise("ppo", "ppo", gold_after=0.5)
+    assert summary(one) == {"ppo": {"ppo": {"gold_after": 0.5}}}
+    assert (one.run_dir / "damaged-summary.json").read_text() == content
+    assert "summary.json was damaged" in caplog.text

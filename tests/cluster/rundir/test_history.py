@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from cluster.rundir.history import earlier_run, forget_stage, forget_steps, has_all, last_steps, remember_run
+from tests.full_disk import FullDisk
 from tests.synthetic_run import write_rows
 
 
@@ -16,7 +19,23 @@ def test_each_command_has_its_own_wandb_run(tmp_path: Path):
     assert [has_all(tmp_path, name) for name in ("ppo", "sft", "reward")] == [False, True, False]
 
 
-def test_the_last_step_of_each_area_of_a_stage_is_found_behind_a_torn_line(tmp_path: Path):
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"ppo": {}}', b'{"ppo": "x"}'])
+def test_what_is_noted_of_wandb_never_stops_a_run(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "wandb-runs.json").write_bytes(content)
+    assert earlier_run(tmp_path, "ppo") is None
+    assert f"{tmp_path}/wandb-runs.json is damaged" in caplog.text
+    remember_run(tmp_path, "ppo", "a1", finished=True)
+    FullDisk(monkeypatch).full = True
+    remember_run(tmp_path, "ppo", "b2", finished=False)
+    assert "wandb-runs.json cannot be written (No space left on device)" in caplog.text
+    assert earlier_run(tmp_path, "ppo") == "a1"
+
+
+def test_the_last_step_of_each_area_of_a_stage_is_found_behind_a_torn_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     assert last_steps(tmp_path) == {}
     rows = [
         {"stage": "sft", "step": 3, "sft/loss": 1.0},
@@ -27,7 +46,13 @@ def test_the_last_step_of_each_area_of_a_stage_is_found_behind_a_torn_line(tmp_p
     write_rows(tmp_path / "metrics.jsonl", rows)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "ppo", "st')
-    assert last_steps(tmp_path) == {("sft", "sft"): 3, ("ppo", "score"): 7, ("ppo", "heldout"): 5}
+    steps = {("sft", "sft"): 3, ("ppo", "score"): 7, ("ppo", "heldout"): 5}
+    assert last_steps(tmp_path) == steps
+    assert "metrics.jsonl:4 is damaged" in caplog.text
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n[]\n")
+    assert last_steps(tmp_path) == steps
+    assert "metrics.jsonl:5 is damaged, and left out" in caplog.text
 
 
 def test_a_stage_is_forgotten_and_the_others_are_not(tmp_path: Path):

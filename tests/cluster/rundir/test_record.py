@@ -119,3 +119,16 @@ def test_a_path_that_was_kept_as_it_was_given_is_the_same_where_it_is_the_same_f
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ResumeRefused, match=r"ppo\.kl\.parts was"):
         _ = stage(tmp_path, "resume", parts=now).progress
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[]", b'{"made_of": 1, "complete": true}', b'{"complete": true}']
+)
+def test_a_damaged_record_is_named(tmp_path: Path, content: bytes):
+    stage(tmp_path, "new").begin()
+    (tmp_path / "stages" / "ppo.json").write_bytes(content)
+    with pytest.raises(
+        ResumeRefused, match=r"stages/ppo\.json is damaged \(.*Remedy: put an intact copy there, or --restart"
+    ):
+        _ = stage(tmp_path, "resume").progress
+    assert stage(tmp_path, "restart").begin()

@@ -287,6 +287,19 @@ def test_a_run_that_waits_for_scores_alerts_everywhere_without_a_secret(
     assert f"warning: {row['text']}" in stream.getvalue()
 
 
+def test_what_is_logged_after_steps_were_taken_out_is_there(tmp_path: Path):
+    with tracker(tmp_path, None, mode="disabled") as found:
+        for step in (1, 2, 3):
+            found.log("sft", step, {"sft/loss": 1.0})
+        assert found.go_on("sft", 2)
+        found.log("sft", 3, {"sft/loss": 2.0})
+    assert [(row["step"], row["sft/loss"]) for row in rows(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+    ]
+
+
 def test_metrics_of_a_full_disk_wait_for_room_and_the_run_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     disk, monitor, stream = FullDisk(monkeypatch), Monitor(), io.StringIO()
     monitor.disk.retry_s = 0.02
