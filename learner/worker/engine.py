@@ -118,13 +118,13 @@ class Attempts:
 
         return attempt
 
-    def agree(self) -> None:
-        """Raise NotSaved with the words of all ranks that have an error, on every rank. A collective."""
+    def agree(self, path: Path) -> None:
+        """Raise NotSaved, on every rank, when one of them had an error while it wrote `path`. A collective."""
         error, self._error = self._error, None
         told: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(told, error and f"{type(error).__name__}: {error}")
         if wrong := [f"rank {rank} of the learner: {text}" for rank, text in enumerate(told) if text]:
-            raise NotSaved("; ".join(wrong)) from error
+            raise NotSaved(f"{path} was not written: {'; '.join(wrong)}") from error
 
 
 class Frozen:
@@ -282,7 +282,7 @@ class Engine:
         self._attempts.noted(torch.save)(own, folder / f"rank-{dist.get_rank()}.pt")
         if dist.get_rank() == 0:
             self._attempts.noted((folder / "layout.json").write_text)(json.dumps(self._layout, indent=2) + "\n")
-        self._attempts.agree()
+        self._attempts.agree(folder)
 
     def load_state(self, folder: Path) -> None:
         """Go on from `save_state`, in an engine that was just made of the same network and configuration.

@@ -120,6 +120,4 @@ class LearnerGroup:
         if len(set(told)) == 1:
             raise error
         ends = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told))
-        raise RanksDiffer(
-            f"{method} ended otherwise on some ranks of the learner, which cannot go on: {ends}"
-        ) from error
+        raise RanksDiffer(f"{method} ended otherwise on some ranks of the learner: {ends}") from error

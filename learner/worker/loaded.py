@@ -85,7 +85,7 @@ class LoadedNetworks:
             attempts.noted(save_network)(model, self._encodings[name], path, weights)
         for _ in weights:  # the other ranks take part in gathering them
             pass
-        attempts.agree()
+        attempts.agree(path)
 
     def save_state(self, folder: Path) -> None:
         """Write the training state of every network under `folder`/<name>; frozen ones have none. Raises NotSaved."""
