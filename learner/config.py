@@ -1,5 +1,6 @@
 """The learner's sections of the configuration. Nothing heavy is imported here: the help reads it."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -119,6 +120,9 @@ BASELINE = SFTConfig(
 class RewardModelingConfig(LoopConfig):
     """Training of the reward model."""
 
+    normalise: Path | None = None
+    """Folder of a trained reward model from elsewhere, to be used as it is: nothing is trained, and RUN/reward is a
+    copy of it whose scores are 0 on average over the demonstrations."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the comparisons (paper: 1; more overfits)."""
     prompts_per_batch: int = Field(default=64, ge=1)

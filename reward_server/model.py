@@ -1,5 +1,6 @@
 """The reward model: a transformer with a scalar head, in the form of AutoModelForSequenceClassification."""
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
+from reward_server.preferences.records import write_whole
 from reward_server.pretrained import Kind, check_weights, load_weights
 
 _NORMALISATION_KEY = "rayward_normalisation"
@@ -87,13 +89,22 @@ def load_reward_model(path: str | Path, dtype: torch.dtype, loading: LoadingConf
 def check_model(path: str | Path, kind: Kind, loading: LoadingConfig = UNTRUSTED) -> None:
     """Raise ValueError for what would stop a model from being used as `kind`; its weights are not read."""
     model = check_weights(path, kind, loading)
+    if model is not None and kind in ("value", "raw_value"):
+        _readable(model)
     if model is not None and kind == "value":
-        normalisation(_readable(model))
+        normalisation(model)
 
 
 def set_normalisation(model: PreTrainedModel, normalisation: Normalisation) -> None:
     """Store it in the model's config, and so in every folder that the model is saved to."""
     setattr(model.config, _NORMALISATION_KEY, asdict(normalisation))
+
+
+def store_normalisation(folder: Path, normalisation: Normalisation) -> None:
+    """Store it in the config of a model's folder."""
+    file = folder / "config.json"
+    fields = {**json.loads(file.read_text(encoding="utf-8")), _NORMALISATION_KEY: asdict(normalisation)}
+    write_whole(file, json.dumps(fields, indent=2) + "\n")
 
 
 def normalisation(model: PreTrainedModel) -> Normalisation:
@@ -102,8 +113,8 @@ def normalisation(model: PreTrainedModel) -> Normalisation:
     if not (isinstance(stored, dict) and stored.keys() == {"gain", "bias"}):
         raise ValueError(
             f"the reward model {model.config.name_or_path!r} is not normalised: {_NORMALISATION_KEY} in its "
-            f"config.json is {stored!r}, not a gain and a bias; train it with `rayward reward`, which measures them on "
-            'demonstrations, or store {"gain": 1.0, "bias": minus the mean score of demonstrations} there'
+            f"config.json is {stored!r}, not a gain and a bias. `rayward reward --normalise FOLDER` measures them on "
+            "demonstrations and writes RUN/reward with them"
         )
     return Normalisation(gain=float(stored["gain"]), bias=float(stored["bias"]))
 

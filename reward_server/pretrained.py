@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-Kind = Literal["policy", "value", "new_value"]
-"""A language model, a reward model, or a language model that gets a fresh scalar head."""
+Kind = Literal["policy", "value", "raw_value", "new_value"]
+"""A language model; a reward model, with its normalisation or as it is; a language model that gets a scalar head."""
+_LANGUAGE_MODELS = ("policy", "new_value")
 ADAPTER = (
     "holds an adapter (adapter_config.json), which learner and sampler would not both apply: merge it into its base "
     "(merge_and_unload in peft), and name a folder with the whole model and no adapter"
@@ -85,7 +86,7 @@ def load_weights(
     if kind == "new_value":  # what it starts from is a whole language model
         load_weights(path, "policy", loading=loading, headers_only=True)
     if wrong := list(_wrong(kind, config.architectures or (), report)):
-        what = "reward model" if kind == "value" else "language model"
+        what = "language model" if kind in _LANGUAGE_MODELS else "reward model"
         remedy = "Name another folder, or save the model again with the tensors of its architecture (save_pretrained)"
         raise ValueError(f"{path} is not a {what}: {'; '.join(wrong)}. {remedy}")
     return model.eval()
@@ -111,8 +112,8 @@ def is_hub_id(path: str | Path) -> bool:
 
 def _wrong(kind: Kind, architectures: Iterable[str], report: dict[str, Any]) -> Iterator[str]:
     """In which ways folder and model differ."""
-    given = [name for name in architectures if kind != "value" and name.endswith("ForSequenceClassification")]
-    if given:
+    given = [name for name in architectures if name.endswith("ForSequenceClassification")]
+    if given and kind in _LANGUAGE_MODELS:
         yield f"its config.json says {given[0]}"
     if missing := report["missing_keys"] - ({_HEAD} if kind == "new_value" else set()):
         yield f"its weights lack {_some(missing)}, which would be random"

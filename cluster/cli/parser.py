@@ -49,8 +49,8 @@ OFTEN = (
 )
 """Settings that people give most, which the help of a command shows first."""
 _HINT = """--KEY VALUE gives a setting, e.g. --tracking.mode disabled; in TOML: [tracking] mode = "disabled". A list: \
---tracking.tags '["a", "b"]'. Nothing at all: none. What is often given is shown below; --help SECTION shows all \
-of a section, --help all every setting. Sections:"""
+--tracking.tags '["a", "b"]'. Nothing at all: none. The section called as the command may be left out of \
+KEY. What is often given is shown below; --help SECTION shows all of one, --help all every setting. Sections:"""
 _OPTIONS = ("run", "config", "preset")
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
 
@@ -115,7 +115,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
     options: dict[str, str] = {}
     flags: set[str] = set()
     overrides: list[tuple[str, str | None]] = []
-    rest, known = [*words], (*command.flags, *command.variants)
+    rest, known, keys = [*words], (*command.flags, *command.variants), {one.key for one in command.settings}
     while rest:
         name, equals, text = (word := rest.pop(0)).removeprefix("--").partition("=")
         if not word.startswith("--"):
@@ -127,7 +127,8 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         if name not in _OPTIONS:
             if "." not in name and (near := nearest(name, (*_OPTIONS, *known), likeness=0.75)):
                 raise ConfigError(f"there is no option --{name}. Did you mean --{near}?")
-            overrides.append((name, value))
+            own = f"{command.name}.{name}"
+            overrides.append((own if own in keys else name, value))
         elif value is None:
             raise ConfigError(f"--{name} needs a value")
         else:

@@ -4,7 +4,9 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config.schema import Config
@@ -13,6 +15,7 @@ from reward_server.preferences.records import read_all
 
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
+    from learner.worker.group import LearnerGroup
 
 log = logging.getLogger(__name__)
 _SUMMARISED = (
@@ -30,17 +33,36 @@ class RewardModel(Stage):
     example = "rayward reward --run runs/mine --data.comparisons comparisons.jsonl"
     sections = (*SECTIONS, "reward", "tracking")
     reads = ("models.sft", "data.comparisons", "data.demonstrations")
-    fresh_head = True
     processes = ("learner",)
     writes = ("reward",)
     results = ("reward",)
 
     @classmethod
+    def models(cls, config: Config) -> tuple[str, ...]:
+        return () if config.reward.normalise else super().models(config)
+
+    @classmethod
+    def data(cls, config: Config) -> tuple[str, ...]:
+        return ("demonstrations",) if config.reward.normalise else super().data(config)
+
+    @classmethod
     def trained(cls, config: Config) -> Trained:
         return {"reward.optimizer": (config.reward.network, config.reward.optimizer)}
 
+    @property
+    def start(self) -> tuple[str, Path]:
+        """The model that it starts from, behind its key. Raises ValueError where there is none."""
+        given = self.job.config.reward.normalise
+        if given and not (given / "config.json").is_file():
+            raise ValueError(f"reward.normalise = {given} is no model's folder (it has no config.json): name one")
+        return ("reward.normalise", given) if given else ("models.sft", self.job.model("sft"))
+
+    def weights(self) -> Iterator[tuple[str, str | Path, str]]:
+        yield *self.start, "raw_value" if self.job.config.reward.normalise else "new_value"
+        yield from (one for one in super().weights() if one[0] != self.start[0])
+
     def made_of(self) -> MadeOf:
-        contents = {"models.sft": self.job.model("sft"), **self.job.files("comparisons", "demonstrations")}
+        contents = dict([self.start]) | self.job.files(*self.data(self.job.config))
         return {"reward": self.job.config.reward.model_dump(mode="json")}, contents
 
     def check(self) -> Any:
@@ -51,7 +73,7 @@ class RewardModel(Stage):
         from reward_server.preferences.labeling import Comparison, read_comparisons
 
         job, bad = self.job, self.job.max_bad_rows
-        encoding = ChatEncoding.load(job.model("sft"), job.config.models)
+        encoding = ChatEncoding.load(self.start[1], job.config.models)
         limit, odd = encoding.positions or math.inf, Counter[str]()
 
         def group(row: Comparison) -> RankedGroup:
@@ -64,7 +86,7 @@ class RewardModel(Stage):
             return (*encoding.prompt(row.prompt), *encoding.response(row.response, ended=True))
 
         groups, rows = read_all(
-            lambda: read_comparisons(job.file("comparisons"), bad, group),
+            lambda: [] if job.config.reward.normalise else read_comparisons(job.file("comparisons"), bad, group),
             lambda: read_demonstrations(job.file("demonstrations"), bad, tokens),
         )
         demonstrations = [row for row in rows if len(row) <= limit]
@@ -79,13 +101,16 @@ class RewardModel(Stage):
         for what, count in odd.items():
             if count:
                 log.warning("%d of %d comparisons %s", count, len(groups), what)
-        split_groups(groups, job.config.reward)
+        if not job.config.reward.normalise:
+            split_groups(groups, job.config.reward)
         return groups, demonstrations
 
     async def run(self, processes: "ProcessPool", inputs: Any) -> None:
         from learner.reward_modeling import reward_modeling, split_groups
 
         (groups, demonstrations), job, config = inputs, self.job, self.job.config.reward
+        if config.normalise:
+            return await self._normalise(await processes.learner(), demonstrations)
         base, folder, progress = job.model("sft"), job.run_dir / "reward", self.progress(config)
         learner = await processes.learner()
         trained = await learner.load("reward", "new_value", base, config.network, config.optimizer)
@@ -105,3 +130,18 @@ class RewardModel(Stage):
         job.write(folder / "calibration.json", json.dumps(calibration, indent=2) + "\n")
         job.summarise("reward", **{name: getattr(found, name) for name in _SUMMARISED})
         job.made("reward", folder, base, job.file("comparisons"), job.file("demonstrations"))
+
+    async def _normalise(self, learner: "LearnerGroup", demonstrations: Sequence[tuple[int, ...]]) -> None:
+        """Copy the model that is given, and give the copy the normalisation that the demonstrations ask for."""
+        from reward_server.model import Normalisation, store_normalisation
+
+        job, config, (_, base) = self.job, self.job.config.reward, self.start
+        with job.tracker.phase(f"reward: {len(demonstrations)} demonstrations are scored", "reward"):
+            await learner.load("reward", "raw_value", base, config.network, config.optimizer, frozen=True)
+            values = await learner.last_values("reward", demonstrations, config.max_tokens_per_microbatch)
+            await learner.unload()
+        scale = Normalisation.of(values, config.unit_variance)
+        job.install(base, "reward")
+        store_normalisation(job.run_dir / "reward", scale)
+        job.tracker.console.line(f"reward: the score is {scale.gain:.4g} times the raw output, plus {scale.bias:.4g}")
+        job.made("reward", job.run_dir / "reward", base, job.file("demonstrations"))

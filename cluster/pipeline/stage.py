@@ -20,6 +20,7 @@ from cluster.rundir.record import StageRecord, made_of
 from cluster.runtime.resources import Kind, plan_run
 from cluster.runtime.signals import unbroken
 from learner.config import LoopConfig, NetworkConfig, OptimizerConfig
+from reward_server.config import LoadingConfig
 from reward_server.preferences.records import read_all
 
 if TYPE_CHECKING:
@@ -60,8 +61,6 @@ class Stage:
     """Stages that it is made of."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Models and data files that it reads, by dotted key."""
-    fresh_head: ClassVar[bool] = False
-    """Whether the language model that it reads is given a scalar head."""
     writes: ClassVar[tuple[str, ...]] = ()
     """Models that it writes: folders of the run directory."""
     results: ClassVar[tuple[str, ...]] = ()
@@ -109,6 +108,16 @@ class Stage:
     def trained(cls, config: Config) -> Trained:
         """What it trains."""
         return {}
+
+    def weights(self) -> Iterator[tuple[str, str | Path, str]]:
+        """The models whose weights have to be right: the key, the folder or hub id, and what they are loaded as."""
+        config = self.job.config
+        for name in self.looked_at(config):
+            path = Path(config.models.base or "") if name == "base" else self.job.model(name)
+            yield f"models.{name}", path, Model(name=name, path=path).kind
+        for part in config.scoring.parts if "scoring" in self.sections else ():
+            if part.kind == "model" and part.target:
+                yield f"scoring.parts ({part.name})", part.target, "value"
 
     @property
     def reach(self) -> Mapping[str, float]:
@@ -221,7 +230,7 @@ def preflight(stage: Stage) -> None:
 def _read(stage: Stage) -> Any:
     """Its models and files, read and checked; what files have in common and should not is told. Raises ValueError."""
     job = stage.job
-    *_, inputs = read_all(*_weights(stage), stage.check)
+    *_, inputs = read_all(*(partial(_look, *one, job.config.models) for one in stage.weights()), stage.check)
     if "data" in stage.sections:
         files = {key.removeprefix("data."): path for key, path in job.files(*KINDS).items()}
         for warning in common_prompts(files, stage.data(job.config) or files):
@@ -229,25 +238,13 @@ def _read(stage: Stage) -> Any:
     return inputs
 
 
-def _weights(stage: Stage) -> Iterator[Callable[[], None]]:
-    """Checks of the models that it looks at: whether their weights are those of what they are used as."""
-    config, job = stage.job.config, stage.job
+def _look(key: str, path: str | Path, kind: Any, loading: LoadingConfig) -> None:
+    from reward_server.model import check_model
 
-    def look(key: str, path: str | Path, kind: Any) -> None:
-        from reward_server.model import check_model
-
-        try:
-            check_model(path, kind, config.models)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-
-    for name in stage.looked_at(config):
-        model = Model(name=name, path=Path(config.models.base or "") if name == "base" else job.model(name))
-        kind = "new_value" if stage.fresh_head and model.kind == "policy" else model.kind
-        yield partial(look, f"models.{name}", model.path, kind)
-    for part in config.scoring.parts if "scoring" in stage.sections else ():
-        if part.kind == "model" and part.target:
-            yield partial(look, f"scoring.parts ({part.name})", part.target, "value")
+    try:
+        check_model(path, kind, loading)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 async def _work(stage: Stage, pool: Any, inputs: Any, while_open: AbstractAsyncContextManager[Any]) -> None:

@@ -105,7 +105,7 @@ def models_of(config: Config, run_dir: Path, serves: bool = False) -> Models:
         parts = [part.target for part in config.scoring.parts if part.kind == "model"]
         scorer = _first_known(models, *parts, *rewards, plan.model) if parts else Shape(name="none")
         return Models(policy=scorer, reward=scorer)
-    policy = _first_known(models, models.sft, sft, models.base, plan.model)
+    policy = _first_known(models, models.sft, sft, models.base, config.reward.normalise, plan.model)
     return Models(policy=policy, reward=_first_known(models, *rewards) if rewards else policy)
 
 

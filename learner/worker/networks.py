@@ -120,13 +120,13 @@ def load_network(kind: Kind, path: Path, network: NetworkConfig, loading: Loadin
     """A network from a Hugging Face folder, dropout off, on the CPU, with the weights that `network` names trainable.
 
     kind "new_value" puts a fresh scalar head on a language model (the start of reward modelling); "value" is a trained
-    reward model. Raises ValueError for one that is not normalised.
+    reward model, and "raw_value" one without its normalisation. Raises ValueError for a "value" that has none.
     """
     dtype: torch.dtype = getattr(torch, network.dtype)
     if kind == "policy":
         model = load_weights(path, kind, dtype, loading)
         check_head(PolicyNetwork(model, network.logprob_chunk), path)
-    elif kind == "value":
+    elif kind in ("value", "raw_value"):
         model = load_reward_model(path, dtype, loading)
     else:
         model = new_reward_model(path, dtype, 0, loading)

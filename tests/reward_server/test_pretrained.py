@@ -149,6 +149,7 @@ def test_a_reward_model_without_normalisation_is_told_from_its_header(sources: P
     folder = changed(sources / "rm", tmp_path / "m", whole, rayward_normalisation=None)
     with pytest.raises(ValueError, match="is not normalised"):
         check_model(folder, "value")
+    check_model(folder, "raw_value")
     load_reward_model(folder, torch.float32)
 
 

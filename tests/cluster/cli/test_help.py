@@ -7,13 +7,18 @@ import pytest
 from cluster.cli import main as cli
 from cluster.cli.commands import COMMANDS, GROUPS
 from cluster.cli.main import overview
-from cluster.cli.parser import OFTEN, help_text
+from cluster.cli.parser import OFTEN, help_text, parse
 from cluster.config.load import ConfigError, settings
 from cluster.config.schema import Config
 from cluster.runtime.exit_codes import EXIT_CODES
 
 ROOT = Path(__file__).parents[3]
 KEYS = {setting.key for setting in settings(Config)}
+
+
+def test_the_section_that_is_called_as_the_command_may_be_left_out_of_a_key():
+    given = parse(COMMANDS["reward"], ["--normalise", "folder", "--sft.epochs=3"]).overrides
+    assert given == [("reward.normalise", "folder"), ("sft.epochs", "3")]
 
 
 def test_the_overview_has_every_command_once_under_what_it_is_for():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -110,3 +111,28 @@ def test_what_is_longer_than_the_models_positions_is_told_with_its_row(tmp_path,
     groups, demonstrations = RewardModel(make_job(tmp_path / "run", **given)).check()
     assert (len(groups), len(demonstrations)) == (8, 1)
     assert f"1 of 2 rows of {tmp_path / 'd.jsonl'} are longer than the 64 positions" in caplog.text
+
+
+def test_a_model_from_elsewhere_is_copied_with_the_normalisation_of_the_demonstrations(tmp_path, base):
+    foreign = shutil.copytree(base, tmp_path / "foreign")
+    (foreign / "model.safetensors").write_text("as it is")
+    (foreign / "config.json").write_text('{"architectures": ["A"]}')
+    demonstrations = rows(tmp_path / "d.jsonl", ASK, ASK | {"prompt": "hello you"}, ASK | {"response": "bad"})
+    one = make_job(tmp_path / "run", data={"demonstrations": demonstrations}, reward={"normalise": foreign})
+    learner, stage = FakeLearner(), RewardModel(one)
+    absent = make_job(tmp_path / "absent", reward={"normalise": tmp_path / "nowhere"})
+    with pytest.raises(ValueError, match=r"reward\.normalise = .*nowhere is no model's folder"):
+        next(RewardModel(absent).weights())
+    assert RewardModel.models(one.config) == ()
+    assert [*stage.weights()] == [("reward.normalise", foreign, "raw_value")]
+    run_stage(stage, learner)
+    assert learner.named("load")[0][:3] == ("reward", "raw_value", foreign)
+    assert learner.named("ranking_step") == learner.named("save") == []
+    _, sequences = stage.check()
+    raw = [-float(ids[-2]) for ids in sequences]
+    fields = json.loads((one.run_dir / "reward" / "config.json").read_text())
+    assert fields["rayward_normalisation"] == {"gain": 1.0, "bias": pytest.approx(-sum(raw) / 3)}
+    assert fields["architectures"] == ["A"]
+    assert (one.run_dir / "reward" / "model.safetensors").read_text() == "as it is"
+    assert json.loads((foreign / "config.json").read_text()) == {"architectures": ["A"]}
+    assert made_of(one) == {"reward": [str(foreign), str(demonstrations)]}
