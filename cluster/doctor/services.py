@@ -13,6 +13,7 @@ import psutil
 
 from cluster.config.schema import Config
 from cluster.doctor.finding import Finding, judge
+from cluster.rundir.inputs import check_base
 from reward_server.redaction import secret_files
 
 _DASHBOARD = 8265
@@ -54,23 +55,14 @@ def wandb(mode: str) -> Finding:
 
 def models(base: str | None) -> Finding:
     """Whether models.base is a folder, or in the local cache, or can be downloaded."""
-    if base is not None and _is_here(base):
-        return Finding("models", f"{base} is here")
-    hub = _reaches("huggingface.co")
     if base is None:
-        return Finding("models", f"models.base is not set; the Hugging Face hub is {'' if hub else 'not '}reachable")
-    says = f"{base} is not here, {'and would be downloaded' if hub else 'nor is the hub reachable'}"
-    remedy = f"huggingface-cli download {base}, or name a folder in models.base"
-    return judge("models", says, remedy, fail=not hub, warn=True)
-
-
-def _is_here(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    with contextlib.suppress(HFValidationError):
-        return (Path(name) / "config.json").is_file() or isinstance(try_to_load_from_cache(name, "config.json"), str)
-    return False
+        return Finding("models", "models.base is not set")
+    try:
+        check_base(base)
+    except ValueError as error:
+        says, _, remedy = str(error).partition(". ")
+        return Finding("models", says, remedy, "fail")
+    return Finding("models", f"{base} is here, or can be downloaded")
 
 
 def _reaches(host: str) -> bool:

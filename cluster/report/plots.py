@@ -198,8 +198,8 @@ def selection(run: Run) -> Iterator[Plot]:
 def time_spent(run: Run) -> Iterator[tuple[str, str, str]]:
     """(stage, phase, seconds) of each phase, and the mean seconds of the parts of a PPO iteration."""
     spent = defaultdict[tuple[str, str], float](float)
-    for phase in run.phases:
-        spent[phase.stage, phase.name] += phase.seconds
+    for stage, name, seconds in run.phases:
+        spent[stage, name] += seconds
     for arm, part in product(run.arms, ("rollout", "evaluate", "update", "publish")):
         if series := run.series(arm, f"time/{part}"):
             spent[arm, f"an iteration's {part}, on average"] = fmean(series.values())

@@ -187,7 +187,7 @@ def _ci(value: object, sign: str = "") -> str:
 
 
 def _seconds(run: Run) -> float:
-    return number(run.summary.get("seconds")) or sum(phase.seconds for phase in run.phases)
+    return number(run.summary.get("seconds")) or sum(seconds for *_, seconds in run.phases)
 
 
 def _facts(run: Run) -> Iterator[tuple[str, Any]]:

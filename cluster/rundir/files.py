@@ -26,18 +26,6 @@ _ON_THE_WAY = re.compile(r"-\d{6}$")  # ppo-000010: after iteration 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """One phase of the run."""
-
-    stage: str
-    """the step it belongs to: sft, reward, ppo, .."""
-    name: str
-    """what was done"""
-    seconds: float
-    """how long it took"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """A held-out prompt and one model's response to it."""
 
@@ -90,8 +78,8 @@ class Run:
     """final figures, as documented in cluster/report/report.html"""
     metrics: dict[str, dict[str, Series]]
     """by stage and metric; a step that was logged twice, as after a resume, counts as it was logged last"""
-    phases: tuple[Phase, ...]
-    """in the order in which they ended"""
+    phases: tuple[tuple[str, str, float], ...]
+    """(stage, name, seconds), in the order in which they ended"""
     evaluations: dict[str, tuple[Sample, ...]]
     """held-out samples by label (sft, ppo, ..), sorted by id; of what was measured on the way the curves tell"""
     calibration: dict[str, Any]
@@ -256,11 +244,10 @@ def _metrics(path: Path, unreadable: list[str]) -> dict[str, dict[str, Series]]:
     return {stage: {name: dict(sorted(one.items())) for name, one in series.items()} for stage, series in found.items()}
 
 
-def _phases(path: Path, unreadable: list[str]) -> Iterator[Phase]:
+def _phases(path: Path, unreadable: list[str]) -> Iterator[tuple[str, str, float]]:
     for row in _rows(path, unreadable):
         if (seconds := number(row.get("seconds"))) is not None:
-            stage, name = visible(str(row.get("stage", ""))), visible(str(row.get("phase", "")))
-            yield Phase(stage=stage, name=name, seconds=seconds)
+            yield visible(str(row.get("stage", ""))), visible(str(row.get("phase", ""))), seconds
 
 
 def _samples(path: Path, unreadable: list[str]) -> tuple[Sample, ...]:

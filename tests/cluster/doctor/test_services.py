@@ -11,6 +11,7 @@ import pytest
 from cluster.config.schema import Config, ServeConfig, TrackingConfig
 from cluster.doctor import services
 from cluster.doctor.services import asks_for_token
+from tests.model_folders import model_folder
 
 
 @pytest.fixture(autouse=True)
@@ -56,16 +57,13 @@ def test_a_key_matters_online_alone_and_is_never_shown(home: Path, monkeypatch: 
     assert services.wandb("offline").state == "ok"
 
 
-def test_a_model_is_here_or_would_be_downloaded_or_cannot_be(home: Path, monkeypatch: pytest.MonkeyPatch):
-    (home / "model").mkdir()
-    (home / "model" / "config.json").write_text("{}")
-    assert services.models(str(home / "model")).state == "ok"
-    assert services.models(None).says.endswith("is reachable")
-    assert services.models("some/model").state == "warn"
-    monkeypatch.setattr(services, "_reaches", lambda host: False)
-    assert services.models(None).says.endswith("is not reachable")
+def test_a_model_is_here_or_cannot_be_had(home: Path, monkeypatch: pytest.MonkeyPatch):
+    assert services.models(None).state == "ok"
+    assert services.models(str(model_folder(home / "model"))).state == "ok"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = services.models("some/model")
-    assert (found.state, "nor is the hub reachable" in found.says) == ("fail", True)
+    assert (found.state, found.remedy[:16]) == ("fail", "Give models.base")
+    assert found.says == "models.base = some/model is not in the local cache, and HF_HUB_OFFLINE is set"
 
 
 def test_who_listens_on_a_port_of_the_settings_is_told():

@@ -13,7 +13,7 @@ def test_a_whole_run_is_read(tmp_path: Path):
     assert list(run.series("ppo", "gold/mean")) == list(range(1, 25))
     assert run.series("sft", "sft/valid_loss") == {0: 4.21, 75: 3.34}
     assert run.figures("ppo", "ppo")["kl"] == 6.4
-    assert run.phases[0].name == "prepare conversations and model"
+    assert run.phases[0][1] == "prepare conversations and model"
     assert [sample.id for sample in run.evaluations["ppo"]][:2] == ["chat-000", "chat-001"]
     assert run.unreadable == ()
 
