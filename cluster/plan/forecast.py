@@ -100,8 +100,12 @@ def _processes(config: Config, site: Site, stages: Stages) -> Plan:
     machine = site.machines[0]
     wanted: list[Kind] = [kind for stage in stages for kind in kinds(stage)]
     if set(wanted) == {"reward"}:
-        return plan_replicas(config.serve, machine.gpus)
-    whole = plan_machine(config, machine.cpus, machine.gpus) if site.local else plan_cluster(config, site.machines)
+        return plan_replicas(config.serve, int(machine.gpus))
+    whole = (
+        plan_machine(config, int(machine.cpus), int(machine.gpus))
+        if site.local
+        else plan_cluster(config, site.machines)
+    )
     return whole.of(wanted)
 
 
@@ -111,7 +115,7 @@ def _placement_problems(plan: Plan, placed: Placed[Machine], site: Site, stages:
         yield placed.unplaced[0]
     elif len(site.machines) == 1 and "serve" not in stages[0].sections:
         try:
-            check(plan, cores=site.machines[0].cpus, gpus=site.machines[0].gpus)
+            check(plan, cores=int(site.machines[0].cpus), gpus=site.machines[0].gpus)
         except ResourceError as error:
             yield str(error)
     used = Counter(gpu for name, at in placed.devices.items() if name.startswith("learner-") for gpu in at)

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.config.schema import Config, NodeConfig
 from cluster.rundir.environment import gpu_lines
+from cluster.runtime.fitting import Node
 from cluster.runtime.resources import GIB, machine_cores, machine_gpus, machine_memory
 
 
@@ -21,7 +22,7 @@ class Device:
     """dense bfloat16 operations a second, a multiplication and an addition being two"""
     bandwidth: float
     """bytes a second that it reads from its memory"""
-    memory: int
+    memory: float
     """bytes of its memory; of cores, the machine's"""
     link: float
     """bytes a second, one way, to another device of the same machine"""
@@ -50,18 +51,10 @@ GPUS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """One machine that processes can be put on."""
+@dataclass(frozen=True, kw_only=True)
+class Machine(Node):
+    """One machine that processes can be put on, and what computes there."""
 
-    name: str
-    """address, or a name of our own"""
-    cpus: int
-    """cores"""
-    memory: int
-    """bytes of main memory"""
-    gpus: int
-    """GPUs"""
     device: Device
     """one of its GPUs; without any, all of its cores together"""
 
@@ -88,7 +81,7 @@ def site_of(config: Config, local: bool = False) -> Site:
     else:
         machines = [this_machine()] if address == "local" else _live_machines(address)
     first, count = machines[0], len(machines)
-    title = f"{where}: {count} x {first.cpus} cores, {first.memory / GIB:.1f} GiB, {first.gpus} GPUs"
+    title = f"{where}: {count} x {first.cpus:g} cores, {first.memory / GIB:.1f} GiB, {first.gpus:g} GPUs"
     return Site(title=title, machines=tuple(machines), local=count == 1 and address == "local")
 
 
@@ -141,20 +134,15 @@ def _live_machines(address: str) -> list[Machine]:
     from cluster.runtime.session import start_ray
 
     with tempfile.TemporaryDirectory() as logs, start_ray(address, cpus=0, log_dir=Path(logs)):
-        found = [(node, int(node.cpus), int(node.memory), int(node.gpus)) for node in cluster_nodes()]
+        nodes = cluster_nodes()
+    devices = [gpu_named(one.accelerator or "") if one.gpus else cores(one.cpus, one.memory) for one in nodes]
     return [
-        Machine(
-            name=node.name,
-            cpus=cpus,
-            memory=memory,
-            gpus=gpus,
-            device=gpu_named(node.accelerator or "") if gpus else cores(cpus, memory),
-        )
-        for node, cpus, memory, gpus in found
+        Machine(name=node.name, cpus=node.cpus, memory=node.memory, gpus=node.gpus, device=device)
+        for node, device in zip(nodes, devices, strict=True)
     ]
 
 
-def cores(count: int, memory: int) -> Device:
+def cores(count: float, memory: float) -> Device:
     """All cores of a machine as one device, at rates that are assumed for every kind of core."""
     figures = {"flops": 2e11 * count, "bandwidth": 1e10 * count, "link": 1e8}  # through gloo, checked and packed
-    return Device(name=f"{count} cores", memory=memory, source="assumed", **figures)
+    return Device(name=f"{count:g} cores", memory=memory, source="assumed", **figures)

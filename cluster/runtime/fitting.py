@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from cluster.config.schema import Config
 from cluster.runtime.resources import Plan, Process, plan_machine
@@ -11,17 +11,18 @@ from cluster.runtime.resources import Plan, Process, plan_machine
 _EPSILON = 1e-6
 
 
-class Node(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Node:
     """A machine as far as bundles are concerned."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def cpus(self) -> float: ...
-
-    @property
-    def gpus(self) -> float: ...
+    name: str
+    """its address, and the start of its id where several have the same; or a name of our own"""
+    cpus: float
+    """logical CPUs"""
+    gpus: float
+    """GPUs"""
+    memory: float
+    """bytes of main memory; of a live machine with Ray's object store"""
 
 
 AnyNode = TypeVar("AnyNode", bound=Node)

@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config.schema import Config
-from cluster.runtime.fitting import place_processes, plan_cluster
+from cluster.runtime.fitting import Node, place_processes, plan_cluster
 from cluster.runtime.resources import Plan, Process, ResourceError, check
 
 
@@ -84,20 +84,12 @@ def _no_room(processes: Sequence[Process], deadline_s: float) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterNode:
-    """A live machine of the connected cluster."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterNode(Node):
+    """A live machine of the connected cluster, as Ray was told of it."""
 
     id: str
     """what Ray calls it"""
-    name: str
-    """its address, and the start of its id where several have the same"""
-    cpus: float
-    """logical CPUs that Ray was told of"""
-    gpus: float
-    """GPUs"""
-    memory: float
-    """bytes of main memory, object store included"""
     accelerator: str | None
     """kind of its GPUs as Ray names it, such as H100"""
 
