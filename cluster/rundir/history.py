@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +17,18 @@ def earlier_run(run_dir: Path, command: str) -> str | None:
     return _runs(run_dir).get(command, {}).get("id")
 
 
-def has_all(run_dir: Path, command: str) -> bool:
-    """Whether that W&B run was finished: after a SIGKILL, W&B lacks what it had not written yet."""
-    return _runs(run_dir).get(command, {}).get("finished", False)
+def sent_steps(run_dir: Path, command: str) -> dict[str, int]:
+    """The last step of each area of metrics that W&B has for sure: of a command that was killed, it may have none."""
+    return _runs(run_dir).get(command, {}).get("sent", {})
 
 
-def remember_run(run_dir: Path, command: str, run_id: str, finished: bool) -> None:
-    """Note the id of a command's W&B run, and whether it was finished."""
-    runs = {**_runs(run_dir), command: {"id": run_id, "finished": finished}}
+def remember_run(run_dir: Path, command: str, run_id: str, sent: Mapping[str, int]) -> None:
+    """Note the id of a command's W&B run, and the last step of each area of metrics that it has for sure."""
+    runs = {**_runs(run_dir), command: {"id": run_id, "sent": sent}}
     try:
         write_whole(run_dir / _FILE, json.dumps(runs, indent=2) + "\n")
     except OSError as error:
         log.warning("%s. W&B may be sent steps again after a stop", error)
-
-
-def area(name: str) -> str:
-    """The part of a metric's name before its last slash: metrics of one area are logged together."""
-    return name.rpartition("/")[0]
-
-
-def last_steps(run_dir: Path) -> dict[tuple[str, str], int]:
-    """The last step of each area of metrics of each stage in metrics.jsonl, by (stage, area)."""
-    last = dict[tuple[str, str], int]()
-    for _, row in _rows(run_dir / "metrics.jsonl"):
-        for key in {(row["stage"], area(name)) for name in row if "/" in name}:
-            last[key] = max(row["step"], last.get(key, row["step"]))
-    return last
 
 
 def forget_stage(run_dir: Path, stage: str) -> None:
@@ -84,7 +70,8 @@ def _runs(run_dir: Path) -> dict[str, dict[str, Any]]:
     path = run_dir / _FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return {command: {"id": str(run["id"]), "finished": run["finished"] is True} for command, run in found.items()}
+        sent = {command: {key: int(step) for key, step in run["sent"].items()} for command, run in found.items()}
+        return {command: {"id": str(run["id"]), "sent": sent[command]} for command, run in found.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning("%s is damaged (%s): W&B begins new runs, and what it has is sent again", path, error)
         return {}

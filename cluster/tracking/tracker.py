@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from cluster.config.schema import TrackingConfig
-from cluster.rundir.history import area, forget_stage, forget_steps, has_all, last_steps
+from cluster.rundir.history import forget_stage, forget_steps, sent_steps
 from cluster.rundir.lineage import Artefact
 from cluster.runtime.health import Monitor, repeating
 from cluster.tracking.alerts import Alert, Alerts
@@ -60,7 +60,10 @@ class Tracker:
         self._lock = threading.Lock()
         self._journals: dict[Path, Journal] = {}
         self._goes_on = run_id is not None
-        self._sent: dict[tuple[str, str], int] = {}
+        self._before: dict[str, int] = {}
+        """The last step of each area of metrics that W&B had before a stop."""
+        self._sent: dict[str, int] = {}
+        """The same as it is now; both are those of all parts."""
         start: dict[str, Any] = {
             "project": config.project,
             "entity": config.entity,
@@ -86,7 +89,6 @@ class Tracker:
         """The same in the subdirectory `name`; in W&B it is the same run, with `name`/ before everything."""
         part = copy.copy(self)
         part.run_dir, part._prefix = self.run_dir / name, f"{self._prefix}{name}/"
-        part._sent = last_steps(part.run_dir) if self._goes_on else {}
         return part
 
     @property
@@ -96,20 +98,21 @@ class Tracker:
 
     def __enter__(self) -> Self:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._goes_on = self._goes_on and has_all(self.run_dir, self._name)
-        self._sent = last_steps(self.run_dir) if self._goes_on else {}
+        if self._goes_on:
+            self._before.update(sent_steps(self.run_dir, self._name))
+            self._sent.update(self._before)
         if port := self._config.prometheus_port:
             self._closing.enter_context(serving(self._exporter, self._config.prometheus_host, port))
         if self._config.tensorboard:
             self._events = self._closing.enter_context(_event_files(self.run_dir / "tensorboard"))
         self._closing.enter_context(repeating(self._alerts.tick, _TICK_S, "alerts"))
-        self._wandb.start()
+        self._wandb.start(self._before)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Let W&B finish, within its deadline, and say how to send what is not there."""
         self._closing.close()
-        if command := self._wandb.close():
+        if command := self._wandb.close(self._sent):
             self.console.line(f"To send this run to W&B: {command}")
         for journal in self._journals.values():
             journal.close()
@@ -150,7 +153,9 @@ class Tracker:
 
     def forget(self, stage: str) -> None:
         """Take a stage that starts over out of the JSONL files, whose readers would mix it with the new one."""
-        self._sent = {key: step for key, step in self._sent.items() if key[0] != stage}
+        for sent in (self._before, self._sent):
+            for area in [area for area in sent if area.startswith(f"{self._prefix}{stage} ")]:
+                del sent[area]
         self._rewrite(lambda: forget_stage(self.run_dir, stage))
 
     def go_on(self, stage: str, done: int) -> bool:
@@ -189,7 +194,9 @@ class Tracker:
 
     def _is_new(self, stage: str, step: int, name: str) -> bool:
         """Whether W&B has not been sent it before a stop: else its curves would go back and forth."""
-        return step > self._sent.get((stage, area(name)), -1)
+        area = f"{self._prefix}{stage} {name.rpartition('/')[0]}"  # what is logged together
+        self._sent[area] = max(step, self._sent.get(area, step))
+        return step > self._before.get(area, -1)
 
 
 def _event_files(folder: Path) -> Any:

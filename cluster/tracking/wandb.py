@@ -61,10 +61,10 @@ class WandbFeed:
         """Of the W&B run."""
         return self._start["id"]
 
-    def start(self) -> None:
-        """Start the thread, unless W&B is disabled."""
+    def start(self, sent: Mapping[str, int]) -> None:
+        """Start the thread, unless W&B is disabled; `sent`: how far the run is, by area of metrics."""
         if self._enabled:
-            self._remember(finished=False)
+            self._remember(sent)
             self._thread.start()
 
     def put(self, item: Callable[[], None]) -> None:
@@ -76,8 +76,8 @@ class WandbFeed:
                 self._lost += 1
                 self._warn(f"W&B is {self._items.maxsize} steps behind")
 
-    def close(self) -> str | None:
-        """Let W&B finish, within its deadline, and warn of what the run has not got.
+    def close(self, sent: Mapping[str, int]) -> str | None:
+        """Let W&B finish, within its deadline, and warn of what the run has not got; `sent`: how far it then is.
 
         Returns the command that sends the run, or None where the server has it all.
         """
@@ -91,7 +91,7 @@ class WandbFeed:
             log.warning("W&B did not finish within %g s", self._config.close_deadline_s)
         if self._lost:
             log.warning("%d records are not in W&B; metrics.jsonl has every step", self._lost)
-        self._remember(finished=True)
+        self._remember(sent)
         if self._sent and not late:
             return None
         folders = f"{shlex.quote(self._start['dir'])}/wandb/*run-*-{self.id}"
@@ -196,8 +196,8 @@ class WandbFeed:
             finish_timeout_raises=True,
         )
 
-    def _remember(self, finished: bool) -> None:
-        remember_run(Path(self._start["dir"]), self._start["job_type"], self.id, finished)
+    def _remember(self, sent: Mapping[str, int]) -> None:
+        remember_run(Path(self._start["dir"]), self._start["job_type"], self.id, sent)
 
     def _warn(self, why: str) -> None:
         if not self._warned:

@@ -364,6 +364,26 @@ def test_a_resumed_run_goes_on_in_wandb_and_sends_no_step_twice(tmp_path: Path):
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 2, 3, 4, 1]
 
 
+def test_a_run_that_is_stopped_or_killed_before_it_is_as_far_as_it_was_sends_no_step_twice(tmp_path: Path):
+    with tracker(tmp_path, FakeWandb()) as found:
+        (tmp_path / "round-1").mkdir()
+        for step in (1, 2, 3):
+            found.log("ppo", step, {"score/mean": 0.0})
+            found.part("round-1").log("ppo", step, {"score/mean": 0.0})
+    for last, killed, sent in ((2, False, []), (2, True, []), (4, False, [4])):
+        wandb = FakeWandb()
+        with Tracker(tmp_path, TrackingConfig(), "ppo", run_id=found.run_id, wandb=wandb) as again:
+            if killed:
+                again._wandb._remember = lambda sent: None
+            assert again.go_on("ppo", 0)
+            for step in range(1, last + 1):
+                again.log("ppo", step, {"score/mean": 0.0})
+                again.part("round-1").log("ppo", step, {"score/mean": 0.0})
+        for stage in ("ppo", "round-1/ppo"):
+            assert [row[f"{stage}/step"] for row in wandb.run.logged if f"{stage}/step" in row] == sent
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
 def test_a_stage_that_starts_over_is_sent_again(tmp_path: Path):
     with tracker(tmp_path, FakeWandb()) as found:
         found.log("ppo", 1, {"score/mean": 1.0})
