@@ -60,7 +60,7 @@ class LoopConfig(Section):
     """What all three loops are told."""
 
     max_tokens_per_microbatch: int = Field(default=4096, ge=1)
-    """Padded tokens in one forward pass at most; all completions of a ranked prompt stay together."""
+    """Tokens in one forward pass at most; all completions of a ranked prompt stay together."""
     checkpoint_every: int = Field(default=100, ge=0)
     """Optimizer steps between checkpoints, from which `--resume` goes on; 0 writes none, so that it starts over."""
     checkpoints_kept: int = Field(default=2, ge=1)
@@ -162,7 +162,7 @@ class PretrainingConfig(Section):
     sequence_tokens: int = Field(default=2048, ge=2)
     """Tokens of a packed pretraining sequence (paper: 2048)."""
     max_tokens_per_microbatch: int | None = Field(default=None, ge=1)
-    """Padded tokens of text in one forward pass at most; that of the PPO loss when not set."""
+    """Tokens of text in one forward pass at most; that of the PPO loss when not set."""
     normaliser: Literal["tokens", "sequences"] = "tokens"
     """The loss is a mean over tokens, or over sequences of the sum of their tokens (the paper gives neither)."""
 

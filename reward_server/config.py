@@ -111,7 +111,7 @@ class SourceConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Numbers that reward models compute in; the head is always float32."""
     max_batch_tokens: int = Field(default=8192, ge=1)
-    """Tokens of a forward, padding included."""
+    """Tokens of a forward."""
     max_tokens: int | None = Field(default=None, ge=2)
     """Longest prompt with response, in tokens. By default what the model has positions for."""
     truncate_prompt: bool = False
@@ -163,7 +163,7 @@ class Limits(Section):
     max_waiting: int = Field(default=64, ge=1)
     """Posts computed or waiting; one more is turned away with 503."""
     batch_tokens: int = Field(default=32_768, ge=1)
-    """Most tokens that are scored at once, padding apart, for all who wait; those with the least left come first."""
+    """Most tokens that are scored at once, for all who wait; those with the least left come first."""
     max_batch: int = Field(default=1024, ge=1)
     """Most responses that are scored at once, which is the bound where no model reads tokens."""
     header_s: float = Field(default=10.0, gt=0)

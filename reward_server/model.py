@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
+from reward_server.packing import hidden_states
 from reward_server.preferences.records import write_whole
 from reward_server.pretrained import Kind, check_weights, load_weights
 
@@ -119,26 +121,9 @@ def normalisation(model: PreTrainedModel) -> Normalisation:
     return Normalisation(gain=float(stored["gain"]), bias=float(stored["bias"]))
 
 
-def token_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Raw head output at every token, i64 [B, S] -> f32 [B, S].
-
-    Inputs are padded on the right: under a causal mask nothing before the padding sees it, and positions count from 0.
-    """
-    return model.get_submodule("score")(_hidden(model, ids)).squeeze(-1)
-
-
-def scores(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Raw score of each sequence, read at its last token: ids i64 [B, S], lengths i64 [B] -> f32 [B].
-
-    The last token is the EOS of a response that ended and the last sampled token of one that was truncated
-    (InstructGPT; summarize-from-feedback).
-    """
-    hidden = _hidden(model, ids)
-    return model.get_submodule("score")(hidden[torch.arange(len(ids), device=ids.device), lengths - 1]).squeeze(-1)
-
-
-def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def raw_values(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int], places: Tensor) -> Tensor:
+    """Raw head output, f32 [n], at `places` of ids [N], sequences of `lengths` tokens one after the other."""
+    return model.get_submodule("score")(hidden_states(model, ids, lengths)[places]).squeeze(-1)
 
 
 def _readable(model: PreTrainedModel) -> PreTrainedModel:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
-from reward_server.model import Normalisation, load_reward_model, normalisation, scores
+from reward_server.model import Normalisation, load_reward_model, normalisation, raw_values
+from reward_server.packing import pack, packs
 from reward_server.schema import ScoreReply, ScoreRequest
 
 
@@ -24,35 +25,37 @@ class NonFiniteScore(RuntimeError):
     """The reward model answered with NaN or an infinity."""
 
 
-def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group indices into batches of at most `max_tokens` padded tokens, similar lengths together.
+def token_batches(lengths: Sequence[int], max_tokens: int, padded: bool = False) -> list[list[int]]:
+    """Group indices into batches of at most `max_tokens` tokens, with their padding if they are `padded`.
 
     The longest come first, so a budget too large for the memory fails on the first batch. A sequence longer
     than the budget is a batch of its own.
     """
     batches: list[list[int]] = []
-    width = 0
+    room = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if not batches or (len(batches[-1]) + 1) * width > max_tokens:
+        if not batches or room < lengths[index if not padded else batches[-1][0]]:
             batches.append([])
-            width = lengths[index]
+            room = max_tokens
         batches[-1].append(index)
+        room -= lengths[batches[-1][0] if padded else index]
     return batches
 
 
-def raw_scores(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int, max_batch_tokens: int
-) -> list[float]:
-    """Raw head output at the last token of each sequence, in the order given; without gradients."""
+def raw_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]], max_batch_tokens: int) -> list[float]:
+    """Raw head output at the last token of each sequence, in the order given; without gradients.
+
+    The last token is the EOS of a response that ended and the last sampled token of one that was truncated
+    (InstructGPT; summarize-from-feedback).
+    """
     results = [math.nan] * len(sequences)
     device = next(model.parameters()).device
     with torch.inference_mode():
-        for batch in token_batches([len(sequence) for sequence in sequences], max_batch_tokens):
-            lengths = torch.tensor([len(sequences[index]) for index in batch])
-            ids = torch.full((len(batch), int(lengths.max())), pad_id)
-            for row, index in enumerate(batch):
-                ids[row, : lengths[row]] = torch.tensor(sequences[index])
-            for index, score in zip(batch, scores(model, ids.to(device), lengths.to(device)).tolist(), strict=True):
+        for batch in token_batches([len(sequence) for sequence in sequences], max_batch_tokens, not packs(model)):
+            lengths = [len(sequences[index]) for index in batch]
+            ids = torch.tensor([token for index in batch for token in sequences[index]], device=device)
+            values = raw_values(model, ids, lengths, torch.tensor(lengths, device=device).cumsum(0) - 1)
+            for index, score in zip(batch, values.tolist(), strict=True):
                 results[index] = score
     return results
 
@@ -116,7 +119,7 @@ class RewardModelSource:
         if self._loaded is not None:
             return
         encoding = ChatEncoding.load(self.path, self.loading)
-        model = load_reward_model(self.path, getattr(torch, self.dtype), self.loading)
+        model = pack(load_reward_model(self.path, getattr(torch, self.dtype), self.loading))
         normalise = normalisation(model)
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
@@ -132,8 +135,8 @@ class RewardModelSource:
         """
         sequences = self._sequences(requests)
         assert self._loaded is not None
-        model, encoding, normalise = self._loaded
-        raw = raw_scores(model, sequences, encoding.pad_id, self.max_batch_tokens)
+        model, _, normalise = self._loaded
+        raw = raw_scores(model, sequences, self.max_batch_tokens)
         for request, value in zip(requests, raw, strict=True):
             if not math.isfinite(value):
                 raise NonFiniteScore(

@@ -1,7 +1,7 @@
 """Trajectories as tensors, and how a batch is cut into minibatches and micro-batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class Batch:
     def rows(self, indices: Sequence[int]) -> "Batch":
         """Take some rows, in the order given, without the padding that they do not need."""
         chosen = torch.as_tensor(indices, dtype=torch.long, device=self.ids.device)
-        taken = {field.name: getattr(self, field.name)[chosen] for field in fields(self)}
+        taken = {f.name: getattr(self, f.name)[chosen] for f in fields(self)}
         width = int((taken["query_len"] + taken["response_len"]).max())
         steps = int(taken["response_len"].max())
         taken["ids"] = taken["ids"][:, :width]
@@ -76,7 +76,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move every tensor to a device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 def collate(trajectories: Sequence[Trajectory], pad_id: int) -> Batch:
@@ -135,51 +135,61 @@ def minibatches(size: int, minibatch_size: int, seed: int) -> list[list[int]]:
     return [order[start : start + minibatch_size] for start in range(0, size, minibatch_size)]
 
 
-def microbatches(lengths: Sequence[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
+def microbatches(
+    lengths: Sequence[int], max_tokens: int, ranks: int, width: int | None = None, padded: bool = False
+) -> list[list[list[int]]]:
     """Split sequences into micro-batches for each rank: `result[rank][step]` is a list of indices.
 
-    A micro-batch holds at most `max_tokens` tokens with its padding; a longer sequence stands alone. Every
-    rank gets the same number of them, since each is a collective step: [] fills up where there are too few
-    sequences. The ranks' padded tokens differ by no more than one micro-batch. Deterministic.
+    A micro-batch holds at most `max_tokens` tokens, with its padding if it is `padded`; a longer sequence stands alone.
+    Every rank gets the same number of them, since each is a collective step that takes as long as its costliest: the
+    longest sequence comes first, and each goes where it makes its step least longer. [] fills up where there are too
+    few. A sequence costs its tokens and, where the hidden size `width` is given, attention's share, which grows with
+    their square. Deterministic.
     """
     assert min(max_tokens, ranks) >= 1, (max_tokens, ranks)
-    groups = _split(_groups(lengths, max_tokens), lengths, ranks)
-    groups += [[] for _ in range(-len(groups) % ranks)]
-    groups.sort(key=lambda group: _padded_tokens(group, lengths), reverse=True)
+    steps: list[list[_Micro]] = []
+    roomy: list[list[_Micro]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        cost = length * (
+            1 + (length / (12 * width) if width else 0.0)
+        )  # multiplications of attention beside all others
+        least = [min(step, key=lambda micro: micro.cost) for step in roomy]
+        fitting = [
+            (max(0.0, micro.cost + cost - max(other.cost for other in step)), micro.cost, number)
+            for number, (step, micro) in enumerate(zip(roomy, least, strict=True))
+            if micro.fits(length, max_tokens, padded)
+        ]
+        if fitting:
+            micro = least[min(fitting)[2]]
+        else:
+            roomy = [s for s, m in zip(roomy, least, strict=True) if m.fits(min(lengths), max_tokens, padded)]
+            steps.append([_Micro() for _ in range(ranks)])
+            roomy.append(steps[-1])
+            micro = steps[-1][0]
+        micro.indices.append(index)
+        micro.cost += cost
+        micro.tokens += length
+        micro.longest = max(micro.longest, length)
     result: list[list[list[int]]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    # The micro-batches of one step are neighbours in size, so no rank waits long for another; within a step
-    # the largest goes to the rank that has had the least.
-    for start in range(0, len(groups), ranks):
+    load = [0.0] * ranks
+    for step in steps:  # the costliest to the rank that has had least
         least_first = sorted(range(ranks), key=lambda rank: load[rank])
-        for rank, group in zip(least_first, groups[start : start + ranks], strict=True):
-            result[rank].append(group)
-            load[rank] += _padded_tokens(group, lengths)
+        for rank, micro in zip(least_first, sorted(step, key=lambda micro: -micro.cost), strict=True):
+            result[rank].append(micro.indices)
+            load[rank] += micro.cost
     return result
 
 
-def _groups(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Fill micro-batches from the longest sequence down, so that neighbours in length share one."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+@dataclass(slots=True)
+class _Micro:
+    """A micro-batch that is being filled."""
 
+    indices: list[int] = field(default_factory=list)
+    cost: float = 0.0
+    tokens: int = 0
+    longest: int = 0
 
-def _split(groups: list[list[int]], lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Halve the largest groups until every rank can have as many as the others, or no group can be halved."""
-    while len(groups) % ranks:
-        largest = max(groups, key=lambda group: (len(group) > 1, _padded_tokens(group, lengths)))
-        if len(largest) == 1:
-            break
-        groups.remove(largest)
-        middle = len(largest) // 2
-        groups += [largest[:middle], largest[middle:]]
-    return groups
-
-
-def _padded_tokens(group: Sequence[int], lengths: Sequence[int]) -> int:
-    return len(group) * max((lengths[index] for index in group), default=0)
+    def fits(self, length: int, max_tokens: int, padded: bool) -> bool:
+        tokens = (len(self.indices) + 1) * self.longest if padded else self.tokens + length
+        return not self.indices or tokens <= max_tokens

@@ -15,6 +15,7 @@ from learner.worker.engine import Attempts, Engine, Frozen, whole
 from learner.worker.networks import Network, PolicyNetwork, load_network, merged_weights, save_network
 from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
+from reward_server.packing import packs
 from reward_server.pretrained import Kind
 
 
@@ -114,10 +115,11 @@ class LoadedNetworks:
     def __contains__(self, name: str) -> bool:
         return name in self._loaded
 
-    def call(self, name: str, ids: Tensor, *places: Tensor | float) -> Any:
-        """What a network says (see PolicyNetwork and ValueNetwork)."""
+    def call(self, name: str, sequences: Sequence[Tensor], *places: Tensor | float) -> Any:
+        """What a network says of sequences, each i64 [S], at places in them (see PolicyNetwork and ValueNetwork)."""
         network, device = self._loaded[name].network, self._loaded[name].device
-        return network(*(p.to(device) if isinstance(p, Tensor) else p for p in (ids, *places)))
+        ids, lengths = torch.cat(list(sequences)).to(device), [len(ids) for ids in sequences]
+        return network(ids, lengths, *(p.to(device) if isinstance(p, Tensor) else p for p in places))
 
     def microbatches(self, lengths: Sequence[int], max_tokens: int, *names: str) -> Iterator[list[int]]:
         """This rank's micro-batches of sequences, as their numbers; each is to pass through the networks `names`.
@@ -125,7 +127,12 @@ class LoadedNetworks:
         Every rank runs as many forward and backward passes as the others: from ZeRO 2 on they meet in each. Where the
         others have more, this one reads one token for nothing, and learns nothing from it where gradients are on.
         """
-        for micro in microbatches(lengths, max_tokens, self.world_size)[self.rank]:
+        models = [
+            loaded.module.model for loaded in self._loaded.values()
+        ]  # all: what is read is cut as what is trained
+        width = min(model.config.get_text_config().hidden_size for model in models)
+        padded = not all(map(packs, models))
+        for micro in microbatches(lengths, max_tokens, self.world_size, width, padded)[self.rank]:
             if micro:
                 yield micro
                 continue
@@ -151,8 +158,8 @@ class LoadedNetworks:
     def _idle(self, name: str) -> None:
         nowhere = torch.zeros(1, dtype=torch.long)
         if isinstance(self.module(name), PolicyNetwork):
-            answer, _ = self.call(name, nowhere[None], nowhere, nowhere, nowhere)
+            answer, _ = self.call(name, [nowhere], nowhere, nowhere)
         else:
-            answer = self.call(name, nowhere[None], nowhere, nowhere)
+            answer = self.call(name, [nowhere], nowhere)
         if answer.requires_grad:
             self.engine(name).backward(answer.sum() * 0.0)

@@ -1,11 +1,10 @@
 """The networks the learner trains or reads: a policy that gives log-probs, a critic or reward model that gives values.
 
-Both take right-padded token ids and a flat list of places to read, so that nothing of shape [B, S, vocabulary] and no
-left padding ever exists: causal attention never sees the padding on the right, and positions count from 0 as in the
-sampler.
+Both take sequences one after the other (`reward_server.packing`) and the places in them to read, so that nothing of
+shape [N, vocabulary] ever exists. Positions count from 0 in each sequence, as in the sampler.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,8 @@ from learner.maths.logprobs import token_logprobs
 from learner.weights.checkpoint import whole_folder
 from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
-from reward_server.model import Normalisation, load_reward_model, new_reward_model, normalisation, token_values
+from reward_server.model import Normalisation, load_reward_model, new_reward_model, normalisation, raw_values
+from reward_server.packing import hidden_states, pack
 from reward_server.pretrained import Kind, load_weights
 
 
@@ -62,14 +62,13 @@ class PolicyNetwork(nn.Module):
         self.head = LogprobHead(model, chunk)
 
     def forward(
-        self, ids: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, temperature: float = 1.0
+        self, ids: Tensor, lengths: Sequence[int], places: Tensor, targets: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies (nats, float32 [N]) of `targets[n]` after `ids[rows[n], : positions[n] + 1]`.
+        """Log-probs and entropies (nats, float32 [n]) of `targets`, each after the token at its place.
 
-        ids: [B, S] right padded; rows, positions, targets: [N].
+        ids: [N], sequences of `lengths` tokens one after the other; places: [n] indices into them; targets: [n].
         """
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, positions]
-        return self.head(hidden, targets, temperature)
+        return self.head(hidden_states(self.model, ids, lengths)[places], targets, temperature)
 
 
 class ValueNetwork(nn.Module):
@@ -83,9 +82,9 @@ class ValueNetwork(nn.Module):
         self.model = model
         self.gain, self.bias = scale.gain, scale.bias
 
-    def forward(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """Values, float32 [N], at `ids[rows[n], positions[n]]`; ids: [B, S] right padded."""
-        return self.gain * token_values(self.model, ids)[rows, positions] + self.bias
+    def forward(self, ids: Tensor, lengths: Sequence[int], places: Tensor) -> Tensor:
+        """Values, float32 [n], at `places` of ids [N], sequences of `lengths` tokens one after the other."""
+        return self.gain * raw_values(self.model, ids, lengths, places) + self.bias
 
 
 Network = PolicyNetwork | ValueNetwork
@@ -103,7 +102,7 @@ def check_head(network: PolicyNetwork, path: Path) -> None:
     ids = torch.arange(1, 9)[None] * 7919 % size  # far apart, the same in every run
     ends = torch.arange(1, 8)
     with torch.no_grad():
-        found, _ = network(ids, torch.zeros_like(ends), ends - 1, ids[0, ends])
+        found, _ = network(ids[0], [8], ends - 1, ids[0, ends])
         expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     gap = (found - expected[ends - 1, ids[0, ends]]).abs().max().item()
     # A soft cap is computed in float32 here and in the model's own type there.
@@ -130,7 +129,7 @@ def load_network(kind: Kind, path: Path, network: NetworkConfig, loading: Loadin
         model = load_reward_model(path, dtype, loading)
     else:
         model = new_reward_model(path, dtype, 0, loading)
-    make_trainable(model, network)
+    make_trainable(pack(model), network)
     if network.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():

@@ -65,7 +65,7 @@ class PPOStep:
     temperature: float
     """sampling temperature, applied to the logits here too"""
     max_tokens: int
-    """padded tokens of a micro-batch at most"""
+    """tokens of a micro-batch at most"""
     pretraining_max_tokens: int
     """the same for the pretraining text"""
     pretraining_normaliser: Literal["tokens", "sequences"]
@@ -108,9 +108,8 @@ def probe_logprobs(networks: LoadedNetworks, sequences: Sequence[Sequence[int]])
     answers = []
     with torch.no_grad():
         for ids in sequences:
-            row = torch.tensor([ids])
-            ends = torch.arange(1, len(ids))
-            logprobs, _ = networks.call("policy", row, torch.zeros_like(ends), ends - 1, row[0, ends])
+            row = torch.tensor(ids)
+            logprobs, _ = networks.call("policy", [row], torch.arange(len(ids) - 1), row[1:])
             answers.append(logprobs.tolist())
     return answers
 
@@ -186,20 +185,22 @@ def _parts(
 
 def _response_logprobs(networks: LoadedNetworks, name: str, part: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [b, T] of a micro-batch's response tokens, 0 in the padding."""
-    rows, positions = _response_places(part)
-    answers = networks.call(name, part.ids, rows, positions, part.ids[rows, positions + 1], temperature)
+    sequences, places = _response_places(part)
+    answers = networks.call(name, sequences, places, torch.cat(sequences)[places + 1], temperature)
     return tuple(_spread(answer, part.mask) for answer in answers)  # pyright: ignore[reportReturnType]
 
 
 def _response_values(networks: LoadedNetworks, part: Batch) -> Tensor:
     """Values [b, T] of the states before each response token, 0 in the padding."""
-    return _spread(networks.call("critic", part.ids, *_response_places(part)), part.mask)
+    return _spread(networks.call("critic", *_response_places(part)), part.mask)
 
 
-def _response_places(part: Batch) -> tuple[Tensor, Tensor]:
-    """Where each response token's log-prob and value are read: one token before it (row, position)."""
+def _response_places(part: Batch) -> tuple[list[Tensor], Tensor]:
+    """The sequences, and where each response token's log-prob and value are read in them: one token before it."""
     rows, steps = part.mask.nonzero(as_tuple=True)
-    return rows, part.query_len[rows] - 1 + steps
+    starts = part.lengths.cumsum(0) - part.lengths
+    sequences = [ids[:length] for ids, length in zip(part.ids, part.lengths.tolist(), strict=True)]
+    return sequences, starts[rows] + part.query_len[rows] - 1 + steps
 
 
 def _spread(answers: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from actors.chat import ChatExample
-from learner.data.batch import padded
 from learner.maths.losses import add_sums, kwise_loss, lm_loss_sum
 from learner.worker.dropout import training_mode
 from learner.worker.loaded import LoadedNetworks
@@ -57,7 +56,7 @@ def ranking_step(
     """One optimizer step of the K-wise loss: all completions of a prompt in one batch element, one forward each."""
     prompts = sum(len(set(r)) > 1 for r in ranks)
     sums: dict[str, float] = {"loss": 0.0}
-    for micro in networks.microbatches([len(g) * max(map(len, g)) for g in groups], max_tokens, name):
+    for micro in networks.microbatches([sum(map(len, g)) for g in groups], max_tokens, name):
         scores = _last_values(networks, name, [ids for i in micro for ids in groups[i]])
         group = torch.tensor([i for i in micro for _ in groups[i]], device=scores.device)
         order = torch.tensor([rank for i in micro for rank in ranks[i]], device=scores.device)
@@ -90,13 +89,12 @@ def targets_of(examples: Sequence[ChatExample]) -> int:
 
 
 def _nll(networks: LoadedNetworks, name: str, examples: Sequence[ChatExample]) -> Tensor:
-    ids = padded([e.ids for e in examples], 0, torch.long)
-    mask = padded([e.loss_mask for e in examples], False, torch.bool)
-    rows, ends = mask.nonzero(as_tuple=True)
-    logprobs, _ = networks.call(name, ids, rows, ends - 1, ids[rows, ends])
+    sequences = [torch.tensor(e.ids) for e in examples]
+    ends = torch.tensor([trained for e in examples for trained in e.loss_mask]).nonzero()[:, 0]
+    logprobs, _ = networks.call(name, sequences, ends - 1, torch.cat(sequences)[ends])
     return lm_loss_sum(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
 
 
 def _last_values(networks: LoadedNetworks, name: str, sequences: Sequence[tuple[int, ...]]) -> Tensor:
-    ends = torch.tensor([len(s) - 1 for s in sequences])
-    return networks.call(name, padded(sequences, 0, torch.long), torch.arange(len(sequences)), ends)
+    ends = torch.tensor([len(s) for s in sequences]).cumsum(0) - 1
+    return networks.call(name, [torch.tensor(s) for s in sequences], ends)

@@ -144,7 +144,7 @@ def test_a_written_reward_model_scores_texts_in_transformers_whatever_side_is_pa
     assert model.config.num_labels == 1
     assert model.config.rayward_normalisation == {"gain": 2.0, "bias": -0.5}
     torch.testing.assert_close(theirs, torch.tensor(exports.raw), rtol=0, atol=1e-4)
-    ours = raw_scores(load_reward_model(exports.root / "reward", torch.float32), exports.sequences, 0, 200)
+    ours = raw_scores(load_reward_model(exports.root / "reward", torch.float32), exports.sequences, 200)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(exports.raw), rtol=0, atol=1e-4)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, pipeline
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedModel, pipeline
 
 from reward_server.encoding import ChatEncoding
 from reward_server.model import (
@@ -13,16 +13,33 @@ from reward_server.model import (
     load_reward_model,
     new_reward_model,
     normalisation,
-    scores,
+    raw_values,
     set_normalisation,
-    token_values,
 )
+from reward_server.packing import pack
 from reward_server.schema import Message
+from reward_server.scorer import raw_scores
 from tests.tiny_models import save_reward_model, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 PAD, END = 0, 2
 IDS = torch.tensor([[5, 6, 7, END, PAD, PAD], [5, 6, 7, 8, 9, 10], [40, END, 41, 42, 43, PAD]])
 LENGTHS = torch.tensor([4, 6, 5])
+
+
+def values_of(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Raw values at every token, with all sequences in one row."""
+    lengths = [len(ids) for ids in sequences]
+    values = raw_values(model, torch.cat(sequences), lengths, torch.arange(sum(lengths)))
+    return list(values.split(lengths))
+
+
+def real(ids: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of IDS without their padding."""
+    return [row[:length] for row, length in zip(ids, LENGTHS.tolist(), strict=True)]
+
+
+def last_values(model: PreTrainedModel) -> torch.Tensor:
+    return torch.stack([values[-1] for values in values_of(model, real(IDS))])
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -36,7 +53,7 @@ def test_a_score_is_read_at_the_last_token_eos_or_not(folder: Path) -> None:
     with torch.no_grad():
         hidden = model.base_model(IDS).last_hidden_state
         by_hand = [hidden[row, index] @ model.get_parameter("score.weight")[0] for row, index in enumerate([3, 5, 4])]
-        got = scores(model, IDS, LENGTHS)
+        got = last_values(model)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.stack(by_hand))
 
@@ -51,26 +68,28 @@ def test_hand_set_weights_show_which_token_is_read(tmp_path: Path) -> None:
         embedding = model.get_parameter("model.embed_tokens.weight")
         embedding[[5, 6, END]] = torch.eye(16)[:3]
         model.get_parameter("score.weight")[0, :3] = torch.tensor([1.0, 10.0, 100.0])
-        ids = torch.tensor([[5, 6, END, PAD], [6, END, 5, 5]])
         # rms norm of a one-hot vector of 16 entries is 1 / sqrt(1/16) = 4 at that entry
-        expected = torch.tensor([[4.0, 40.0, 400.0, 0.0], [40.0, 400.0, 4.0, 4.0]])
-        torch.testing.assert_close(token_values(model, ids), expected, rtol=1e-3, atol=1e-3)
-        ended_then_truncated = scores(model, ids, torch.tensor([3, 1]))
-    torch.testing.assert_close(ended_then_truncated, torch.tensor([400.0, 40.0]), rtol=1e-3, atol=1e-3)
+        values = raw_values(model, torch.tensor([5, 6, END, PAD, 6, END, 5, 5]), [4, 4], torch.arange(8))
+        expected = torch.tensor([4.0, 40.0, 400.0, 0.0, 40.0, 400.0, 4.0, 4.0])
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-3)
+    ended_then_truncated = raw_scores(model, [[5, 6, END], [6]], 100)
+    assert ended_then_truncated == pytest.approx([400.0, 40.0], rel=1e-3)
 
 
-def test_values_do_not_see_the_padding_or_what_follows(folder: Path) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_values_do_not_see_their_neighbours_or_what_follows(folder: Path, packed: bool) -> None:
     model = load_reward_model(folder, torch.float32)
+    if packed:
+        pack(model)
     with torch.no_grad():
-        whole = token_values(model, IDS)
-        for row, length in enumerate(LENGTHS.tolist()):
-            for prefix in range(1, length + 1):
-                alone = token_values(model, IDS[row : row + 1, :prefix])
-                torch.testing.assert_close(alone[0], whole[row, :prefix], rtol=1e-4, atol=1e-5)
+        for ids, together in zip(real(IDS), values_of(model, real(IDS)), strict=True):
+            for prefix in range(1, len(ids) + 1):
+                (alone,) = values_of(model, [ids[:prefix]])
+                torch.testing.assert_close(alone, together[:prefix], rtol=1e-4, atol=1e-5)
 
 
 def test_hugging_face_reads_the_same_score(folder: Path) -> None:
-    ours = scores(load_reward_model(folder, torch.float32), IDS, LENGTHS).detach()
+    ours = last_values(load_reward_model(folder, torch.float32)).detach()
     theirs = AutoModelForSequenceClassification.from_pretrained(folder)
     assert theirs.config.num_labels == 1
     with torch.no_grad():
@@ -86,7 +105,7 @@ def test_a_hugging_face_pipeline_reads_the_same_score_in_batches(folder: Path) -
     for words, ended in [("good", True), ("bad bad bad, that is", False), ("", True)]:
         ids = encoding.prompt([Message(role="user", content="hello")]) + encoding.response(words, ended)
         texts.append(encoding.tokenizer.decode(ids))
-        ours.append(scores(model, torch.tensor([ids]), torch.tensor([len(ids)])).item())
+        ours += raw_scores(model, [ids], len(ids))
     theirs = [output["score"] for output in classify(texts, batch_size=3)]
     assert theirs == pytest.approx(ours, abs=1e-4)
 
@@ -104,7 +123,7 @@ def test_a_new_head_is_normal_with_the_papers_deviation_and_seeded(tmp_path: Pat
 
 def test_scores_are_fp32_even_in_bf16_and_gradients_reach_head_and_body(folder: Path) -> None:
     model = load_reward_model(folder, torch.bfloat16)
-    values = token_values(model, IDS)
+    values = torch.cat(values_of(model, real(IDS)))
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float())
     values.sum().backward()

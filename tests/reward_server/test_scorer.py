@@ -9,7 +9,6 @@ from reward_server.encoding import ChatEncoding
 from reward_server.model import (
     Normalisation,
     load_reward_model,
-    scores,
     set_normalisation,
 )
 from reward_server.schema import Message, ScoreRequest
@@ -45,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_token_batches_put_similar_lengths_together_within_the_budget() -> None:
     assert token_batches([3, 9, 4, 8, 2], max_tokens=18) == [[1, 3], [2, 0, 4]]
+    assert token_batches([3, 9, 4, 8, 2], max_tokens=21) == [[1, 3, 2], [0, 4]]
+    assert token_batches([3, 9, 4, 8, 2], max_tokens=21, padded=True) == [[1, 3], [2, 0, 4]]
     assert token_batches([5, 5, 5], max_tokens=10) == [[0, 1], [2]]
     assert token_batches([30, 2, 2], max_tokens=10) == [[0], [1, 2]]
     assert token_batches([], max_tokens=10) == []
@@ -52,9 +53,12 @@ def test_token_batches_put_similar_lengths_together_within_the_budget() -> None:
 
 def test_token_batches_take_each_index_once_and_respect_the_budget() -> None:
     lengths = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = token_batches(lengths, max_tokens=64)
-    assert sorted(index for batch in batches for index in batch) == list(range(200))
-    assert all(len(batch) * max(lengths[index] for index in batch) <= 64 for batch in batches)
+    for padded in (False, True):
+        batches = token_batches(lengths, 64, padded)
+        assert sorted(index for batch in batches for index in batch) == list(range(200))
+        for batch in batches:
+            taken = [lengths[index] for index in batch]
+            assert (len(taken) * max(taken) if padded else sum(taken)) <= 64
 
 
 def test_scores_come_in_the_order_of_the_requests_and_do_not_depend_on_the_batching(folder: Path) -> None:
@@ -76,7 +80,7 @@ def test_the_score_is_the_normalised_head_at_the_last_token_of_query_and_respons
         request = asking("hello", "good world", ended)
         ids = encoding.prompt(request.prompt) + encoding.response("good world", ended)
         assert (ids[-1] == encoding.eos_id) == ended
-        raw = scores(model, torch.tensor([ids]), torch.tensor([len(ids)])).item()
+        (raw,) = raw_scores(model, [ids], len(ids))
         (reply,) = RewardModelSource(folder).score([request])
         assert reply.parts["raw"] == pytest.approx(raw, abs=1e-5)
         assert reply.score == pytest.approx(2 * raw - 1, abs=1e-5)
@@ -152,7 +156,7 @@ def test_demonstrations_score_zero_on_average_after_normalisation(tmp_path: Path
         Demonstration(prompt=(Message(role="user", content=f"q {n}"),), response="good " * (n + 1)) for n in range(12)
     ]
     sequences = [[*encoding.prompt(d.prompt), *encoding.response(d.response, ended=True)] for d in demonstrations]
-    stored = Normalisation.of(torch.tensor(raw_scores(model, sequences, encoding.pad_id, 64)), unit_variance)
+    stored = Normalisation.of(torch.tensor(raw_scores(model, sequences, 64)), unit_variance)
     set_normalisation(model, stored)
     save_reward_model(model, encoding, tmp_path)
     requests = [
@@ -168,9 +172,8 @@ def test_demonstrations_score_zero_on_average_after_normalisation(tmp_path: Path
         assert got.std(correction=0).item() != pytest.approx(1, abs=1e-2)
 
 
-def test_raw_scores_leave_no_graph_and_no_padding_in_the_result(folder: Path) -> None:
+def test_raw_scores_do_not_depend_on_the_batch(folder: Path) -> None:
     model = load_reward_model(folder, torch.float32)
     sequences = [[5, 6, 7], [5, 6, 7, 8, 9, 10, 11], [5]]
-    together = raw_scores(model, sequences, pad_id=0, max_batch_tokens=1000)
-    other_pad = raw_scores(model, sequences, pad_id=9, max_batch_tokens=1000)
-    assert together == pytest.approx(other_pad, abs=1e-5)
+    together = raw_scores(model, sequences, max_batch_tokens=1000)
+    assert together == pytest.approx(raw_scores(model, sequences, max_batch_tokens=1), abs=1e-5)

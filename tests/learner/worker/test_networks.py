@@ -23,14 +23,16 @@ from reward_server.model import (
     load_reward_model,
     new_reward_model,
     normalisation,
+    raw_values,
     set_normalisation,
-    token_values,
 )
+from reward_server.packing import packs
 from tests.tiny_models import FAMILIES, save_reward_model, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 FP32 = NetworkConfig(dtype="float32")
 IDS = torch.tensor([[5, 60, 7, 200, 9, 11], [300, 4, 77, 8, 0, 0]])
 ROWS, POSITIONS, TARGETS = torch.tensor([0, 0, 1]), torch.tensor([1, 4, 2]), torch.tensor([7, 11, 8])
+PACKED, LENGTHS, PLACES = torch.cat([IDS[0], IDS[1, :4]]), [6, 4], torch.tensor([1, 4, 6 + 2])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def folder_keys(path: Path) -> set[str]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_the_models_own_logits(models, name, temperature):
     network = load_network("policy", models / name, FP32)
-    logprobs, entropies = network(IDS, ROWS, POSITIONS, TARGETS, temperature)
+    logprobs, entropies = network(PACKED, LENGTHS, PLACES, TARGETS, temperature)
     expected = (logits(models / name)[ROWS, POSITIONS] / temperature).log_softmax(-1)
     torch.testing.assert_close(logprobs, expected.gather(1, TARGETS[:, None])[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-5)
@@ -81,7 +83,7 @@ def test_log_probs_are_those_of_the_models_own_logits(models, name, temperature)
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_read_whatever_is_to_the_right_and_written_as_it_was(tmp_path, family, tied):
+def test_every_family_is_read_whatever_its_neighbours_and_written_as_it_was(tmp_path, family, tied):
     """The last places are further than a sliding window from the first tokens."""
     model = tiny_causal_lm(tmp_path / "base", tied=tied, family=family, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
@@ -89,11 +91,13 @@ def test_every_family_is_read_whatever_is_to_the_right_and_written_as_it_was(tmp
     with torch.no_grad():
         expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     network = load_network("policy", tmp_path / "base", FP32)
-    ends, row = torch.arange(40), torch.zeros(40, dtype=torch.long)
-    for padding in (0, 1, 23):
-        padded = torch.cat([ids, torch.randint(0, 320, (1, padding), generator=generator)], 1)
+    assert packs(network.model)
+    for before, after in ([], []), ([1], [41]), ([41, 23], []), ([], [7, 7, 90]):
+        parts = [torch.randint(0, 320, (length,), generator=generator) for length in (*before, *after)]
+        parts.insert(len(before), ids[0])
+        places = torch.arange(40) + sum(before)
         with torch.no_grad():
-            found, _ = network(padded, row, ends, ids[0, 1:])
+            found, _ = network(torch.cat(parts), [len(part) for part in parts], places, ids[0, 1:])
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
     save_network(network.model, ChatEncoding(tiny_tokenizer()), tmp_path / "saved", merged_weights(network.model))
     assert folder_keys(tmp_path / "saved") == folder_keys(tmp_path / "base")
@@ -105,7 +109,7 @@ def test_every_family_is_read_whatever_is_to_the_right_and_written_as_it_was(tmp
 def test_a_soft_cap_of_the_logits_is_read_from_the_config(tmp_path):
     tiny_causal_lm(tmp_path, family="gemma2", final_logit_softcapping=0.5)
     network = load_network("policy", tmp_path, FP32)
-    logprobs, _ = network(IDS, ROWS, POSITIONS, TARGETS)
+    logprobs, _ = network(PACKED, LENGTHS, PLACES, TARGETS)
     expected = logits(tmp_path)[ROWS, POSITIONS].log_softmax(-1).gather(1, TARGETS[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
 
@@ -121,7 +125,7 @@ def test_a_head_that_scales_its_logits_is_refused(tmp_path, family, more, dtype)
 def test_the_chunk_of_log_probs_changes_nothing(models):
     found = [
         load_network("policy", models / "llama-tied", NetworkConfig(dtype="float32", logprob_chunk=chunk))(
-            IDS, ROWS, POSITIONS, TARGETS
+            PACKED, LENGTHS, PLACES, TARGETS
         )[0]
         for chunk in (1, 2, 1000)
     ]
@@ -133,8 +137,8 @@ def test_values_are_gain_times_raw_plus_bias(models, tmp_path):
     model = load_reward_model(models / "llama-reward", torch.float32)
     set_normalisation(model, Normalisation(gain=2.5, bias=-0.75))
     save_reward_model(model, ChatEncoding.load(models / "llama-reward"), tmp_path)
-    values = load_network("value", tmp_path, FP32)(IDS, ROWS, POSITIONS)
-    raw = token_values(model, IDS)[ROWS, POSITIONS]
+    values = load_network("value", tmp_path, FP32)(PACKED, LENGTHS, PLACES)
+    raw = raw_values(model, PACKED, LENGTHS, PLACES)
     torch.testing.assert_close(values, 2.5 * raw - 0.75)
     assert values.dtype == torch.float32
     assert values.shape == (3,)
@@ -158,8 +162,8 @@ def test_a_malformed_normalisation_is_not_taken_for_none(models, tmp_path):
 def test_a_new_reward_model_starts_raw(models):
     network = load_network("new_value", models / "llama-tied", FP32)
     assert (network.gain, network.bias) == (1.0, 0.0)
-    raw = token_values(network.model, IDS)[ROWS, POSITIONS]
-    assert torch.equal(network(IDS, ROWS, POSITIONS), raw)
+    raw = raw_values(network.model, PACKED, LENGTHS, PLACES)
+    assert torch.equal(network(PACKED, LENGTHS, PLACES), raw)
 
 
 # --- what is trained
@@ -215,7 +219,7 @@ def test_gradient_checkpointing_recomputes_the_same_gradients(models, name, conf
         network = load_network("policy", models / name, settings)
         jitter(network)
         calls = calls_of_the_last_layer(network)
-        network(IDS, ROWS, POSITIONS, TARGETS)[0].sum().backward()
+        network(PACKED, LENGTHS, PLACES, TARGETS)[0].sum().backward()
         assert len(calls) == 1 + checkpointing
         gradients.append({n: p.grad for n, p in network.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
@@ -239,8 +243,8 @@ def test_dropout_is_off_even_where_checkpointing_needs_the_training_mode(tmp_pat
         load_network("policy", tmp_path, NetworkConfig(dtype="float32", gradient_checkpointing=on))
         for on in (False, True)
     )
-    first, _ = plain(IDS, ROWS, POSITIONS, TARGETS)
-    again, _ = checkpointed(IDS, ROWS, POSITIONS, TARGETS)
+    first, _ = plain(PACKED, LENGTHS, PLACES, TARGETS)
+    again, _ = checkpointed(PACKED, LENGTHS, PLACES, TARGETS)
     torch.testing.assert_close(again, first)
 
 
@@ -374,21 +378,19 @@ def test_a_written_reward_model_is_a_plain_classifier(models, tmp_path, family, 
     assert not report["unexpected_keys"]
     with torch.no_grad():
         plain = loaded.eval()(IDS).logits[:, 0]  # reads the last token before the padding
-        raw = network(IDS, torch.tensor([0, 1]), torch.tensor([5, 3]))
+        raw = network(PACKED, LENGTHS, torch.tensor([5, 9]))
     torch.testing.assert_close(plain, raw, rtol=1e-4, atol=1e-5)
     critic = load_network("value", tmp_path, FP32)
     assert normalisation(critic.model) == Normalisation(gain=1.0, bias=0.25)
-    torch.testing.assert_close(
-        critic(IDS, torch.tensor([0, 1]), torch.tensor([5, 3])), raw + 0.25, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(critic(PACKED, LENGTHS, torch.tensor([5, 9])), raw + 0.25, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_networks_answer_in_float32_close_to_the_exact(models):
-    exact = load_network("policy", models / "llama-tied", FP32)(IDS, ROWS, POSITIONS, TARGETS)[0]
+    exact = load_network("policy", models / "llama-tied", FP32)(PACKED, LENGTHS, PLACES, TARGETS)[0]
     half = load_network("policy", models / "llama-tied", NetworkConfig())
     assert next(half.parameters()).dtype == torch.bfloat16
-    found = half(IDS, ROWS, POSITIONS, TARGETS)[0]
+    found = half(PACKED, LENGTHS, PLACES, TARGETS)[0]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, rtol=0, atol=0.1)
-    value = load_network("value", models / "llama-reward", NetworkConfig())(IDS, ROWS, POSITIONS)
+    value = load_network("value", models / "llama-reward", NetworkConfig())(PACKED, LENGTHS, PLACES)
     assert value.dtype == torch.float32

@@ -11,7 +11,7 @@ from learner.data.batch import collate, minibatches
 from learner.maths.losses import kwise_loss
 from learner.worker.ppo_steps import PPOStep, Targets
 from learner.worker.supervised import backward_language_model
-from reward_server.model import token_values
+from reward_server.model import raw_values
 from tests.tiny_batches import example, trajectory
 from tests.tiny_models import FAMILIES, tiny_causal_lm
 
@@ -85,7 +85,8 @@ def test_a_ranking_step_has_the_gradient_of_the_kwise_loss(worker, folders):
     groups = [[example(6 + k, 1, 10 * g + k).ids for k in range(4)] for g in range(3)]
     ranks = [[0, 1, 2, 3], [1, 0, 0, 2], [0, 0, 0, 0]]
     model = AutoModelForSequenceClassification.from_pretrained(folders / "reward", num_labels=1)
-    raw = torch.stack([token_values(model, torch.tensor([ids]))[0, -1] for group in groups for ids in group])
+    alone = [(torch.tensor(ids), [len(ids)], torch.tensor([len(ids) - 1])) for group in groups for ids in group]
+    raw = torch.cat([raw_values(model, *sequence) for sequence in alone])
     order = torch.tensor([r for row in ranks for r in row])
     loss, prompts, _ = kwise_loss(raw, torch.arange(3).repeat_interleave(4), order, "pairs")
     assert prompts == 2  # the third prompt is all ties
@@ -236,9 +237,7 @@ def test_a_reward_model_of_every_family_learns_to_rank_and_is_read_as_a_critic(w
     worker.load("critic", "value", tmp_path / "saved", network, ADAM)
     torch.testing.assert_close(worker.last_values("critic", sequences, 100), values, rtol=0, atol=1e-4)
     # At every token, whatever follows: the values of all prefixes are those of the prefixes alone.
-    whole = worker.networks.call(
-        "critic", torch.tensor([sequences[1]]), torch.zeros(5, dtype=torch.long), torch.arange(5)
-    )
+    whole = worker.networks.call("critic", [torch.tensor(sequences[1])], torch.arange(5))
     prefixes = [sequences[1][: end + 1] for end in range(5)]
     torch.testing.assert_close(whole.detach(), worker.last_values("critic", prefixes, 100), rtol=0, atol=1e-4)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", attn_implementation="eager")
