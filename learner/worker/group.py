@@ -8,6 +8,7 @@ from types import CoroutineType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from actors.chat import ChatExample
+from actors.transfer import TransferError
 from learner.maths.losses import add_sums
 from learner.worker.supervised import targets_of
 from learner.worker.worker import LearnerWorker
@@ -117,7 +118,7 @@ class LearnerGroup:
             return [call.result() for call in calls]
         told = [f"{type(error).__name__}: {error}" if error else "done" for error in errors]
         error = next(error for error in errors if error)
-        if len(set(told)) == 1:
+        if len(set(told)) == 1 or isinstance(error, TransferError):  # rank 0 alone sends, and may try again
             raise error
         ends = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told))
         raise RanksDiffer(f"{method} ended otherwise on some ranks of the learner: {ends}") from error
