@@ -8,7 +8,7 @@ held-out samples in evaluations/ where these have them.
 from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from rich.console import Group, RenderableType
@@ -69,8 +69,7 @@ def write_report(run_dir: Path) -> Path:
         time_spent=list(time_spent(run)),
         exchanges=exchanges(run),
         longest=_LONGEST,
-        facts=[(visible(name), visible(_plain(value))) for name, value in _facts(run)],
-        folders=list(_folders(run)),
+        environment=dumps(run.environment, indent=2, ensure_ascii=False) if run.environment else "",
     )
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -188,25 +187,3 @@ def _ci(value: object, sign: str = "") -> str:
 
 def _seconds(run: Run) -> float:
     return number(run.summary.get("seconds")) or sum(seconds for *_, seconds in run.phases)
-
-
-def _facts(run: Run) -> Iterator[tuple[str, Any]]:
-    """(name, value) of what environment.json tells, tables in it one level deep."""
-    for name, value in run.environment.items():
-        yield from value.items() if isinstance(value, dict) else [(name, value)]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value)) or "none"
-    return value if isinstance(value, str) else dumps(value, ensure_ascii=False)
-
-
-def _folders(run: Run) -> Iterator[tuple[str, str]]:
-    """(name, what it is) of each model in the run directory."""
-    known = {"base": "where SFT started", "sft": "after SFT", "baseline": "the SFT baseline"}
-    known |= {"reward": "the reward model"}
-    for arm, name, _ in arms(run):
-        folder = arm.replace("ppo", "policy")
-        known |= {folder: f"after {name}", f"{folder}_ema": f"after {name}, weights averaged over its steps"}
-    yield from ((name, what) for name, what in known.items() if (run.path / name / "config.json").is_file())

