@@ -276,6 +276,10 @@ class Fleet:
         try:
             if not await keep(seat, lambda: self._live(seat), self.config, self._waits):
                 self._give_up(seat)
+        except asyncio.CancelledError:
+            if not seat.leaving:  # then all of it ends, and nobody is to come after
+                self.wanted = 0
+            raise
         finally:
             del self._seats[seat.name]
             self._restarts += seat.restarts

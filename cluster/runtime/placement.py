@@ -11,8 +11,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config.schema import Config
+from cluster.runtime.exit_codes import FAILED
 from cluster.runtime.fitting import Node, place_processes, plan_cluster
 from cluster.runtime.resources import Plan, Process, ResourceError, check
+from cluster.runtime.signals import Stopped
 
 
 class Placement:
@@ -25,8 +27,9 @@ class Placement:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.release()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not (isinstance(error, Stopped) and error.code == FAILED):  # Ray is lost, and would not answer
+            self.release()
 
     def bundle(self, name: str) -> PlacementGroupSchedulingStrategy | None:
         """Where the process called `name` goes, for `remote`; None for one that has no bundle.

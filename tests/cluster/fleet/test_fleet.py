@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -163,6 +164,18 @@ def test_when_all_die_the_buffered_batch_is_trained_and_newcomers_go_on(tmp_path
     assert run.metrics[2]["fleet/size"] == 0, "version 2 had nobody to go to"
     assert run.metrics[-1] == {**run.metrics[-1], "fleet/size": 2.0, "fleet/wanted": 2.0, "fleet/restarts": 2.0}
     assert {worker.version for worker in run.workers[2:]} == {5}
+
+
+def test_an_end_from_outside_starts_no_replacement(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+
+    async def update(version: int) -> None:
+        if version == 1:  # as a signal does
+            asyncio.get_running_loop().call_soon(sys.exit, 130)
+
+    with pytest.raises(SystemExit):
+        asyncio.run(run.train(5, update))
+    assert len(run.workers) == 2
 
 
 def test_when_nobody_comes_back_the_run_ends_with_the_causes(tmp_path: Path) -> None:

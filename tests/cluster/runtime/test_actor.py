@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+from ray._private.internal_api import node_stats
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from cluster.runtime.actor import Handle, RemoteError, remote
@@ -119,6 +120,9 @@ class Worker:
         import torch
 
         return torch.get_num_threads()
+
+    def size(self, array: np.ndarray) -> int:
+        return array.nbytes
 
     def print_lines(self) -> None:
         print("from print")  # noqa: T201
@@ -305,6 +309,33 @@ def test_a_failing_constructor_answers_every_call(session: Path) -> None:
             await handle.add(1)
         with pytest.raises(Refusal, match="refused -1"):
             await handle.wait(0)
+
+    asyncio.run(scenario())
+    handle.kill()
+
+
+def test_large_calls_pass_through_a_store_that_is_nearly_full_and_leave_nothing_in_it(session: Path) -> None:
+    handle = remote(Worker, process=Process(name="reader"))
+
+    def stored() -> int:
+        (node,) = ray.nodes()
+        found = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+        return found.store_stats.object_store_bytes_used
+
+    async def until(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.2)
+
+    async def scenario() -> None:
+        await handle.ready(deadline_s=60)
+        ballast = ray.put(np.zeros(26 * 2**20))  # 208 of 256 MiB
+        await until(lambda: stored() > 200 * 2**20)
+        for _ in range(8):
+            assert await handle.size(np.zeros(2**23)) == 2**26
+            assert stored() <= 256 * 2**20
+        del ballast
+        await until(lambda: stored() < 2**20)
 
     asyncio.run(scenario())
     handle.kill()
