@@ -1,8 +1,12 @@
 """A disk that is full until it is not, for whatever a run writes itself."""
 
+import contextlib
 import errno
 import os
+import subprocess
+from collections.abc import Iterator
 from io import FileIO
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +39,22 @@ class FullDisk:
         if self.full:
             self.refused += 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str = "64k") -> Iterator[None]:
+    """A real disk at a folder, where one can be mounted."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(file: Path) -> None:
+    """Take all room that is left."""
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as rest:
+        while rest.write(b"0" * 4096):
+            pass

@@ -20,6 +20,7 @@ from cluster.plan.check import check_config
 from cluster.plan.forecast import Forecast, forecast
 from cluster.plan.machines import site_of
 from cluster.plan.memory import Bytes, kinds, total
+from cluster.rundir.lock import at_work
 from cluster.rundir.record import Start
 from cluster.runtime.resources import GIB
 from cluster.tracking.console import duration
@@ -96,8 +97,9 @@ def _reads(stage: Stage, whole: bool) -> dict[str, str]:
 def _problems(stage: Stage) -> list[str]:
     """What would stop a stage, in words: its settings, files and models, or what the run directory holds already."""
     job = stage.job
-    if problems := check_config(job.config, type(stage), job.run_dir).problems:
-        return [*problems]
+    problems = [*filter(None, [at_work(job.run_dir)]), *check_config(job.config, type(stage), job.run_dir).problems]
+    if problems:
+        return problems
     try:
         preflight(stage)
     except (ValueError, OSError) as error:

@@ -76,10 +76,7 @@ def owned(run_dir: Path, command: str, renew_s: float = RENEW_S, lease_s: float 
     while (other := _take(file, me, lease_s)) is not None:
         owner, seen = other
         if owner.gone is False or (renewed is not None and seen > renewed):
-            raise ConfigError(
-                f"{run_dir} is at work: {owner}. Remedy: wait for it (rayward status {run_dir}), stop it, or name "
-                "another --run DIR"
-            )
+            raise ConfigError(_refusal(run_dir, owner))
         if renewed is None:
             log.warning("%s: %s was there; looking for at most %g s whether it lives", run_dir, owner, lease_s)
         renewed = seen
@@ -104,6 +101,20 @@ def owned(run_dir: Path, command: str, renew_s: float = RENEW_S, lease_s: float 
         with contextlib.suppress(OSError), _open(file) as lease:
             if _read(lease) == me:
                 file.unlink()
+
+
+def at_work(run_dir: Path) -> str | None:
+    """Why a command would be refused there, for all that can be seen without waiting; writes nothing."""
+    with contextlib.suppress(OSError), (run_dir / FILE).open(encoding="utf-8") as lease:
+        owner, age = _read(lease), time.time() - os.fstat(lease.fileno()).st_mtime
+        if owner is not None and (owner.gone is False or (owner.gone is None and age < LEASE_S)):
+            return _refusal(run_dir, owner)
+    return None
+
+
+def _refusal(run_dir: Path, owner: Owner) -> str:
+    remedy = f"wait for it (rayward status {run_dir}), stop it, or name another --run DIR"
+    return f"{run_dir} is at work: {owner}. Remedy: {remedy}"
 
 
 def _take(file: Path, me: Owner, lease_s: float) -> tuple[Owner, float] | None:

@@ -65,9 +65,14 @@ def reporting(run_dir: Path, command: str, monitor: Monitor, interval_s: float =
     started = time.time()
 
     def write(**more: str) -> None:
+        text = redact(json.dumps({**snapshot(command, monitor), "started": started, **more}))
         with contextlib.suppress(OSError):  # a full disk must not stop the run that it reports on
-            text = redact(json.dumps({**snapshot(command, monitor), "started": started, **more}))
-            write_whole(run_dir / FILE, text)
+            try:
+                write_whole(run_dir / FILE, text)
+            except OSError:  # no room for another one: in the room of the last
+                with (run_dir / FILE).open("r+") as file:
+                    file.write(text)
+                    file.truncate()
 
     write()
     ended = "failed"

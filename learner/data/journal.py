@@ -80,7 +80,7 @@ class Disk:
                 return
             self.paused, self._began = Pause(since=time.time(), reason=str(error)), time.monotonic()
             threading.Thread(target=self._retry, name="disk", daemon=True).start()
-        log.warning("paused: %s. It is tried again for %.3g s, and nothing new is begun meanwhile", error, self.pause_s)
+        log.warning("paused: %s. It is tried again for %g s, and nothing new is begun meanwhile", error, self.pause_s)
 
     def has_room(self, holder: object) -> None:
         """Somebody has nothing left to write."""

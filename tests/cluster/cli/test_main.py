@@ -110,6 +110,9 @@ def test_a_remembered_path_is_the_same_file_from_everywhere(
     saved.write_text(saved.read_text().replace(f"{tmp_path}/one/", ""))
     assert rayward("sft", "--run", tmp_path / "run", "--resume") == 0
     assert jobs[2].config.data.demonstrations == tmp_path / "other" / "d.jsonl"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert rayward("sft", "--run=~/run") == 0
+    assert jobs[3].run_dir == tmp_path / "home" / "run"
 
 
 @pytest.mark.parametrize("option", ["--run", "--data.demonstrations", "--config"])

@@ -9,6 +9,7 @@ import pytest
 from cluster.cli import main as cli
 from cluster.plan import machines
 from cluster.plan.machines import GIB, Machine, cores
+from cluster.rundir.lock import owned
 from reward_server.preferences.labeling import Comparison, write_comparisons
 from reward_server.schema import Message
 from tests.tiny_models import tiny_causal_lm
@@ -91,6 +92,10 @@ def test_a_dry_run_names_every_file_that_is_read(
     Path("mine.jsonl").write_text(comparison + "\n")
     assert rayward("rank", "--dry-run", "--run", "run", "--json", "--data.completions", "mine.jsonl") == 0
     assert json.loads(capsys.readouterr().out)["reads"] == {"data.completions": str(tmp_path / "mine.jsonl")}
+    with owned(Path("run"), "sft"):
+        assert rayward("rank", "--dry-run", "--run", "run") == 1
+        assert "cannot work: run is at work: `rayward sft`, PID " in capsys.readouterr().out
+    assert not Path("run/owner.json").exists()
 
 
 def test_the_own_model_of_a_run_is_what_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

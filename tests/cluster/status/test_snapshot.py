@@ -14,6 +14,7 @@ from cluster.runtime.signals import Stopped
 from cluster.status.screen import render, screen
 from cluster.status.snapshot import FILE, read, reporting, snapshot
 from reward_server.client import Pause, RewardClient
+from tests.full_disk import fill, small_disk
 
 
 async def well():
@@ -214,3 +215,17 @@ def test_every_process_is_asked_again_and_again_and_one_that_falls_silent_is_tol
     assert (talking["silent_s"], talking["vitals"]["pid"]) == (0.0, os.getpid())
     assert talking["cores"] is not None
     assert [one["name"] for one in processes(monitor)] == ["generator-9", "generator-10"]
+
+
+def test_a_full_disk_does_not_hide_that_the_run_is_paused(tmp_path):
+    with small_disk(tmp_path):
+        monitor = Monitor()
+        with reporting(tmp_path, "ppo", monitor, interval_s=0.02):
+            fill(tmp_path / "rest")
+            monitor.disk.lacks_room(monitor, OSError("the disk is full"))
+            end = time.monotonic() + 10
+            while not (paused := read(tmp_path)["paused"]):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        assert paused["reason"] == "the disk is full"
+        assert read(tmp_path)["state"] == "done"

@@ -1,11 +1,8 @@
 """Lines for which there is no room wait, and none is lost, torn or written twice."""
 
 import asyncio
-import contextlib
 import errno
 import json
-import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 
 from learner.data.journal import Disk, Journal, append_line
 from reward_server.preferences.records import NotWritten
-from tests.full_disk import FullDisk
+from tests.full_disk import FullDisk, fill, small_disk
 
 
 def numbers(path: Path) -> list[int]:
@@ -116,23 +113,16 @@ def test_another_error_is_raised_with_the_path(tmp_path: Path):
 
 
 def test_a_real_disk_that_is_full_and_is_made_room_on(tmp_path: Path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no disk can be mounted here")
-    try:
+    with small_disk(tmp_path):
         run, path, rest = Disk(retry_s=0.02), tmp_path / "a.jsonl", tmp_path / "rest"
         lines = Journal(path, run)
         lines.append({"n": 0})
-        with contextlib.suppress(OSError), rest.open("wb", buffering=0) as file:
-            while file.write(b"0" * 4096):
-                pass
+        fill(rest)
         for n in range(1, 1000):
             lines.append({"n": n})
         assert run.paused
         assert 0 < len(numbers(path)) < 1000
-        os.remove(rest)
+        rest.unlink()
         until(lambda: run.paused is None)
         lines.close()
         assert numbers(path) == list(range(1000))
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
