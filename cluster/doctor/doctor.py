@@ -49,7 +49,9 @@ def diagnose(config: Config, run_dir: Path) -> Iterator[Finding]:
     yield services.models(config.models.base)
     yield from services.secrets()
     yield from services.ports(config)
-    if config.cluster.address != "local":
+    if config.cluster.address == "local":
+        yield from machine.session()
+    else:
         from cluster.doctor.cluster import cluster  # Ray takes a second to import
 
         yield from cluster(config.cluster.address, folder)

@@ -13,7 +13,7 @@ import psutil
 
 from cluster.doctor.finding import Finding, judge
 from cluster.rundir.environment import gpu_lines
-from cluster.runtime.resources import GIB, machine_gpus, machine_memory
+from cluster.runtime.resources import GIB, machine_gpus, machine_memory, ray_obstacles, session_parent
 
 PACKAGES = ("torch", "vllm", "deepspeed", "ray", "transformers", "wandb")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -69,16 +69,23 @@ def gpus() -> Finding:
 
 
 def disks(run_dir: Path) -> Iterator[Finding]:
-    """Room on the disk of the run directory (or of what exists above it), Ray's session, and shared memory."""
+    """Room on the disk of the run directory (or of what exists above it), and of Ray's session."""
     for name, path, fewest, enough, why in (
         ("the run directory", run_dir, 1.0, 10.0, "models and checkpoints are written there"),
         ("/tmp", Path(tempfile.gettempdir()), 1.0, 5.0, "Ray stops taking work when this disk is 95 % full"),
-        ("/dev/shm", Path("/dev/shm"), 0.25, 1.0, "Ray and PyTorch share memory there (docker run --shm-size=8g)"),
     ):
         if path.exists():
             free = shutil.disk_usage(path).free / GIB
             says, remedy = f"{free:.1f} GiB free in {path}", f"{why}: make room, at least {enough:g} GiB"
             yield judge(f"disk of {name}", says, remedy, fail=free < fewest, warn=free < enough)
+
+
+def session() -> list[Finding]:
+    """What keeps a local Ray from starting."""
+    found = [Finding("Ray's session", what, remedy, "fail") for what, remedy in ray_obstacles()]
+    return found or [
+        Finding("Ray's session", f"can have its folder in {session_parent()}, its token and shared memory")
+    ]
 
 
 def memory() -> Finding:

@@ -17,7 +17,7 @@ from cluster.pipeline.stage import Stage
 from cluster.plan.counts import indivisible_batch
 from cluster.plan.memory import Bytes, generator_memory, network_memory, total, width
 from cluster.rundir.inputs import KINDS, Model, check_base, check_data, data_file, model_folder
-from cluster.runtime.resources import GIB, machine_gpus, machine_memory, plan_run
+from cluster.runtime.resources import GIB, machine_gpus, machine_memory, plan_run, ray_obstacles
 from reward_server.bearer import bearer_token, token_of
 from reward_server.functions import load_function
 
@@ -155,6 +155,7 @@ def _too_large(config: Config, stage: type[Stage], run_dir: Path, models: Mappin
     local = config.cluster.address == "local"
     if local:
         yield from _told(plan_run, config)
+        yield from (f"{what}. Remedy: {remedy}" for what, remedy in ray_obstacles())
     start = models.get("base", models.get("sft"))
     if start is None:
         return

@@ -7,7 +7,9 @@ turns, though, so what has to fit is each set of processes that compute at the s
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,6 +17,8 @@ from cluster.config.schema import Config
 from reward_server.config import ServeConfig
 
 GIB = 2**30
+OBJECT_STORE = 256 * 2**20
+"""Bytes of a local Ray's object store: batches of tokens pass through it, weights do not."""
 _GPU_PROCESS_THREADS = 8  # beyond this a process that computes on a GPU has no use for more
 
 Kind = Literal["generator", "learner", "reward"]
@@ -111,6 +115,31 @@ def machine_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return total if text == "max" else min(total, int(text))
+
+
+def session_parent() -> Path:
+    """Where a local Ray's folder goes: the paths of its sockets must not be longer than 107 bytes."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return Path(folder if len(os.fsencode(folder)) <= 20 else "/tmp")
+
+
+def ray_obstacles() -> Iterator[tuple[str, str]]:
+    """(what, remedy) of all that would keep a local Ray from starting here, in other words or without any."""
+    parent, home, shared = session_parent(), Path(os.path.expanduser("~")), Path("/dev/shm")
+    if not os.access(parent, os.W_OK | os.X_OK) or parent.stat().st_uid not in (0, os.getuid()):
+        yield (
+            f"{parent}, where a local Ray keeps its session, cannot be written, or is another user's",
+            ("export RAY_TMPDIR=DIR, a folder of yours with a name of at most 20 characters"),
+        )
+    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    kept = home / ".ray" if (home / ".ray").exists() else home
+    if not given and not (home / ".ray/auth_token").exists() and not os.access(kept, os.W_OK | os.X_OK):
+        yield f"{kept}, where Ray keeps its token, cannot be written", "export HOME=DIR that you can write"
+    if shared.exists() and (free := shutil.disk_usage(shared).free) < OBJECT_STORE:
+        yield (
+            f"{shared} has {free / 2**20:.0f} MiB free, and a local Ray shares {OBJECT_STORE / 2**20:.0f} there",
+            ("make room there; in a container docker run --shm-size=8g"),
+        )
 
 
 def plan_run(config: Config) -> Plan:

@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +13,16 @@ from typing import Any
 
 import psutil
 import ray
+import ray._private.ray_constants
 import ray._private.utils
 import ray._private.worker
 
 from cluster.runtime.health import repeating
 from cluster.runtime.orphans import SESSION_MARK, SPAWNING, kill_marked, marked, own_folder, temporary, watch
+from cluster.runtime.resources import OBJECT_STORE, session_parent
 from cluster.runtime.signals import Stopped, attach, end, unbroken
 from reward_server.redaction import LOG_FORMAT, Formatter
 
-_OBJECT_STORE = 256 * 2**20  # bytes, of a local Ray: batches of tokens pass through it, weights do not
 _SHUTDOWN_S = 10.0
 _WATCH_S = 0.5
 _GCS_AWAY_S = 45.0  # a cluster may start its GCS again; after a minute Ray ends its drivers without a word
@@ -52,7 +52,7 @@ def start_ray(address: str | None = None, *, cpus: int, log_dir: Path, deadline_
     with _messages_to(log_dir / "ray.log"), contextlib.ExitStack() as stack:
         mark, folder, watcher, lost = f"{SESSION_MARK}={secrets.token_hex(8)}", None, None, ""
         if address == "local":
-            folder = stack.enter_context(own_folder(_temporary()))
+            folder = stack.enter_context(own_folder(session_parent()))
             watcher = watch(mark, folder)
         try:
             if folder:
@@ -119,12 +119,6 @@ class _Daemons:
         return ""
 
 
-def _temporary() -> Path:
-    """Where a session's folder goes: the paths of Ray's sockets in it must not be longer than 107 bytes."""
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    return Path(folder if len(folder) <= 20 else "/tmp")
-
-
 def _start(cpus: int, mark: str, folder: Path) -> None:
     before = os.environ.copy()
     # Ray's processes inherit the mark; what other threads start meanwhile, or this process later, must not.
@@ -132,12 +126,15 @@ def _start(cpus: int, mark: str, folder: Path) -> None:
     token = Path.home() / _TOKEN
     makes_token = not token.exists()
     os.environ.update(temporary(folder) | dict([mark.split("=")]))
+    constants: Any = ray._private.ray_constants
+    constants.ENABLE_RAY_CLUSTER = False  # else Ray takes an address that others reach for 127.0.0.1, and listens there
     try:
         ray.init(
             address="local",
             num_cpus=cpus,
-            object_store_memory=_OBJECT_STORE,
+            object_store_memory=OBJECT_STORE,
             include_dashboard=False,
+            _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
             log_to_driver=False,
             logging_format=LOG_FORMAT,
@@ -149,6 +146,7 @@ def _start(cpus: int, mark: str, folder: Path) -> None:
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"Ray did not start on this machine: {error}") from error
     finally:
+        constants.ENABLE_RAY_CLUSTER = True
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)

@@ -78,13 +78,15 @@ def test_each_condition_is_found_and_has_a_remedy(
     assert found.remedy
 
 
-@pytest.mark.parametrize(("free", "states"), [(2**26, ["fail"] * 3), (2 * GIB, ["warn", "warn", "ok"])])
+@pytest.mark.parametrize(("free", "states"), [(2**26, ["fail"] * 2), (2 * GIB, ["warn", "warn"])])
 def test_room_is_judged_by_what_a_disk_is_for(monkeypatch: pytest.MonkeyPatch, free: int, states: list[str]):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     found = list(disks())
-    assert [one.what for one in found] == ["disk of the run directory", "disk of /tmp", "disk of /dev/shm"]
+    assert [one.what for one in found] == ["disk of the run directory", "disk of /tmp"]
     assert [one.state for one in found] == states
-    assert f"{free / GIB:.1f} GiB free in /dev/shm" in found[2].says
+    (session,) = machine.session()
+    assert (session.state == "fail") == (free < GIB / 4)
+    assert ("/dev/shm has 64 MiB free" in session.says) == (free < GIB / 4)
 
 
 def test_packages_are_compared_with_the_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -195,8 +195,15 @@ def test_more_memory_than_the_machine_has(run: Path, monkeypatch: pytest.MonkeyP
     assert not found(run, models__sft=large, ppo__network__lora_rank=8).problems
 
 
+def test_what_keeps_ray_from_starting_is_told_of_a_local_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "ray_obstacles", lambda: [("/home is full", "make room")])
+    assert problem(run) == "/home is full. Remedy: make room"
+    assert not found(run, cluster__address="auto").problems
+
+
 def test_a_disk_too_small_for_the_models(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = str(model_folder(tmp_path / "large", parameters=2**20))
+    monkeypatch.setattr(checks, "ray_obstacles", list)
     for free, wrong in ((2 * 2 * 2**20, False), (2 * 2 * 2**20 - 1, True)):
         monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         assert bool(found(run, models__sft=large).problems) == wrong

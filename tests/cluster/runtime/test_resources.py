@@ -1,6 +1,10 @@
 """Plans by hand, and what their check says. Placement on a cluster is in test_remote, which has one."""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +18,8 @@ from cluster.runtime.resources import (
     machine_gpus,
     plan_machine,
     plan_replicas,
+    ray_obstacles,
+    session_parent,
 )
 from reward_server.config import ServeConfig
 
@@ -136,3 +142,40 @@ def test_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, count in {"": 0, "-1": 0, "0": 1, "1,3": 2, "GPU-4f, GPU-5a": 2}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         assert machine_gpus() == count
+
+
+def test_what_would_keep_ray_from_starting_is_told_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(ray_obstacles()) == []
+    monkeypatch.setenv("HOME", "/nonexistent")
+    ((what, remedy),) = ray_obstacles()
+    assert (what, remedy) == (
+        "/nonexistent, where Ray keeps its token, cannot be written",
+        "export HOME=DIR that you can write",
+    )
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert list(ray_obstacles()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26))
+    ((what, remedy),) = ray_obstacles()
+    assert (what, "--shm-size=8g" in remedy) == ("/dev/shm has 64 MiB free, and a local Ray shares 256 there", True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_long_folder_of_temporary_files_is_left_and_one_of_somebody_else_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/" + "x" * 90)
+    assert session_parent() == Path("/tmp")
+    for folder in ("/nonexistent", tempfile.mkdtemp(dir="/tmp")):
+        if os.path.exists(folder):
+            monkeypatch.setattr(os, "getuid", lambda: 12345)
+            os.chown(folder, 54321, -1)
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        ((what, remedy),) = (one for one in ray_obstacles() if one[0].startswith(folder))
+        assert what == f"{folder}, where a local Ray keeps its session, cannot be written, or is another user's"
+        assert remedy.startswith("export RAY_TMPDIR=DIR")
+    os.rmdir(folder)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.runtime.orphans import SESSION_MARK, marked
@@ -107,6 +108,15 @@ def removed(folders: list[str], within_s: float) -> bool:
     return not any(map(os.path.exists, folders))
 
 
+def reachable(mark: str) -> list[str]:
+    """Where processes with the mark listen, the loopback apart."""
+    found = [
+        one.laddr.ip for pid in marked(mark) for one in psutil.Process(pid).net_connections("tcp") if not one.raddr
+    ]
+    assert len(found) > 5, "Ray listens somewhere"
+    return [address for address in found if not address.removeprefix("::ffff:").startswith(("127.", "::1"))]
+
+
 @pytest.fixture(scope="module")
 def programs(
     tmp_path_factory: pytest.TempPathFactory,
@@ -126,12 +136,14 @@ def test_each_signal_ends_program_ray_actors_and_their_children(
     reports = {number: report(program) for number, program in programs.items()}
     assert len({found["address"] for found in reports.values()}) == 2
     assert all(found["cpus"] == 2 for found in reports.values())
+    assert [reachable(family(program)) for program in programs.values()] == [[], []]
 
     # A program that joins a running cluster leaves it running.
     address = reports[signal.SIGINT]["address"]
     home = Path(str(programs[signal.SIGINT].args[-1]))  # pyright: ignore[reportIndexIssue, reportArgumentType]
     assert (home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
-    guest = launch(tmp_path, RAY_ADDRESS=address, RAY_AUTH_MODE="token", HOME=str(home))
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray takes another address for 127.0.0.1
+    guest = launch(tmp_path, RAY_ADDRESS=address, RAY_AUTH_MODE="token", HOME=str(home), **loopback)
     joined = report(guest)
     assert (joined["address"], joined["cpus"]) == (address, 2)
     guest.send_signal(signal.SIGTERM)
