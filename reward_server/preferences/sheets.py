@@ -22,7 +22,9 @@ from reward_server.preferences.records import RecordError, read_rows, write_whol
 
 COLUMNS: tuple[str, ...] = ("comparison", "letter", "prompt", "completion", "rank")
 _DELIMITERS = ",;\t"  # spreadsheets of some countries save semicolons
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+# Where a spreadsheet may begin a cell, as it may split at other marks than ours, and take it for a formula.
+_FORMULA = re.compile(r"^(?=[\t\r\n])|(?:^|(?<=[,;|\t\r\n]))(?=\"*[=+\-@'\uff1d\uff0b\uff0d\uff20])")
+_GUARD = re.compile(r"(?:^|(?<=[,;|\t\r\n]))'")
 _RANK = re.compile(r"[0-9]{1,4}")
 _SHOWN = 20  # problems of a file that are listed
 
@@ -130,7 +132,8 @@ def _letters(comparison: Comparison, seed: int) -> dict[str, int]:
 def _guarded(text: str) -> str:
     """A cell that no spreadsheet takes for a formula, nor for a number or date: an apostrophe before what could be."""
     number = text and not any(character.isalpha() for character in text)
-    return f"'{text}" if number or text.startswith(_FORMULA) else text
+    guarded = _FORMULA.sub("'", text)
+    return f"'{guarded}" if number and not guarded.startswith("'") else guarded
 
 
 def _write(path: Path, text: str) -> Path:
@@ -162,7 +165,7 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         for number, row in enumerate(rows, start=2):
             cells = {name: row[name] or "" for name in COLUMNS}
-            yield number, cells | {name: cells[name].removeprefix("'") for name in COLUMNS[:-1]}
+            yield number, cells | {name: _GUARD.sub("", cells[name]) for name in COLUMNS[:-1]}
     except csv.Error as error:
         raise RecordError(f"{path}: line {rows.line_num + 1}: {error}; save the sheet as CSV once more") from error
 
@@ -191,8 +194,9 @@ def _check_row(
 
 
 def _words(text: str) -> list[str]:
-    """What must not change; programs change spaces, and leave out control characters and a first apostrophe."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text.lstrip("'")).split()
+    """What must not change; programs change spaces, and leave out control characters and our apostrophes."""
+    text = re.sub(r"(?:^|(?<=[,;|\s]))'+", "", text)
+    return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text).split()
 
 
 def _rank(value: object) -> int | None:

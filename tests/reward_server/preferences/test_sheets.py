@@ -28,6 +28,10 @@ NASTY = st.sampled_from(
         'a "b", c;\n\td',
         "\r",
         "\n=A1",
+        "x;=1+1;",
+        'x;"=1+1;',
+        "a\n-1|@x\t'=|",
+        "1,-2",
         "1e5",
         "👩‍🚀 é",
         " ",
@@ -68,7 +72,12 @@ def save(path: Path, rows: list[dict[str, str]], **options) -> Path:
 
 def ranked(folder: Path, name: str = "anna.csv", **options) -> Path:
     rows = table(write_sheet(folder, TWO, seed=3)[0])
-    return save(folder / name, [row | {"rank": RANKS[row["completion"].removeprefix("'")]} for row in rows], **options)
+    return save(folder / name, [row | {"rank": RANKS[plain(row["completion"])]} for row in rows], **options)
+
+
+def plain(cell: str) -> str:
+    """A cell without the apostrophes that guard it."""
+    return re.sub(r"(^|(?<=[,;|\t\r\n]))'", "", cell)
 
 
 @settings(max_examples=150, deadline=None)
@@ -80,7 +89,7 @@ def test_any_text_survives_both_kinds_of_sheet(tmp_path_factory, groups, prompt,
     sheet = [comparison(f"-{n}", *group, prompt=prompt) for n, group in enumerate(groups)]
     table_path, lines_path = write_sheet(folder, sheet, seed)
     rows, objects = table(table_path), [json.loads(line) for line in lines_path.read_text().split("\n") if line]
-    texts = [row["completion"].removeprefix("'") for row in rows]
+    texts = [plain(row["completion"]) for row in rows]
     assert texts == [one["completion"] for one in objects]
     assert sorted(texts) == sorted(text for group in groups for text in group)
     # rank the rows 1, 2, .. in the order in which they stand; each rank must come back at its own response
@@ -101,6 +110,14 @@ def test_no_cell_is_a_formula_or_a_number(tmp_path_factory, text):
         for cell in row.values():
             assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
             assert not re.fullmatch(r"[\d.,/: ]+", cell)
+
+
+@given(TEXTS | NASTY)
+def test_no_cell_is_a_formula_for_a_program_that_splits_at_another_mark(tmp_path_factory, text):
+    path, _ = write_sheet(tmp_path_factory.mktemp("sheet"), [comparison("x", text, "b", prompt=text)], 0)
+    for mark in ",;|\t":
+        for row in csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), delimiter=mark):
+            assert not any(cell.startswith(("=", "+", "-", "@")) for cell in row), row
 
 
 def test_the_order_of_completions_is_stable_and_tells_nothing(tmp_path):
@@ -124,7 +141,7 @@ def test_ranks_become_dense_and_ties_stay(tmp_path, delimiter):
 def test_what_spreadsheets_do_to_texts_is_no_change(tmp_path):
     rows = table(ranked(tmp_path))
     for row in rows:
-        row["completion"] = row["completion"].removeprefix("'").replace("\n", "\r\n") + " "
+        row["completion"] = plain(row["completion"]).replace("\n", "\r\n") + " "
         row["prompt"] = row["prompt"].replace(" ", "\u00a0")
     found = read_rankings(save(tmp_path / "anna.csv", rows[::-1]), TWO, seed=3)
     assert found.ranks == {"r1-1": (0, 1, 2), "r1-2": (0, 0)}
