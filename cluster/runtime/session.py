@@ -35,10 +35,10 @@ _TOKEN = Path(".ray") / "auth_token"  # in the home directory
 def start_ray(address: str | None = None, *, cpus: int, log_dir: Path, deadline_s: float = 60.0) -> Iterator[None]:
     """Connect to `address` (else RAY_ADDRESS), or start a Ray of `cpus` logical CPUs here (else, or "local").
 
-    Nothing of Ray is printed: its messages go to log_dir/ray.log. Token authentication is as Ray sets it. On
-    the way out, however that comes, a local Ray is gone with everything it started and wrote. When its raylet or its
-    GCS is lost, the command ends and says so. Enter it on a thread that outlives the session: the kernel ends a local
-    Ray with the thread that started it.
+    Nothing of Ray is printed: its messages go to log_dir/ray.log. Token authentication is as Ray sets it. On the way
+    out, however that comes, a local Ray is gone with everything it started and wrote, but for its logs, in log_dir/ray.
+    When its raylet or its GCS is lost, the command ends and says so. Enter it on a thread that outlives the session:
+    the kernel ends a local Ray with the thread that started it.
 
     `deadline_s` is for the cluster to answer; a local start has Ray's own bound, half a minute.
 
@@ -76,7 +76,7 @@ def start_ray(address: str | None = None, *, cpus: int, log_dir: Path, deadline_
                 ray.shutdown()
                 if folder and watcher:
                     _sweep(mark, at_once=bool(lost))
-                    if lost:
+                    with contextlib.suppress(OSError):  # a full disk
                         shutil.copytree(folder / "session_latest" / "logs", log_dir / "ray", dirs_exist_ok=True)
                     watcher.kill()
                     watcher.wait()
