@@ -5,6 +5,7 @@ Never a secret: whoever may list the jobs of a cluster may read what they carry.
 
 import contextlib
 import fnmatch
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,12 @@ SETTINGS = "submitted.toml"
 _ROOT = Path(__file__).resolve().parents[2]
 _LEFT_OUT = ("__pycache__", "*.pyc", ".*")
 _PRIVATE = ("auth_token", "id_rsa", "id_ed25519", "*.pem", "*.key", ".netrc", ".env", ".git-credentials", "credentials")
+_KEYS = {
+    "a private key": rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File",
+    "the key of a service account": rb'"type"\s*:\s*"service_account"|"private_key"\s*:',
+    "a kubeconfig": rb"(?s)\A(?=.*\bkind\W{1,5}Config\b)(?=.*\bclusters\W)(?=.*\busers\W)",
+}
+"""What keys look like, whatever their file is called."""
 
 
 def contents(include: Sequence[Path]) -> dict[str, Path]:
@@ -87,6 +94,8 @@ def _files(folder: Path, name: str, rules: Sequence[Callable[[Path], bool]]) -> 
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in _LEFT_OUT) or any(rule(path) for rule in rules):
             continue
         if path.is_dir():
+            if folder.resolve().is_relative_to(path.resolve()):
+                raise ConfigError(f"{path} is a link to a folder that it is in, so it has no end. Remedy: remove it")
             yield from _files(path, f"{name}/{path.name}", rules)
         elif path.is_file():
             yield f"{name}/{path.name}", path
@@ -98,7 +107,8 @@ def _refuse_secrets(path: Path, files: dict[str, Path]) -> None:
         # a file larger than Ray takes is refused for its size
         data = file.read_bytes() if file.stat().st_size <= GCS_STORAGE_MAX_SIZE else b""
         why = next((f"holds the secret of {where}" for where, value in known.items() if value in data), None)
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _PRIVATE):
+        why = why or next((f"holds {what}" for what, pattern in _KEYS.items() if re.search(pattern, data)), None)
+        if any(fnmatch.fnmatch(one, pattern) for one in (file.name, file.resolve().name) for pattern in _PRIVATE):
             why = "is a file that secrets are kept in"
         if why:
             raise ConfigError(

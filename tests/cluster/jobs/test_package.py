@@ -87,3 +87,44 @@ def test_a_file_with_a_secret_of_this_process_is_refused(tmp_path: Path, monkeyp
     assert CANARY not in str(error.value)
     (tmp_path / "mine" / ".rayignore").write_text("*.ipynb\n")
     assert "mine/notebook.ipynb" not in contents([tmp_path / "mine"])
+
+
+KUBECONFIG = "apiVersion: v1\nkind: Config\nclusters:\n- name: a\nusers:\n- name: me\n  user:\n    token: x\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("# mine\n-----BEGIN OPENSSH PRIVATE KEY-----\nb3Bl\n", "a private key"),
+        ("-----BEGIN PRIVATE KEY-----\n", "a private key"),
+        ('{"project_id": "x",\n "type": "service_account"}', "the key of a service account"),
+        (KUBECONFIG, "a kubeconfig"),
+        ('{"users": [], "clusters": [], "kind": "Config"}', "a kubeconfig"),
+    ],
+)
+def test_keys_are_known_by_what_they_hold_and_through_links(tmp_path: Path, text: str, what: str):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "notes").write_text(text)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "data.txt").symlink_to(tmp_path / "elsewhere" / "notes")
+    (tmp_path / "mine" / "more").symlink_to(tmp_path / "elsewhere")
+    for include in ("elsewhere", "mine", "mine/data.txt", "mine/more"):
+        with pytest.raises(ConfigError, match=f"holds {what}, and everybody who may list"):
+            contents([tmp_path / include])
+
+
+def test_a_link_says_what_it_is_by_the_name_of_its_target_and_must_have_an_end(tmp_path: Path):
+    (tmp_path / ".env").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "settings").symlink_to(tmp_path / ".env")
+    with pytest.raises(ConfigError, match="mine/settings is a file that secrets are kept in"):
+        contents([tmp_path / "mine"])
+    (tmp_path / "mine" / "settings").unlink()
+    (tmp_path / "mine" / "again").symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="is a link to a folder that it is in"):
+        contents([tmp_path / "mine"])
+
+
+def test_what_only_speaks_of_keys_and_clusters_travels(tmp_path: Path):
+    (tmp_path / "notes.md").write_text("kind: Deployment\nclusters: two\nusers: many\nA PRIVATE KEY is secret.")
+    assert "notes.md" in contents([tmp_path / "notes.md"])
