@@ -180,7 +180,7 @@ def learner_memory(config: Config, models: Models, stage: type[Stage]) -> dict[s
         checkpointing, layers = (False, 1) if one.frozen else (one.config.gradient_checkpointing, one.layers)
         activations = max(activations, activation_bytes(one.shape, tokens, weight, checkpointing, layers))
     first, most = used[0], max(used, key=lambda one: one.trained)
-    # Two of each moving number: of gradients while two losses are told apart, and of Adam's square root.
+    # Of each moving number Adam's square root, and as much again that was freed and not given back.
     copies = 8 * most.trained / (ranks if most.optimizer.zero_stage >= 2 else 1)
     found |= {"copies in a step": _kept(most.optimizer, copies), "activations": Bytes(device=activations)}
     if not first.scalar:  # logits of a chunk, their probabilities and gradient; the head's gradient

@@ -20,7 +20,7 @@ from learner.weights.checkpoint import NotSaved
 from learner.worker.networks import Network, PolicyNetwork
 from learner.worker.partitions import clear_leftovers, gradients, master_weights
 
-_PART = 2**22  # numbers of a gradient that are squared at once: float64 copies of all would be its size four times
+_SAMPLE = 2**22  # numbers of a gradient that its norm is taken of; copies of all would be the size of the weights
 _WHOLE_BELOW = 10_000  # numbers; ZeRO 3 leaves smaller parameters, such as norms, whole on every rank
 
 
@@ -208,22 +208,27 @@ class Engine:
         self._engine.backward(loss * self._engine.dp_world_size)  # DeepSpeed averages over ranks; we sum
 
     def gradients(self) -> list[Tensor]:
-        """Copies of this rank's share of the gradients in float32, as they stand before `step` (for `norm`)."""
-        return [buffer.detach().float().clone() for buffer in self._gradients]
+        """Copies of this rank's share of the gradients in float32, as they stand before `step` (for `norm`).
+
+        Of a large one every k-th number: at 7 billion weights copies of all would be 28 GB.
+        """
+        return [buffer.detach().flatten()[:: _stride(buffer.numel())].float().clone() for buffer in self._gradients]
 
     def norm(self, gradients: list[Tensor]) -> float:
-        """Global norm of the gradients that the ranks' shares make up. A collective: every rank calls it."""
+        """Global norm of the gradients that the ranks' shares make up, an estimate where they are samples of them.
+
+        A collective: every rank calls it.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part, buffer in zip(gradients, self._gradients, strict=True):
+            if not self._reduced:
+                part = part.clone()  # the caller still needs this rank's own
+                dist.all_reduce(part)
+            total += part.double().square().sum().to(self.device) * (buffer.numel() / max(1, len(part)))
         if self._reduced:
-            zero = torch.zeros((), dtype=torch.float64, device=self.device)
-            total = sum((_squares(part).to(self.device) for part in _parts(gradients)), zero)
             dist.all_reduce(total)
             return math.sqrt(float(total))
-        squares = 0.0
-        for part in _parts(gradients):
-            summed = part.clone()  # the caller still needs this rank's own
-            dist.all_reduce(summed)
-            squares += float(_squares(summed))
-        return math.sqrt(squares) / dist.get_world_size()  # `backward` multiplied by the number of ranks
+        return math.sqrt(float(total)) / dist.get_world_size()  # `backward` multiplied by the number of ranks
 
     def step(self, lr: float) -> float | None:
         """One Adam step with learning rate `lr`, then the moving average's; returns the gradient norm before clipping.
@@ -231,7 +236,8 @@ class Engine:
         None if a loss or a gradient of any rank was not finite: every rank then leaves the step out, and weights,
         optimizer and average stay bitwise as they were.
         """
-        good = self._finite_losses and all(bool(b.isfinite().all()) for b in self._gradients)
+        # A sum is finite where every number is, and takes no copy of a gradient as `isfinite` does.
+        good = self._finite_losses and all(bool(b.sum().isfinite()) for b in self._gradients)
         finite = torch.tensor(float(good), device=self.device)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         self._finite_losses = True
@@ -326,9 +332,9 @@ class Engine:
             average.copy_(kept)
 
 
-def _parts(gradients: list[Tensor]) -> Iterator[Tensor]:
-    return (part for gradient in gradients for part in gradient.flatten().split(_PART))
-
-
-def _squares(part: Tensor) -> Tensor:
-    return part.double().square().sum()
+def _stride(numbers: int) -> int:
+    """Every which of so many numbers is sampled; no usual factor of a layer, so that no column is left out."""
+    stride = -(-numbers // _SAMPLE) or 1
+    while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
+        stride += 1
+    return stride

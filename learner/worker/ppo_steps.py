@@ -136,11 +136,10 @@ def policy_step(
         loss, stats = policy_loss_sum(new, old, advantages, part.mask.to(policy.device), step.clip, weights)
         policy.backward(loss / tokens)
         sums = add_sums([sums, {"tokens": part.mask.sum(), "loss/policy": loss.item(), **stats}])
-    gradient = policy.gradients()
-    sums["grad_norm/policy"] = policy.norm(gradient) / networks.world_size
     sums["time/policy"] = (time.monotonic() - started) / networks.world_size
     if step.pretraining_coef:
-        started = time.monotonic()
+        started, gradient = time.monotonic(), policy.gradients()
+        sums["grad_norm/policy"] = policy.norm(gradient) / networks.world_size
         targets_in_text = targets_of(text)
         sums["pretraining_tokens"] = targets_in_text / networks.world_size
         count = targets_in_text if step.pretraining_normaliser == "tokens" else len(text)
@@ -150,8 +149,6 @@ def policy_step(
         difference = [both.sub_(first) for both, first in zip(policy.gradients(), gradient, strict=True)]
         sums["grad_norm/pretraining"] = policy.norm(difference) / networks.world_size
         sums["time/pretraining"] = (time.monotonic() - started) / networks.world_size
-        del difference
-    del gradient  # Adam needs as much room for copies of its own
     return networks.step("policy", step.policy_lr, sums, "/policy")
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from learner.config import OptimizerConfig
 from learner.maths.schedules import tf1_eps
-from learner.worker.engine import Engine, whole
+from learner.worker.engine import Engine, _stride, whole
 
 pytestmark = pytest.mark.usefixtures("rank")
 
@@ -195,3 +195,14 @@ def test_parameters_that_a_loss_does_not_reach_have_gradients_of_zero(dtype, sta
 def test_bfloat16_without_zero_is_refused():
     with pytest.raises(ValueError, match="use zero_stage = 1"):
         engine(Plane(torch.bfloat16), zero_stage=0)
+
+
+def test_the_norm_of_a_large_gradient_is_estimated_from_a_sample(monkeypatch):
+    monkeypatch.setattr("learner.worker.engine._SAMPLE", 100)
+    assert [_stride(numbers) for numbers in (0, 1, 100, 101, 1000, 1300)] == [1, 1, 1, 11, 11, 13]
+    x = torch.linspace(-1, 1, 5000).tolist()
+    trained = engine(Plane(weight=tuple(x)), zero_stage=1)
+    push(trained, *x)
+    samples = trained.gradients()
+    assert sum(map(len, samples)) < 110
+    assert trained.norm(samples) == pytest.approx(torch.tensor([*x, 1.0]).norm().item(), rel=0.05)
