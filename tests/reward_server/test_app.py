@@ -290,10 +290,13 @@ def until(said: Callable[[], object], within_s: float = 10) -> None:
 
 
 def test_silent_connections_are_closed_and_shut_nobody_out(source: CountingSource) -> None:
-    with serving(source, limits=Limits(max_connections=20, header_s=1.5)) as server:
-        connections = [silent(server) for _ in range(80)]
+    with serving(source, limits=Limits(max_connections=20, header_s=60)) as server:
+        connections = [silent(server) for _ in range(500)]
         assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
         until(lambda: sum(map(is_open, connections)) <= 20)
+        assert any(map(is_open, connections))
+    with serving(source, limits=Limits(header_s=0.5)) as server:
+        connections = [silent(server) for _ in range(20)]
         until(lambda: not any(map(is_open, connections)))
 
 
