@@ -1,6 +1,6 @@
 # Two commands: `make quickstart` and `make test`. Each sets up .venv first and reuses it afterwards.
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart tiny test lock clean
+.PHONY: help setup quickstart tiny test chaos lock clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -16,6 +16,9 @@ tiny: setup ## the same with a model of 2 M parameters that is pretrained on the
 
 test: setup ## run every check: format, lint, types, import contracts, tests
 	@.ci/checks
+
+chaos: setup ## kill, stop and starve a run at random for half an hour, and audit it (CHAOS="--minutes 5 --seed 1")
+	@.venv/bin/python -m tests.end_to_end.test_chaos $(CHAOS)
 
 lock: ## make the locks again from pyproject.toml (needs uv)
 	@requirements/lock.sh

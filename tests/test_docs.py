@@ -41,6 +41,17 @@ def command_lines() -> list[str]:
     return re.findall(r"rayward ([a-z]+ .*)", "\n".join(blocks("sh")))
 
 
+def test_every_fault_has_tests_that_exist():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|(.*)$", page, re.MULTILINE)
+    assert sorted(int(number) for number, _ in rows) == list(range(1, 31))
+    for number, row in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert tests, number
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), (number, file, name)
+
+
 @pytest.mark.parametrize("line", command_lines())
 def test_a_command_of_the_readme_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
