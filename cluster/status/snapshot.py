@@ -60,7 +60,7 @@ def _process(health: Health) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def reporting(run_dir: Path, command: str, monitor: Monitor, interval_s: float = INTERVAL_S) -> Iterator[None]:
+def reporting(run_dir: Path, command: str, monitor: Monitor, interval_s: float = INTERVAL_S / 2) -> Iterator[None]:
     """Keep RUN/status.json up to date until the block ends, and say there how it ended."""
     started = time.time()
 

@@ -76,6 +76,7 @@ def test_sampler_and_learner_agree_before_and_after_new_weights(tmp_path: Path, 
     """The engine starts from a folder that the learner wrote. (Llama is in tests/actors.)"""
     tiny_causal_lm(tmp_path / "base", tied=tied, family=family, hidden=128)
     rank = LearnerWorker(rank=0, world_size=1, threads=1)
+    rank.start(*rank.meeting_point(loopback=True), deadline_s=60)
     rank.load("policy", "policy", tmp_path / "base", NetworkConfig(dtype="float32"))
     rank.save("policy", tmp_path / "saved")
     rank.open_sender(PUBLISH)

@@ -29,7 +29,7 @@ from learner.data.ledger import Ledger, audit
 from learner.weights.publish import Probe, Publisher
 from reward_server.address import own_address
 from reward_server.bearer import TOKEN_VARIABLE
-from reward_server.config import PartConfig, SourceConfig
+from reward_server.config import LoadingConfig, PartConfig, SourceConfig
 from reward_server.schema import Message, ScoreRequest
 from tests.clusters import Machines, machines
 from tests.fakes import FakeEncoding, FakeGenerator, FakeScorer, prompts
@@ -44,7 +44,9 @@ pytestmark = pytest.mark.slow
 class Sampler:
     """A generator without an engine."""
 
-    def __init__(self, config: GeneratorConfig, model_path: Path, name: str, direct: bool) -> None:
+    def __init__(
+        self, config: GeneratorConfig, model_path: Path, name: str, direct: bool, loading: LoadingConfig
+    ) -> None:
         self.tokens = 0
         self.inner = FakeGenerator()
 
