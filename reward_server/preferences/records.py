@@ -130,8 +130,8 @@ class NotWritten(OSError):
 
 
 def no_room(error: BaseException) -> bool:
-    """Whether an error says that a disk is full; of a library's, or another process's, only the words do."""
-    return re.search("No space left on device|[Qq]uota exceeded", str(error)) is not None
+    """Whether an error says that a disk is full, or a quota or limit of files; of a library's, only the words do."""
+    return re.search("No space left on device|[Qq]uota exceeded|File too large", str(error)) is not None
 
 
 @contextlib.contextmanager

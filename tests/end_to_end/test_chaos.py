@@ -291,7 +291,7 @@ class Soak:
 @pytest.mark.whole_machine
 @pytest.mark.timeout(400)
 def test_a_run_under_faults_loses_nothing_and_learns(tmp_path: Path) -> None:
-    faults = ("kill a reward replica", "stop the learner", "silence W&B", "kill a generator")
+    faults = ("kill a reward replica", "stop the learner", "silence W&B", "fill the disk", "kill a generator")
     with wandb_server() as server:
         soak = Soak(tmp_path, 0, server, iterations=150)
         try:
