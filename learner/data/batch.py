@@ -151,9 +151,8 @@ def microbatches(
     roomy: list[list[_Micro]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[index]
-        cost = length * (
-            1 + (length / (12 * width) if width else 0.0)
-        )  # multiplications of attention beside all others
+        attention = length / (12 * width) if width else 0.0  # its multiplications beside all others
+        cost = length * (1 + attention)
         least = [min(step, key=lambda micro: micro.cost) for step in roomy]
         fitting = [
             (max(0.0, micro.cost + cost - max(other.cost for other in step)), micro.cost, number)
