@@ -109,11 +109,14 @@ def removed(folders: list[str], within_s: float) -> bool:
 
 
 def reachable(mark: str) -> list[str]:
-    """Where processes with the mark listen, the loopback apart."""
-    found = [
-        one.laddr.ip for pid in marked(mark) for one in psutil.Process(pid).net_connections("tcp") if not one.raddr
-    ]
-    assert len(found) > 5, "Ray listens somewhere"
+    """Where processes with the mark listen, the loopback apart; Ray's agents begin after an actor is up."""
+    found: list[str] = []
+    end = time.monotonic() + 30
+    while len(found) <= 5:
+        assert time.monotonic() < end, f"Ray listens at {found} alone"
+        found = [
+            one.laddr.ip for pid in marked(mark) for one in psutil.Process(pid).net_connections("tcp") if not one.raddr
+        ]
     return [address for address in found if not address.removeprefix("::ffff:").startswith(("127.", "::1"))]
 
 
