@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,25 +51,15 @@ class Disk:
     async def saved(self, save: Callable[[], Awaitable[T]]) -> T:
         """What `save` returns, which is called again while there is no room. Raises as it does."""
         while True:
-            try:
-                done = await save()
-            except Exception as error:
-                self._lacks(save, error)
-            else:
-                self.has_room(save)
-                return done
+            with self._trying(save):
+                return await save()
             await asyncio.sleep(self.retry_s)
 
     def written(self, write: Callable[[], T]) -> T:
         """The same of a call that the whole process waits for: a small file, where nothing else is under way."""
         while True:
-            try:
-                done = write()
-            except Exception as error:
-                self._lacks(write, error)
-            else:
-                self.has_room(write)
-                return done
+            with self._trying(write):
+                return write()
             time.sleep(self.retry_s)
 
     def lacks_room(self, holder: object, error: Exception) -> None:
@@ -93,12 +83,19 @@ class Disk:
             self.paused = None
         log.warning("there is room on the disk again, and the pause is over after %.0f s", seconds)
 
-    def _lacks(self, holder: object, error: Exception) -> None:
-        if not no_room(error):
+    @contextlib.contextmanager
+    def _trying(self, holder: object) -> Iterator[None]:
+        """Go on after it where there was no room, and the run may still wait for it."""
+        try:
+            yield
+        except Exception as error:
+            if no_room(error):
+                self.lacks_room(holder, error)
+                self._check()
+                return
             self.has_room(holder)
-            raise error
-        self.lacks_room(holder, error)
-        self._check()
+            raise
+        self.has_room(holder)
 
     def _check(self) -> None:
         pause, seconds = self.paused, time.monotonic() - self._began
