@@ -1,6 +1,7 @@
 """A real engine: what it samples, what it says of it, and new weights while it does."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +13,7 @@ from actors.engine import Engine
 from actors.generator import Generator, GeneratorError
 from actors.trajectory import Completion
 from actors.transfer import Manifest
+from benchmarks.one_gpu import REPEATS, decode_rates
 from learner.config import ParityConfig, PublishConfig
 from learner.weights.publish import Probe, Publisher, PublishError, StaleWeights
 from tests.actors.conftest import ENGINE, STOP_IDS, Served
@@ -75,6 +77,13 @@ def test_an_eos_as_the_first_or_the_last_token_that_is_allowed_ends_a_response(s
         again, short = (sample(served, [queries[number]], n, 2.0, seed=number)[0] for n in (length, max(length - 1, 1)))
         assert (again.ended, again.response_ids) == (True, completions[number].response_ids)
         assert short.ended == (length == 1)
+
+
+def test_the_benchmark_of_decoding_samples(served: Served) -> None:
+    rates = served.runner.run(decode_rates(served.generator._engine, 4, prompt=8, tokens=64))
+    assert len(rates) == REPEATS
+    assert all(map(math.isfinite, rates))
+    assert any(rates)
 
 
 def test_the_text_is_the_response_without_its_eos(served: Served) -> None:
