@@ -31,7 +31,8 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
             model.set_attn_implementation(before)
         _logger.warning("%s cannot read packed sequences: its batches are padded", type(model).__name__)
         return model
-    if torch.cuda.is_available() and is_flash_attn_2_available() and model.dtype != torch.float32:
+    flash = torch.cuda.is_available() and is_flash_attn_2_available() and model._supports_flash_attn
+    if flash and model.dtype != torch.float32:
         model.set_attn_implementation(_FLASH)
     _logger.info("%s reads packed sequences: %s", type(model).__name__, model.config._attn_implementation)
     return model

@@ -129,6 +129,7 @@ class NcclWeightSender(WeightSender):
             checksums[pair[0]] = checksum(pair[1])
             return pair[1].detach()
 
+        torch.accelerator.synchronize()  # the broadcast reads on streams of its own, and the last step may still write
         packed_nccl_broadcast_producer(
             iterator=iter(named),
             group=self._nccl,

@@ -56,3 +56,12 @@ def test_a_packed_model_reads_an_ordinary_batch_as_before(tmp_path):
     ids = IDS[:40].view(4, 10)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_model_without_flash_attention_is_packed_on_a_gpu_too(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    tiny_causal_lm(tmp_path)
+    model = loaded(tmp_path, torch.bfloat16)
+    monkeypatch.setattr(type(model), "_supports_flash_attn", False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("reward_server.packing.is_flash_attn_2_available", lambda: True)
+    assert pack(model).config._attn_implementation == "sdpa_by_sequence"
