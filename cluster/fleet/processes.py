@@ -26,6 +26,14 @@ from reward_server.client import RewardClient
 from reward_server.config import UNTRUSTED, LoadingConfig, SourceConfig
 from reward_server.service import RewardService
 
+# glibc returns freed tensors and faults their pages in again. One arena for all threads: one of its own, which the
+# thread that computes would have, gives back what is free whatever the thresholds are.
+KEEPS_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
+
 
 class Processes:
     """Starts the processes of a plan; those of one block end with it."""
@@ -121,6 +129,7 @@ class Processes:
             log_file=self.log_dir / f"{name}.log",
             placement=self.placement.bundle(name) if self.placement else None,
             deadline_s=self.config.step_deadline_s,
+            variables=KEEPS_MEMORY if cls is LearnerWorker else {},
         )
         self.monitor.health.add(handle.health)
         try:

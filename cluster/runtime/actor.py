@@ -6,8 +6,9 @@ import os
 import pickle
 import secrets
 import sysconfig
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import ray
@@ -182,12 +183,13 @@ def remote(
     log_file: Path | None = None,
     placement: PlacementGroupSchedulingStrategy | None = None,
     deadline_s: float = 60.0,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Handle:
     """Start an actor process that makes `cls(*args)`; does not wait for it (`await handle.ready(...)`).
 
     `log_file` takes its output and that of its children; None leaves it in Ray's session folder. `placement`: the
     bundle it runs in. `deadline_s`: seconds that a call may take when it is not told otherwise. Threads are set for
-    OpenMP, MKL, OpenBLAS, tokenizers and torch.
+    OpenMP, MKL, OpenBLAS, tokenizers and torch; `variables` are set in its environment unless they are set in this one.
 
     Raises: RuntimeError without a Ray session; ValueError for a class or threads that cannot be.
     """
@@ -200,6 +202,7 @@ def remote(
     mark = secrets.token_hex(8)
     # Ray shows these variables to the whole cluster: no secrets.
     env = {"PYTHONPATH": python_path(), ACTOR_MARK: mark, **dict.fromkeys(_THREADS, str(process.threads))}
+    env |= {name: os.environ.get(name, value) for name, value in variables.items()}
     create: Any = ray.remote(ActorProcess).options(
         num_cpus=process.cpus,
         num_gpus=process.gpus,

@@ -1,8 +1,10 @@
 """Actors in processes of their own, on one local Ray session."""
 
 import asyncio
+import itertools
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import ray
 from ray._private.internal_api import node_stats
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
+from cluster.fleet.processes import KEEPS_MEMORY
 from cluster.runtime.actor import Handle, RemoteError, remote
 from cluster.runtime.actor_process import Failure
 from cluster.runtime.health import ActorDied
@@ -116,6 +119,14 @@ class Worker:
             "child_cores": int(subprocess.check_output(["nproc"])),
         }
 
+    def faults(self) -> list[int]:
+        """Pages that came in anew while 64 MiB were taken and freed, thrice."""
+        counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+        for _ in range(3):
+            bytearray(2**26)
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        return [after - before for before, after in itertools.pairwise(counts)]
+
     def torch_threads(self) -> int:
         import torch
 
@@ -146,7 +157,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def worker(session: Path) -> Iterator[Handle]:
     """The actor of the tests that leave it as it is."""
     process, log_file = Process(name="worker-7", pin=(0,)), session / "actors" / "worker-7.log"
-    handle = remote(Worker, 10, process=process, log_file=log_file, deadline_s=30)
+    handle = remote(Worker, 10, process=process, log_file=log_file, deadline_s=30, variables=KEEPS_MEMORY)
     asyncio.run(handle.ready(deadline_s=60))
     yield handle
     handle.kill()
@@ -264,6 +275,10 @@ def test_threads_and_cores_are_as_told(worker: Handle) -> None:
     assert found["threads"] == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     assert found["cores"] == [min(os.sched_getaffinity(0))]
     assert found["child_cores"] == 1
+
+
+def test_freed_memory_stays_with_a_process_that_is_to_keep_it(worker: Handle) -> None:
+    assert max(asyncio.run(worker.faults())[1:]) < 100  # of 16,384 pages
 
 
 def test_output_of_actor_and_children_goes_to_its_log_file(
