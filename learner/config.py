@@ -23,6 +23,16 @@ class NetworkConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     logprob_chunk: int = Field(default=1024, ge=1)
     """How many tokens' logits exist at once when log-probs are taken."""
+    compile: bool = False
+    """Fuse the element-wise work of norms and MLPs with torch.compile; needs a C++ compiler, and a minute at first."""
+    liger: bool = False
+    """Compute norms and MLPs with Liger's kernels, on GPUs; needs the package liger-kernel."""
+
+    @model_validator(mode="after")
+    def _fused_once(self) -> Self:
+        if self.compile and self.liger:
+            raise ValueError("compile and liger both fuse norms and MLPs: set one of them to false")
+        return self
 
 
 class OptimizerConfig(Section):

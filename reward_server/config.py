@@ -112,6 +112,8 @@ class SourceConfig(Section):
     """Numbers that reward models compute in; the head is always float32."""
     max_batch_tokens: int = Field(default=8192, ge=1)
     """Tokens of a forward."""
+    compile: bool = False
+    """Fuse the element-wise work of reward models with torch.compile; needs a C++ compiler, and a minute at first."""
     max_tokens: int | None = Field(default=None, ge=2)
     """Longest prompt with response, in tokens. By default what the model has positions for."""
     truncate_prompt: bool = False

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
+from reward_server.fusion import compile_pieces
 from reward_server.model import Normalisation, load_reward_model, normalisation, raw_values
 from reward_server.packing import pack, packs
 from reward_server.schema import ScoreReply, ScoreRequest
@@ -97,6 +98,7 @@ class RewardModelSource:
         max_tokens: int | None = None,
         truncate_prompt: bool = False,
         loading: LoadingConfig = UNTRUSTED,
+        compiled: bool = False,
     ) -> None:
         """Remember what to load; `load`, or else the first score, does it.
 
@@ -108,6 +110,7 @@ class RewardModelSource:
         self.max_tokens = max_tokens
         self.truncate_prompt = truncate_prompt
         self.loading = loading
+        self.compiled = compiled
         self._loaded: tuple[PreTrainedModel, ChatEncoding, Normalisation] | None = None
         self._encoded: WeakKeyDictionary[ScoreRequest, list[int]] = WeakKeyDictionary()
 
@@ -120,6 +123,8 @@ class RewardModelSource:
             return
         encoding = ChatEncoding.load(self.path, self.loading)
         model = pack(load_reward_model(self.path, getattr(torch, self.dtype), self.loading))
+        if self.compiled:
+            compile_pieces(model)
         normalise = normalisation(model)
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)

@@ -170,5 +170,11 @@ def _part_source(
                 )
             path = folder or str(model_path)
             return RewardModelSource(
-                path, config.dtype, config.max_batch_tokens, config.max_tokens, config.truncate_prompt, loading
+                path,
+                config.dtype,
+                config.max_batch_tokens,
+                config.max_tokens,
+                config.truncate_prompt,
+                loading,
+                config.compile,
             )

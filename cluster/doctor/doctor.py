@@ -41,6 +41,7 @@ def diagnose(config: Config, run_dir: Path) -> Iterator[Finding]:
     yield machine.python()
     yield from machine.packages()
     yield machine.gpus()
+    yield machine.compiler()
     yield from machine.disks(folder)
     yield machine.memory()
     yield machine.files()

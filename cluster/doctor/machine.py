@@ -14,6 +14,7 @@ import psutil
 from cluster.doctor.finding import Finding, judge
 from cluster.rundir.environment import gpu_lines
 from cluster.runtime.resources import GIB, machine_gpus, machine_memory, ray_obstacles, session_parent
+from reward_server.fusion import cpp_compiler
 
 PACKAGES = ("torch", "vllm", "deepspeed", "ray", "transformers", "wandb")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +67,14 @@ def gpus() -> Finding:
         says = f"{len(lines)} GPUs, of which torch {torch.__version__} can use {usable}"
         return Finding("GPUs", says, remedy, "fail")
     return Finding("GPUs", "; ".join(lines))
+
+
+def compiler() -> Finding:
+    """The compiler that torch.compile needs."""
+    if found := cpp_compiler():
+        return Finding("C++ compiler", found)
+    says, remedy = "none: network.compile and scoring.compile change nothing", "install g++, or export CXX=COMPILER"
+    return Finding("C++ compiler", says, remedy, "warn")
 
 
 def disks(run_dir: Path) -> Iterator[Finding]:

@@ -33,6 +33,7 @@ KEEPS_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # what torch.compile compiled: for all ranks, and for who resumes
 
 
 class Processes:
@@ -122,6 +123,8 @@ class Processes:
 
     @contextlib.asynccontextmanager
     async def _process(self, cls: type, name: str, *args: Any) -> AsyncIterator[Handle]:
+        # vLLM, in a generator, has a cache of its own
+        cache = {} if cls is Generator else {_CACHE: str(self.log_dir.resolve().with_name("cache"))}
         handle = remote(
             cls,
             *args,
@@ -129,7 +132,7 @@ class Processes:
             log_file=self.log_dir / f"{name}.log",
             placement=self.placement.bundle(name) if self.placement else None,
             deadline_s=self.config.step_deadline_s,
-            variables=KEEPS_MEMORY if cls is LearnerWorker else {},
+            variables=(KEEPS_MEMORY if cls is LearnerWorker else {}) | cache,
         )
         self.monitor.health.add(handle.health)
         try:

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from cluster.plan.counts import indivisible_batch
 from cluster.plan.memory import Bytes, generator_memory, network_memory, total, width
 from cluster.rundir.inputs import KINDS, Model, check_base, check_data, data_file, model_folder
 from cluster.runtime.resources import GIB, machine_gpus, machine_memory, plan_run, ray_obstacles
+from learner.config import NetworkConfig, OptimizerConfig
 from reward_server.bearer import bearer_token, token_of
 from reward_server.functions import load_function
 
@@ -47,6 +49,7 @@ def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Diagnosti
                 f"{key}.zero_stage = 0 with {key.split('.')[0]}.network.dtype = {network.dtype}: stage 0 is for "
                 f"float32 only. Set {key}.zero_stage to 1, or the dtype to float32"
             )
+        problems += _unfusable(key, network, optimizer, config.cluster.address == "local" and not machine_gpus())
     limits = {key: (str(one.path), one.positions or 0) for key, one in models.items()}
     sampled = next((limits[name] for name in ("policy", "init", "sft") if name in limits), ("", 0))
     problems += too_long(config, sections, limits | {"policy": sampled})
@@ -54,6 +57,23 @@ def check_config(config: Config, stage: type[Stage], run_dir: Path) -> Diagnosti
     if "cluster" in sections:
         problems += _too_large(config, stage, run_dir, models)
     return Diagnostics(problems=tuple(dict.fromkeys(problems)), warnings=tuple(_odd(config, stage)))
+
+
+def _unfusable(key: str, network: NetworkConfig, optimizer: OptimizerConfig, no_gpu: bool) -> Iterator[str]:
+    """Why a network's norms and MLPs cannot be fused as it says."""
+    section = key.split(".")[0]
+    if network.compile and optimizer.zero_stage == 3:
+        yield (
+            f"{section}.network.compile does not go with {key}.zero_stage = 3, which gathers weights inside of what is "
+            f"compiled. Set it to false, or {key}.zero_stage to 2"
+        )
+    if network.liger and not find_spec("liger_kernel"):
+        yield (
+            f"{section}.network.liger needs the package liger-kernel, which is not installed here. "
+            "Remedy: pip install liger-kernel, or set it to false"
+        )
+    if network.liger and no_gpu:
+        yield f"{section}.network.liger computes on GPUs alone, and this machine has none. Set it to false"
 
 
 def _told(check: Callable[..., Any], *given: Any) -> Iterator[str]:

@@ -23,6 +23,7 @@ from learner.maths.logprobs import token_logprobs
 from learner.weights.checkpoint import whole_folder
 from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
+from reward_server.fusion import apply_liger, compile_pieces
 from reward_server.model import Normalisation, load_reward_model, new_reward_model, normalisation, raw_values
 from reward_server.packing import hidden_states, pack
 from reward_server.pretrained import Kind, load_weights
@@ -130,6 +131,10 @@ def load_network(kind: Kind, path: Path, network: NetworkConfig, loading: Loadin
     else:
         model = new_reward_model(path, dtype, 0, loading)
     make_trainable(pack(model), network)
+    if network.compile:
+        compile_pieces(model)
+    if network.liger:
+        apply_liger(model)
     if network.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():

@@ -20,6 +20,11 @@ def test_impossible_sharding_is_refused(settings, remedy):
         OptimizerConfig.model_validate({"lr": 1e-3, **settings})
 
 
+def test_norms_and_mlps_are_fused_once():
+    with pytest.raises(ValidationError, match="set one of them to false"):
+        NetworkConfig(compile=True, liger=True)
+
+
 def test_the_critic_is_as_the_policy_unless_it_has_a_section_of_its_own():
     policy, critic = NetworkConfig(lora_rank=8), NetworkConfig(last_layers=2)
     assert PPOConfig(network=policy).critic == policy

@@ -26,6 +26,7 @@ FINE: dict[tuple[Any, str], Any] = {
     (shutil, "disk_usage"): SimpleNamespace(free=50 * GIB),
     (psutil, "virtual_memory"): SimpleNamespace(available=20 * GIB),
     (resource, "getrlimit"): (65_536, -1),
+    (machine, "cpp_compiler"): "/usr/bin/g++",
 }
 
 
@@ -38,7 +39,7 @@ def disks() -> Iterable[Finding]:
     return machine.disks(Path("/"))
 
 
-CHECKS = (machine.python, machine.packages, machine.gpus, disks, machine.memory, machine.files)
+CHECKS = (machine.python, machine.packages, machine.gpus, machine.compiler, disks, machine.memory, machine.files)
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,7 @@ def test_a_machine_in_order_has_nothing_to_fix(monkeypatch: pytest.MonkeyPatch):
         ((platform, "python_version"), "3.12.1", machine.python, "python", "fail", "3.12.1, and Rayward is for 3.11"),
         ((machine, "gpu_lines"), [], machine.gpus, "GPUs", "fail", "nvidia-smi does not answer"),
         ((torch.cuda, "device_count"), 0, machine.gpus, "GPUs", "fail", f"torch {torch.__version__} can use 0"),
+        ((machine, "cpp_compiler"), None, machine.compiler, "C++ compiler", "warn", "compile change nothing"),
         ((psutil, "virtual_memory"), SimpleNamespace(available=GIB), machine.memory, "memory", "fail", "1.0 of 24.0"),
         ((psutil, "virtual_memory"), SimpleNamespace(available=9 * GIB), machine.memory, "memory", "warn", "9.0 of"),
         ((resource, "getrlimit"), (1024, -1), machine.files, "open files", "fail", "allows 1,024"),

@@ -147,6 +147,19 @@ def test_zero_stage_0_is_for_float32(run: Path) -> None:
     assert not found(run, ppo__critic_optimizer__zero_stage=0, ppo__network__dtype="float32").problems
 
 
+def test_norms_and_mlps_are_fused_where_that_can_be(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = problem(run, ppo__network__compile=True, ppo__critic_optimizer__zero_stage=3)
+    assert text.startswith("ppo.network.compile does not go with ppo.critic_optimizer.zero_stage = 3")
+    assert not found(run, ppo__network__compile=True, ppo__critic_optimizer__zero_stage=2).problems
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "machine_gpus", lambda: 0)
+    package, gpu = found(run, ppo__network__liger=True).problems
+    assert package.startswith("ppo.network.liger needs the package liger-kernel, which is not installed here")
+    assert gpu.startswith("ppo.network.liger computes on GPUs alone")
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
+    assert found(run, ppo__network__liger=True).problems == (gpu,)
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -117,6 +117,7 @@ class Worker:
             "threads": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
             "cores": sorted(os.sched_getaffinity(0)),
             "child_cores": int(subprocess.check_output(["nproc"])),
+            "cache": os.environ["TORCHINDUCTOR_CACHE_DIR"],
         }
 
     def faults(self) -> list[int]:
@@ -157,7 +158,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def worker(session: Path) -> Iterator[Handle]:
     """The actor of the tests that leave it as it is."""
     process, log_file = Process(name="worker-7", pin=(0,)), session / "actors" / "worker-7.log"
-    handle = remote(Worker, 10, process=process, log_file=log_file, deadline_s=30, variables=KEEPS_MEMORY)
+    variables = KEEPS_MEMORY | {"TORCHINDUCTOR_CACHE_DIR": str(session / "cache")}
+    handle = remote(Worker, 10, process=process, log_file=log_file, deadline_s=30, variables=variables)
     asyncio.run(handle.ready(deadline_s=60))
     yield handle
     handle.kill()
@@ -275,6 +277,7 @@ def test_threads_and_cores_are_as_told(worker: Handle) -> None:
     assert found["threads"] == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     assert found["cores"] == [min(os.sched_getaffinity(0))]
     assert found["child_cores"] == 1
+    assert Path(found["cache"]).name == "cache", "what is given goes before what each process has of its own"
 
 
 def test_freed_memory_stays_with_a_process_that_is_to_keep_it(worker: Handle) -> None:
