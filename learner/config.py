@@ -18,7 +18,8 @@ class NetworkConfig(Section):
     lora_alpha: int = Field(default=32, ge=1)
     """LoRA scale: the adapters' product is multiplied by lora_alpha / lora_rank."""
     last_layers: int = Field(default=0, ge=0)
-    """Train only this many of the last transformer layers (0: every weight); the rest is frozen and cheap."""
+    """Train only this many of the last transformer layers (0: every weight); the rest is frozen and cheap: PPO computes
+    it once a batch for all networks that have it in common."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     logprob_chunk: int = Field(default=1024, ge=1)

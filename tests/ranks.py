@@ -36,6 +36,12 @@ class OpenWorker(LearnerWorker):
             found |= {f"optimizer/{number}/{key}": torch.as_tensor(value) for key, value in moments.items()}
         return {key: value.detach().clone() for key, value in (found | {"rng": torch.get_rng_state()}).items()}
 
+    def share_trunks(self, shared: bool) -> None:
+        """Have the networks that are loaded share layers, or each compute its own."""
+        self.networks.__dict__.pop("trunks", None)
+        if not shared:
+            self.networks.trunks.trunks.clear()
+
     def fill_disk(self, pattern: str) -> None:
         """Have writes of files whose path ends so fail, as on a full disk, until it is called with ""."""
 

@@ -72,7 +72,12 @@ class Network:
     @property
     def adapters(self) -> int:
         """Parameters of LoRA (Hu et al. 2021): rank * (in + out) for a map of [out, in]."""
-        return self.config.lora_rank * self.shape.adapter_width * self.layers
+        return 0 if self.frozen else self.config.lora_rank * self.shape.adapter_width * self.layers
+
+    @property
+    def trunk(self) -> int:
+        """First layers in which nothing is trained, whose output is kept for a batch; ZeRO 3 keeps none."""
+        return 0 if self.frozen or self.optimizer.zero_stage == 3 else self.shape.layers - self.layers
 
     @property
     def parameters(self) -> int:
@@ -104,6 +109,14 @@ def networks(config: Config, models: Models, stage: type[Stage]) -> list[Network
         shape = models.reward if name == "critic" else models.policy  # a reward model starts as the SFT model
         found[name] = Network(name=name, shape=shape, config=network, optimizer=optimizer)
     return [*found.values()]
+
+
+def shares_trunk(config: Config, policy: Network, other: Network) -> bool:
+    """Whether the policy's trunk is that of its reference, or of a critic: a copy of a reward model in which, by the
+    settings, only later layers of the SFT model were trained.
+    """
+    alike, last = policy.trunk > 0 and other.shape == policy.shape, config.reward.network.last_layers
+    return alike and (other.frozen or (other.trunk == policy.trunk and 0 < last <= policy.layers))
 
 
 def kinds(stage: type[Stage]) -> tuple[Kind, ...]:
@@ -165,6 +178,13 @@ def microbatch_tokens(config: Config, stage: type[Stage]) -> int:
     return max(section.max_tokens_per_microbatch, longest)
 
 
+def batch_tokens(config: Config) -> int:
+    """Tokens of the largest batch that policy and reference read: of PPO, or of held-out prompts beside it."""
+    held_out = config.evaluation.prompts if config.evaluation.every else 0
+    rows = max(config.ppo.prompts_per_batch * config.rollout.samples_per_prompt, held_out)
+    return rows * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
+
+
 def learner_memory(config: Config, models: Models, stage: type[Stage]) -> dict[str, Bytes]:
     """What a learner rank holds in a stage; networks are stepped and passed one at a time."""
     used, tokens, ranks = (
@@ -180,6 +200,10 @@ def learner_memory(config: Config, models: Models, stage: type[Stage]) -> dict[s
         checkpointing, layers = (False, 1) if one.frozen else (one.config.gradient_checkpointing, one.layers)
         activations = max(activations, activation_bytes(one.shape, tokens, weight, checkpointing, layers))
     first, most = used[0], max(used, key=lambda one: one.trained)
+    if len(used) > 1:
+        kept = [one for one in used if one.trunk and (one is first or not shares_trunk(config, first, one))]
+        each = sum(width(one.config.dtype) * one.shape.hidden for one in kept)
+        found |= {"trunk output": Bytes(host=each * batch_tokens(config) / ranks)} if kept else {}
     # Of each moving number Adam's square root, and as much again that was freed and not given back.
     copies = 8 * most.trained / (ranks if most.optimizer.zero_stage >= 2 else 1)
     found |= {"copies in a step": _kept(most.optimizer, copies), "activations": Bytes(device=activations)}

@@ -12,7 +12,7 @@ from cluster.config.schema import Config
 from cluster.pipeline.stage import Stage
 from cluster.plan.counts import Counts, Lengths
 from cluster.plan.machines import Machine
-from cluster.plan.memory import Network, networks, width
+from cluster.plan.memory import Network, networks, shares_trunk, width
 from cluster.plan.shapes import Models
 from cluster.runtime.resources import Process
 
@@ -30,6 +30,11 @@ def speed(process: Process, machine: Machine, dtype: str) -> tuple[float, float]
     """
     part = max(1, math.floor(process.gpus)) if machine.gpus else min(1.0, process.threads / machine.cpus)
     return machine.device.flops * part * 2 / width(dtype), machine.device.bandwidth * part
+
+
+def _trunk(network: Network) -> float:
+    """Those that compute for a token in the layers below all that is trained."""
+    return network.shape.body * network.trunk / network.shape.layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +62,14 @@ class Roofline:
             found |= self._score(tokens)
         if "learner" in stage.processes:
             used = networks(self.config, self.models, stage)
-            if samples:  # log-probs and values, without gradients: 2 N T / F of all networks
+            shared = [one.name for one in used[1:] if shares_trunk(self.config, used[0], one)]
+            if samples:  # log-probs and values, without gradients: 2 N T / F of all networks, a shared trunk once
                 passes = counts.steps // max(1, counts.epochs) * counts.microbatches or 1
-                found["evaluate"] = self._learn(used, 2 * tokens * sum(one.computing for one in used), 0, passes)
-            found |= {f"update {one.name}": self._update(one, counts) for one in used if not one.frozen}
+                computing = sum(one.computing for one in used) - len(shared) * _trunk(used[0])
+                found["evaluate"] = self._learn(used, 2 * tokens * computing, 0, passes)
+            for one in used:  # what `evaluate` kept serves the first epoch, what the policy computed its critic
+                kept = 1 if one.name in shared else samples / max(1, counts.epochs)
+                found |= {} if one.frozen else {f"update {one.name}": self._update(one, counts, kept)}
             if samples and counts.steps:
                 found["publish"] = self._publish(used[0])
         return found
@@ -95,9 +104,9 @@ class Roofline:
         replicas = sum(name.startswith("reward-") for name in self.at)
         return {"score": 2 * size * tokens / flops / replicas / self.config.plan.efficiency}
 
-    def _update(self, network: Network, counts: Counts) -> float:
+    def _update(self, network: Network, counts: Counts, kept: float) -> float:
         """2 N T forward, 2 N T and 2 N' T backward, N' with a gradient: 6 N T where all is trained (Kaplan et al. 2020,
-        section 2.1).
+        section 2.1). Of `kept` of the sequences the trunk's output is there.
         """
         text, size = counts.pretraining_sequences * self.config.ppo.pretraining.sequence_tokens, network.computing
         tokens, pieces = counts.step_tokens, counts.microbatches + counts.pretraining_microbatches
@@ -106,6 +115,8 @@ class Roofline:
         reached = size - network.shape.body * (1 - network.layers / network.shape.layers)
         again = reached * network.config.gradient_checkpointing
         operations = 2 * (size + reached + again + min(network.trained, size)) * counts.steps * tokens
+        sampled = counts.minibatch * self.lengths.sequence
+        operations -= 2 * _trunk(network) * counts.steps * sampled * kept
         return self._learn([network], operations, counts.steps, 2 * counts.steps * pieces)
 
     def _learn(self, used: Sequence[Network], operations: float, steps: int, passes: int) -> float:

@@ -1,7 +1,9 @@
 """The networks that one rank of the learner has loaded, by name: to train, or only to read."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from learner.data.batch import microbatches
 from learner.worker.dropout import add_residual_dropout
 from learner.worker.engine import Attempts, Engine, Frozen, whole
 from learner.worker.networks import Network, PolicyNetwork, load_network, merged_weights, save_network
+from learner.worker.trunk import SharedTrunks
 from reward_server.config import UNTRUSTED, LoadingConfig
 from reward_server.encoding import ChatEncoding
 from reward_server.packing import packs
@@ -46,17 +49,20 @@ class LoadedNetworks:
         A `frozen` one, or one without `optimizer`, is only read; at ZeRO 3 `optimizer` says that it is sharded too.
         `chat_template` is saved with it in place of its own; `residual_dropout` acts in supervised training only.
         """
+        if frozen := frozen or optimizer is None:
+            network = network.model_copy(update={"lora_rank": 0})  # adapters that nobody trains add 0
         torch.manual_seed(0)  # LoRA adapters start alike on every rank and in every run
         module = load_network(kind, path, network, self.loading)
         torch.manual_seed(self.rank)  # what is random from here on (dropout) differs between ranks
         if residual_dropout:
             add_residual_dropout(module.model, residual_dropout)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)  # before they are sharded
-        if optimizer is None or frozen:
+        if frozen or optimizer is None:
             self._loaded[name], trained = Frozen(module, optimizer), 0
         else:
             self._loaded[name] = Engine(module, optimizer, ema_decay)
         self._encodings[name] = ChatEncoding.load(path, self.loading, chat_template)
+        self.__dict__.pop("trunks", None)
         return trained
 
     def unload(self) -> None:
@@ -65,6 +71,12 @@ class LoadedNetworks:
             loaded.close()
         self._loaded.clear()
         self._encodings.clear()
+        self.__dict__.pop("trunks", None)
+
+    @cached_property
+    def trunks(self) -> SharedTrunks:
+        """Layers that are computed once for all networks that have them."""
+        return SharedTrunks({name: loaded.module.model for name, loaded in self._loaded.items()})
 
     def save(self, name: str, path: Path, ema: bool = False) -> None:
         """Write the network (or its moving average) as a plain Hugging Face folder, from rank 0. A collective.
@@ -115,11 +127,15 @@ class LoadedNetworks:
     def __contains__(self, name: str) -> bool:
         return name in self._loaded
 
-    def call(self, name: str, sequences: Sequence[Tensor], *places: Tensor | float) -> Any:
-        """What a network says of sequences, each i64 [S], at places in them (see PolicyNetwork and ValueNetwork)."""
+    def call(self, name: str, sequences: Sequence[Tensor], *places: Tensor | float, again: bool = False) -> Any:
+        """What a network says of sequences, each i64 [S], at places in them (see PolicyNetwork and ValueNetwork).
+
+        `again`: they are read more than once, so what its trunk gives is kept until `trunks.forget`.
+        """
         network, device = self._loaded[name].network, self._loaded[name].device
         ids, lengths = torch.cat(list(sequences)).to(device), [len(ids) for ids in sequences]
-        return network(ids, lengths, *(p.to(device) if isinstance(p, Tensor) else p for p in places))
+        with self.trunks.given(name, sequences) if again else contextlib.nullcontext():
+            return network(ids, lengths, *(p.to(device) if isinstance(p, Tensor) else p for p in places))
 
     def microbatches(self, lengths: Sequence[int], max_tokens: int, *names: str) -> Iterator[list[int]]:
         """This rank's micro-batches of sequences, as their numbers; each is to pass through the networks `names`.
@@ -146,6 +162,7 @@ class LoadedNetworks:
             return {f"grad_norm{suffix}": norm / self.world_size} | sums
         told = ("nll", "loss", "grad_norm")
         culprits = [key for key, value in sums.items() if key.startswith(told) and not math.isfinite(value)]
+        culprits = culprits or [f"grad_norm{suffix}"]  # no sum of it, as the step had taken it
         times = {key: value for key, value in sums.items() if key.startswith("time/")}
         return {
             f"skipped{suffix}": 1.0 / self.world_size,

@@ -84,6 +84,7 @@ def evaluate(
     The same cut makes the probability ratio of the first minibatch exactly 1.
     """
     found = {name: torch.zeros(batch.mask.shape) for name in Evaluation.__dataclass_fields__}
+    networks.trunks.forget()
     with torch.no_grad():
         for rows, part in _parts(networks, batch, minibatches, max_tokens, "policy", "reference", "critic"):
             logprobs, entropies = _response_logprobs(networks, "policy", part, temperature)
@@ -164,6 +165,7 @@ def critic_step(
         mask = part.mask.to(critic.device)
         loss, stats = value_loss_sum(_response_values(networks, part), old, returns, mask, step.value_clip)
         critic.backward(loss / tokens)
+        networks.trunks.forget(_response_places(part)[0])  # the last to read them in this epoch
         sums = add_sums([sums, {"value_tokens": part.mask.sum(), "loss/value": loss.item(), **stats}])
     sums["time/value"] = (time.monotonic() - started) / networks.world_size
     return networks.step("critic", step.critic_lr, sums, "/value")
@@ -183,13 +185,13 @@ def _parts(
 def _response_logprobs(networks: LoadedNetworks, name: str, part: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [b, T] of a micro-batch's response tokens, 0 in the padding."""
     sequences, places = _response_places(part)
-    answers = networks.call(name, sequences, places, torch.cat(sequences)[places + 1], temperature)
+    answers = networks.call(name, sequences, places, torch.cat(sequences)[places + 1], temperature, again=True)
     return tuple(_spread(answer, part.mask) for answer in answers)  # pyright: ignore[reportReturnType]
 
 
 def _response_values(networks: LoadedNetworks, part: Batch) -> Tensor:
     """Values [b, T] of the states before each response token, 0 in the padding."""
-    return _spread(networks.call("critic", *_response_places(part)), part.mask)
+    return _spread(networks.call("critic", *_response_places(part), again=True), part.mask)
 
 
 def _response_places(part: Batch) -> tuple[list[Tensor], Tensor]:

@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -321,6 +322,30 @@ def test_steps_of_sft_and_ranking_are_those_of_plain_pytorch(group_of, models, e
     sums = call(group.ranking_step("reward", GROUPS, RANKS, "pairs", cut.budget, 1.0))
     assert sums["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert_close(saved(group, "reward", tmp_path / "reward"), weights, models / "reward")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_ranks_that_share_layers_learn_bitwise_what_they_do_without(two, models, stage):
+    """Five sequences, of which each stands alone: one rank idles in the last pass."""
+    found, optimizer = [], OptimizerConfig(lr=1e-2, zero_stage=stage)
+    network = NetworkConfig(dtype="float32", last_layers=1)
+    for shared in (True, False):
+        call(two.load("policy", "policy", models / "policy", network, optimizer))
+        call(two.load("reference", "policy", models / "policy", network))
+        call(two.load("critic", "value", models / "reward", network, optimizer))
+        call(two._every("share_trunks", shared))
+        batch, targets = ppo_inputs()
+        rows = [list(range(5))]
+        old = call(two.evaluate(batch, rows, 14, TEMPERATURE))
+        told = call(two.update(batch, targets, rows, [TEXTS], ppo_step(Cut(ranks=2, stage=stage, budget=14), "tokens")))
+        states = [call(two._every("state_of", name)) for name in ("policy", "critic")]
+        found.append((old, {k: v for k, v in told[0].items() if not k.startswith("time/")}, states))
+        call(two.unload())
+    (old, told, states), (old_alone, told_alone, states_alone) = found
+    assert told == told_alone
+    assert all(torch.equal(getattr(old, name), getattr(old_alone, name)) for name in Evaluation.__dataclass_fields__)
+    for rank, alone in zip(chain(*states), chain(*states_alone), strict=True):
+        assert all(torch.equal(value, alone[name]) for name, value in rank.items())
 
 
 def two_plain_steps(model: nn.Module) -> dict[str, Tensor]:

@@ -104,6 +104,24 @@ def test_activations_by_hand():
     assert activation_bytes(shape, 3, 2, True, 10) == 3 * (10 * 2 * 4 + layer + 6 * 4)
 
 
+def test_what_frozen_first_layers_gave_is_kept_for_a_batch_of_each_rank():
+    shape, lora = shape_of("smollm2-135m"), NetworkConfig(lora_rank=16, last_layers=12)
+    values = {"ppo.network": lora, "ppo.prompts_per_batch": 512, "evaluation.prompts": 64, "cluster.learner_ranks": 2}
+    values |= {"rollout.max_prompt_tokens": 100, "rollout.max_new_tokens": 28}
+    models, batch = Models(policy=shape, reward=shape), 512 * 128 / 2 * 576 * 2
+
+    def kept(**more: Any) -> Bytes | None:
+        found = learner_memory(
+            settings(values | {k.replace("__", "."): v for k, v in more.items()}), models, STAGES["ppo"]
+        )
+        return found.get("trunk output")
+
+    assert kept(reward__network=lora) == Bytes(host=batch)  # the critic's is the policy's
+    assert kept() == Bytes(host=2 * batch)
+    assert kept(ppo__critic_network=NetworkConfig()) == Bytes(host=batch)
+    assert kept(ppo__network=NetworkConfig()) is None
+
+
 @pytest.mark.parametrize(
     ("device", "host", "said"), [(41, 1, "a/gpu-0 has 79.2 GiB and needs 82.0"), (1, 40, "main memory of a")]
 )

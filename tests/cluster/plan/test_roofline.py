@@ -71,3 +71,26 @@ def test_an_update_is_six_operations_a_parameter_and_token_and_lora_four():
     assert lora == pytest.approx(4 * size * 1e4 / 8e11, rel=0.01)
     again = {"sft__network__lora_rank": 1, "sft__network__gradient_checkpointing": True}
     assert phases("sft", CPU, counts, **again)["update policy"] == pytest.approx(1.5 * lora, rel=0.02)
+
+
+def test_frozen_first_layers_are_computed_once_for_all_networks_that_have_them():
+    counts = {"rows": 10, "samples": 1, "epochs": 2, "minibatch": 10, "steps": 2, "step_tokens": 10_000}
+    counts["microbatches"] = 1
+    lora = {"lora_rank": 1, "last_layers": 8}
+    shape, tokens = shape_of("llama-3.1-8b"), 2 * 1e4 / 8e11
+    trunk, body, head = shape.body * 24 / 32, shape.body, shape.output
+
+    def seconds(**more: Any) -> dict[str, float]:
+        return phases("ppo", CPU, counts, ppo__network=lora, ppo__pretraining__coef=0.0, **more)
+
+    alike, other = seconds(reward__network=lora), seconds()
+    assert alike["evaluate"] == pytest.approx(tokens * (3 * body + 2 * head - 2 * trunk))
+    assert other["evaluate"] == pytest.approx(tokens * (3 * body + 2 * head - trunk))
+    # Two epochs, forward and back through the upper layers; the adapters' own gradient is small beside both.
+    upper = body - trunk
+    assert alike["update policy"] == pytest.approx(tokens * 2 * (body + head + upper + head - trunk / 2), rel=0.01)
+    assert other["update critic"] == pytest.approx(tokens * 2 * (body + upper - trunk / 2), rel=0.01)
+    assert alike["update critic"] == pytest.approx(tokens * 2 * (2 * upper), rel=0.01)
+    sharded = {"lr": 1e-6, "zero_stage": 3}
+    whole = seconds(ppo__policy_optimizer=sharded, ppo__critic_optimizer=sharded)
+    assert whole["evaluate"] > tokens * (3 * body + 2 * head)  # sharded ones share nothing

@@ -210,6 +210,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing(worker, folders):
     assert all(weight.isfinite().all() for _, weight in worker.weights())
 
 
+@pytest.mark.parametrize("network", ["policy", "value"])
+def test_a_gradient_that_overflows_where_no_loss_does_is_named(worker, folders, network):
+    load_ppo(worker, folders, FULL)
+    batch, parts, targets, text = ppo_inputs(worker)
+    step = replace(STEP, pretraining_coef=0.0)
+    name = "critic" if network == "value" else "policy"
+    weight = next(p for p in worker.networks.module(name).parameters() if p.requires_grad)
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    first = worker.update(batch, targets, parts, text, step)[0]
+    assert [key for key in first if key.startswith("nonfinite")] == [f"nonfinite/{network}/grad_norm/{network}"]
+    assert first[f"skipped/{network}"] == 1.0
+
+
 def test_only_the_named_layers_are_trained(worker, folders):
     worker.load("policy", "policy", folders / "policy", NetworkConfig(dtype="float32", last_layers=1), ADAM)
     before = {name: weight.clone() for name, weight in worker.weights()}
