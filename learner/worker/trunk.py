@@ -85,8 +85,13 @@ class Trunk:
         config, common = self.model.config.get_text_config(), PreTrainedConfig().to_dict()
         other = ("_token_id", "use_cache", "rayward_normalisation")  # what heads and tokenizers want to know
         fields = {key: value for key, value in config.to_dict().items() if not (key in common or key.endswith(other))}
-        model = self.model
-        return type(model.base_model), model.dtype, model.config._attn_implementation, self.depth, fields
+        model, modules = self.model, self.model.base_model.named_modules()
+        code = [  # of each module, its class's or what fuses it (`reward_server.fusion`)
+            (name, type(module), "forward" in vars(module), module.forward.__module__)
+            for name, module in modules
+            if (self._layer(name) or 0) < self.depth
+        ]
+        return code, model.dtype, model.config._attn_implementation, self.depth, fields
 
 
 class _StandIn(nn.Module):

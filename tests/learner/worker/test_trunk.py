@@ -107,6 +107,15 @@ def test_a_trunk_is_shared_where_weights_and_settings_are_bitwise_the_same(tmp_p
     assert owners({"policy": policy, "critic": half}) == {"policy": "policy", "critic": "critic"}
 
 
+def test_layers_that_are_fused_otherwise_are_not_the_same(folders):
+    plain, again, fused = (
+        Trunk(load_network("policy", folders / "policy", LORA.model_copy(update={"compile": on})).model)
+        for on in (False, False, True)
+    )
+    assert plain.same_as(again)
+    assert not plain.same_as(fused)
+
+
 def test_networks_trained_from_other_layers_on_share_what_is_below_both(tmp_path):
     tiny_causal_lm(tmp_path, layers=4)
     networks = {
