@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -123,8 +124,11 @@ class Processes:
 
     @contextlib.asynccontextmanager
     async def _process(self, cls: type, name: str, *args: Any) -> AsyncIterator[Handle]:
-        # vLLM, in a generator, has a cache of its own
-        cache = {} if cls is Generator else {_CACHE: str(self.log_dir.resolve().with_name("cache"))}
+        variables = dict[str, str]()
+        if cls is LearnerWorker:
+            variables |= {name: os.environ.get(name, value) for name, value in KEEPS_MEMORY.items()}
+        if cls is not Generator:  # vLLM has a cache of its own; importing torch has set this process's, unasked
+            variables[_CACHE] = str(self.log_dir.resolve().with_name("cache"))
         handle = remote(
             cls,
             *args,
@@ -132,7 +136,7 @@ class Processes:
             log_file=self.log_dir / f"{name}.log",
             placement=self.placement.bundle(name) if self.placement else None,
             deadline_s=self.config.step_deadline_s,
-            variables=(KEEPS_MEMORY if cls is LearnerWorker else {}) | cache,
+            variables=variables,
         )
         self.monitor.health.add(handle.health)
         try:

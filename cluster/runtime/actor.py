@@ -189,7 +189,7 @@ def remote(
 
     `log_file` takes its output and that of its children; None leaves it in Ray's session folder. `placement`: the
     bundle it runs in. `deadline_s`: seconds that a call may take when it is not told otherwise. Threads are set for
-    OpenMP, MKL, OpenBLAS, tokenizers and torch; `variables` are set in its environment unless they are set in this one.
+    OpenMP, MKL, OpenBLAS, tokenizers and torch; `variables` are set in its environment.
 
     Raises: RuntimeError without a Ray session; ValueError for a class or threads that cannot be.
     """
@@ -202,7 +202,7 @@ def remote(
     mark = secrets.token_hex(8)
     # Ray shows these variables to the whole cluster: no secrets.
     env = {"PYTHONPATH": python_path(), ACTOR_MARK: mark, **dict.fromkeys(_THREADS, str(process.threads))}
-    env |= {name: os.environ.get(name, value) for name, value in variables.items()}
+    env |= variables
     create: Any = ray.remote(ActorProcess).options(
         num_cpus=process.cpus,
         num_gpus=process.gpus,

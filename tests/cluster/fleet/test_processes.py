@@ -31,6 +31,7 @@ def test_ranks_and_scorers_share_the_runs_cache_of_compiled_code(
     plan = Plan(processes=tuple(Process(name=name) for name in names), concurrent={})
     run = processes.Processes(ClusterConfig(), plan, tmp_path / "run" / "logs")
     monkeypatch.setattr(processes, "remote", remote)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")  # importing torch sets it
     asyncio.run(start(run))
     found = {name: variables.get("TORCHINDUCTOR_CACHE_DIR") for name, variables in given.items()}
     assert found == dict.fromkeys(names, str(tmp_path / "run" / "cache")) | {"generator-0": None}
