@@ -1,6 +1,7 @@
 """Tiny real models: a byte-level BPE tokenizer with a ChatML template, random models of every family."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,20 @@ CORPUS = [
 ]
 
 
-def tiny_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of 320 tokens; 0, 1, 2 are endoftext, im_start, im_end; PAD = EOS (SmolLM2)."""
+def tiny_tokenizer(
+    path: str | Path | None = None, corpus: Sequence[str] = CORPUS, vocabulary: int = VOCABULARY
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE; 0, 1, 2 are endoftext, im_start, im_end; PAD = EOS (SmolLM2)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS * 2, trainer)
+    tokenizer.train_from_iterator([*corpus] * 2, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
     )
