@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.padding import log_normal, save_models
+from benchmarks.padding import log_normal
+from benchmarks.workload import save_models
 from learner.config import NetworkConfig
 from learner.worker.networks import Network, load_network
 

@@ -24,11 +24,8 @@ POLICY_LR, CRITIC_LR, BETA = 1e-6, 1e-6, 0.02
 
 def make(folder: Path) -> None:
     """Write policy and reward model, prompts, and the ids of the prompts as the policy is asked."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8))) for _ in range(12_000)]
-    tiny_tokenizer(folder / "policy", [" ".join(words)], VOCABULARY)
     save_models(folder)
-    encoding = ChatEncoding.load(folder / "policy")
+    encoding, words, draw = ChatEncoding.load(folder / "policy"), _words(), random.Random(1)
     single = [word for word in words if len(encoding.tokenizer.encode(f" {word}")) == 1]
     texts = [_prompt(encoding, draw.choices(single, k=PROMPT_TOKENS)) for _ in range(8 * EPISODES)]
     rows = [json.dumps({"id": str(number), "prompt": text}) + "\n" for number, text in enumerate(texts)]
@@ -40,7 +37,8 @@ def make(folder: Path) -> None:
 
 
 def save_models(folder: Path) -> None:
-    """Write a policy and a reward model with random weights beside the tokenizer."""
+    """Write a policy and a reward model with random weights, and their tokenizer."""
+    tiny_tokenizer(folder / "policy", [" ".join(_words())], VOCABULARY)
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True}
     config = Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=4096, **shape, **tokens)
@@ -54,6 +52,11 @@ def save_models(folder: Path) -> None:
 def queries(folder: Path) -> list[list[int]]:
     """Token ids of the prompts."""
     return json.loads((folder / "queries.json").read_text())
+
+
+def _words() -> list[str]:
+    draw = random.Random(0)
+    return ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8))) for _ in range(12_000)]
 
 
 def _prompt(encoding: ChatEncoding, words: list[str]) -> str:
