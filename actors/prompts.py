@@ -26,6 +26,10 @@ class Prompt:
     """the conversation, which ends with a user message"""
     reference: str | None
     """a person's reply to it, where one is known"""
+    user: str | None = None
+    """who wrote it, where that is known"""
+    use_case: str | None = None
+    """what it is for, such as "summarization", where that is known"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,7 @@ UsedDemonstration = TypeVar("UsedDemonstration", default=Demonstration)
 def read_prompts(
     path: str | Path, max_bad_rows: int = 0, use: Callable[[Prompt], UsedPrompt] = lambda one: one
 ) -> list[UsedPrompt]:
-    """Read rows {"id"?: str, "prompt": str | [messages], "reference"?: str}; other forms are in forms.py.
+    """Read rows {"id"?, "prompt": str | [messages], "reference"?, "user"?, "use_case"?}; other forms are in forms.py.
 
     Returns what `use` makes of each, which raises ValueError to refuse one. Raises RecordError (file:line, reason,
     remedy of every bad row) for what `read_records` refuses, and for an id used twice.
@@ -58,9 +62,19 @@ def read_prompts(
 
     def parse(row: dict[str, Any], line_number: int) -> UsedPrompt:
         reference = row_text(row, "reference") if "reference" in row else None
-        return use(Prompt(id=name(row, line_number), messages=row_prompt(row), reference=reference))
+        own, (user, use_case) = name(row, line_number), row_origin(row)
+        return use(Prompt(id=own, messages=row_prompt(row), reference=reference, user=user, use_case=use_case))
 
     return read_records(path, parse, max_bad_rows)
+
+
+def row_origin(row: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Read the optional "user" (a text or a number) and "use_case" of a prompt's row. Raises ValueError."""
+    user = row.get("user")
+    if isinstance(user, int) and not isinstance(user, bool):
+        user = str(user)
+    user = row_text({"user": user}, "user") if "user" in row else None
+    return user, row_text(row, "use_case") if "use_case" in row else None
 
 
 def read_demonstrations(

@@ -86,7 +86,7 @@ def test_settings_named_in_the_pages_exist():
     for page in PAGES:
         for name in re.findall(r"`(?:--)?([a-z_]+(?:\.[a-z_]+)+)\b", page.read_text(encoding="utf-8")):
             table, _, last = name.partition(".")
-            if table in tables and last not in ("py", "toml", "jsonl"):
+            if table in tables and last not in ("py", "toml", "json", "jsonl"):
                 assert name in known, f"{page.name} names {name}"
 
 

@@ -42,6 +42,7 @@ Section = TypeVar("Section", bound=BaseModel)
 OFTEN = (
     *("models.base", "data.demonstrations", "data.comparisons", "data.prompts"),
     *("cluster.address", "cluster.generators", "cluster.learner_ranks"),
+    *("prompts.prefix_chars", "prompts.per_user", "prompts.heldout_share"),
     *("sft.epochs", "sft.optimizer.lr", "baseline.epochs", "reward.epochs", "sample.completions_per_prompt"),
     *("ppo.iterations", "ppo.prompts_per_batch", "ppo.kl.coef", "ppo.max_staleness", "rollout.max_new_tokens"),
     *("labeler.name", "rounds.count", "rounds.labelers", "scoring.parts", "serve.host", "serve.port"),

@@ -1,9 +1,9 @@
 """The configuration of a run: the sections that live beside the code they configure, composed."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from actors.config import GeneratorConfig, RolloutConfig
 from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
@@ -120,6 +120,9 @@ class ModelsConfig(LoadingConfig):
 class DataConfig(_Section):
     """Files that the steps read: JSON lines, CSV, Parquet and others, in the forms of public sets (docs/data.md)."""
 
+    prompts_raw: Path | None = None
+    """{"prompt": text or messages} or {"instruction": text, "instances": [{"input", "output"}, ..]}, each with "user",
+    "use_case" and "kind" where known: what `rayward prompts` makes the other files of."""
     demonstrations: Path | None = None
     """{"prompt": text or messages, "response": text}: what SFT learns, and what scores 0 on average. Rows with the same
     "group", such as one instruction with several few-shot draws, are never split between training and held out."""
@@ -144,6 +147,47 @@ class DataConfig(_Section):
     max_bad_rows: int = Field(default=0, ge=0)
     """Rows of a file that may be skipped as they cannot be read or encoded, each with a warning; with one more the
     step does not begin, and all are told."""
+
+
+class PromptsConfig(_Section):
+    """Sets of prompts, made of raw ones (paper, section 3.2 and appendix A)."""
+
+    prefix_chars: int = Field(default=100, ge=1)
+    """Of prompts whose first so many characters are the same, one is kept, the first; of shorter ones, if all is. The
+    paper has no number."""
+    per_user: int = Field(default=200, ge=1)
+    """Prompts of one user at most (paper: 200)."""
+    shots: int = Field(default=3, ge=1)
+    """Pairs of an instruction that a few-shot prompt shows at most, before it asks for another one's output."""
+    draws: int = Field(default=1, ge=1)
+    """Few-shot prompts that are made of one instruction at most; each asks for another output."""
+    demonstration_share: float = Field(default=0.15, ge=0, lt=1)
+    """Share of the users whose prompts are for demonstrations."""
+    preference_share: float = Field(default=0.4, ge=0, lt=1)
+    """Share of the users whose prompts are for completions that are compared. PPO's users are the rest."""
+    valid_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the users whose prompts are for choosing among models."""
+    heldout_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the users whose prompts models are compared on."""
+    seed: int = 0
+    """Which users are in which set, which prompts stay of a user with too many, which pairs a few-shot prompt shows."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the users by set; those that are measured on come first, so the others' shares do not move them."""
+        given = {
+            "prompts_heldout": self.heldout_share,
+            "prompts_valid": self.valid_share,
+            "demonstrations": self.demonstration_share,
+            "preference_prompts": self.preference_share,
+        }
+        return given | {"prompts": 1 - sum(given.values())}
+
+    @model_validator(mode="after")
+    def _leave_some_for_ppo(self) -> Self:
+        if self.shares["prompts"] < 1e-9:
+            raise ValueError("the shares leave no user for PPO: lower them, so that their sum is less than 1")
+        return self
 
 
 class SampleConfig(_Section):
@@ -270,6 +314,7 @@ class Config(_Section):
     """Step 1: the policy that PPO starts from and is held to."""
     baseline: SFTConfig = BASELINE
     """The SFT baseline, trained longer and without text, which PPO is compared with."""
+    prompts: PromptsConfig = PromptsConfig()
     sample: SampleConfig = SampleConfig()
     labeler: LabelerConfig = LabelerConfig()
     rounds: RoundsConfig = RoundsConfig()

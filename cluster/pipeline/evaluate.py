@@ -62,7 +62,7 @@ class Evaluate(Stage):
         for name, path in (("policy", policy), ("reference", job.model("sft"))):
             await learner.load(name, "policy", path, config.network, config.policy_optimizer, frozen=True)
         evaluator = Evaluator(job=job, held_out=inputs, learner=learner, fleet=fleet, rewards=rewards)
-        await evaluator.measure(policy.name, config)
+        evaluator.summarise(policy.name, await evaluator.measure(policy.name, config))
         written = job.run_dir / "evaluations" / f"{policy.name}.jsonl"
         job.made("evaluation", written, policy, job.file("prompts_heldout"))
 
@@ -140,10 +140,13 @@ class Evaluation:
     """share of the responses that ended by themselves"""
     seconds: float
     """that the measurement took"""
+    use_cases: Mapping[str, Mapping[str, Any]]
+    """by use case, see `by_use_case`"""
 
     def metrics(self) -> dict[str, float]:
         """A point of the held-out curves."""
         figures = asdict(self)
+        del figures["use_cases"]
         low, high = figures.pop("gold_ci")
         return {f"heldout/{name}": value for name, value in (figures | {"gold_low": low, "gold_high": high}).items()}
 
@@ -173,6 +176,7 @@ class Evaluator:
         golds = held_out.labeler.verdicts([c.text for c in completions])
         scores = await self._scores(name, completions)
         kls = await self._kl(completions, config)
+        cases = any(prompt.use_case for prompt in held_out.prompts)
         rows = [
             {
                 "id": prompt.id,
@@ -184,6 +188,7 @@ class Evaluator:
                 "kl": kl,
                 "label": name,
             }
+            | ({"use_case": prompt.use_case} if cases else {})
             for prompt, completion, gold, score, kl in zip(
                 held_out.prompts, completions, golds, scores, kls, strict=True
             )
@@ -205,7 +210,13 @@ class Evaluator:
             length=fmean(len(c.response_ids) for c in completions),
             eos_rate=fmean(c.ended for c in completions),
             seconds=time.monotonic() - started,
+            use_cases=by_use_case(rows),
         )
+
+    def summarise(self, label: str, found: Evaluation) -> None:
+        """Put the figures by use case into RUN/summary.json, where prompts have one."""
+        if found.use_cases:
+            self.job.summarise("use_cases", **{label: found.use_cases})
 
     async def _answers(self) -> list[Completion]:
         """A response to each prompt."""
@@ -250,6 +261,20 @@ def samples_to_show(rows: Sequence[dict[str, Any]], each: int, seed: int) -> lis
     chosen = random.Random(seed).sample(rest, min(each, len(rest)))
     picks = {"highest": order[:each], "lowest": lowest[::-1], "random": chosen}
     return [{"shown for": why, **row} for why, rows in picks.items() for row in rows]
+
+
+def by_use_case(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean gold and score of the samples of each use case, their number n, and from two on a 95 % interval of gold."""
+    of_case: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if case := row.get("use_case"):
+            of_case.setdefault(case, []).append(row)
+    found = {}
+    for case, samples in sorted(of_case.items()):
+        golds, interval = [row["gold"] for row in samples], _mean_interval([row["gold"] for row in samples])
+        figures = {"n": len(samples), "gold": fmean(golds), "score": fmean(row["score"] for row in samples)}
+        found[case] = figures | ({"gold_ci": interval} if interval else {})
+    return found
 
 
 Verdicts = Mapping[str, float]

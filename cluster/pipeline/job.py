@@ -93,7 +93,7 @@ class Job:
         """Write a text file whole, as soon as there is room for it."""
         self.monitor.disk.written(lambda: write_whole(path, text))
 
-    def summarise(self, *keys: str, **figures: Any) -> None:
+    def summarise(self, /, *keys: str, **figures: Any) -> None:
         """Merge final figures into RUN/summary.json, under a path of keys."""
         path = self.run_dir / "summary.json"
         try:

@@ -138,6 +138,7 @@ class PPO(Stage):
             with tracker.phase(f"{name}: held-out responses before", name):
                 before = await self._measure(evaluator, start, 0)
                 job.summarise("ppo", name, **_figures(before, "before"))
+                evaluator.summarise(start, before)
         iterations = f"{name}: {config.iterations - progress.done} iterations"
         with tracker.phase(iterations, name):
             await self._train(evaluator, inputs, progress)
@@ -149,6 +150,7 @@ class PPO(Stage):
         await learner.unload()
         processes.weights = policy
         job.summarise("ppo", name, iterations=config.iterations, kl=after.kl, **_figures(after, "after"))
+        evaluator.summarise(name, after)
         self._record_lineage(start)
         return {"iterations": config.iterations}
 

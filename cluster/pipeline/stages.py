@@ -3,6 +3,7 @@
 from cluster.pipeline.evaluate import Evaluate
 from cluster.pipeline.ppo import PPO
 from cluster.pipeline.preferences import Rank, Sample
+from cluster.pipeline.prompts.stage import Prompts
 from cluster.pipeline.quickstart.stage import Quickstart
 from cluster.pipeline.reward_model import RewardModel
 from cluster.pipeline.rounds import Rounds
@@ -13,6 +14,7 @@ from cluster.pipeline.stage import Stage
 
 _ALL: tuple[type[Stage], ...] = (
     Quickstart,
+    Prompts,
     SFT,
     Baseline,
     Sample,

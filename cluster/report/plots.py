@@ -177,6 +177,20 @@ def accuracy(run: Run) -> Iterator[tuple[str, str, str]]:
             yield f"reward model, {gap:.0f} apart in rank", f"{share:.3f}", f"{count or 0:.0f} pairs"
 
 
+def use_cases(run: Run) -> Iterator[tuple[str, ...]]:
+    """A head, and for each use case its held-out prompts, and every model's mean gold and score on them."""
+    models = [(name, run.evaluations[label]) for label, name, _ in labels(run)]
+    cases = sorted({sample.use_case for _, samples in models for sample in samples if sample.use_case})
+    if cases:
+        yield ("use case", "prompts", *(f"{what}, {name}" for what in ("gold", "score") for name, _ in models))
+    for case in cases:
+        own = [[sample for sample in samples if sample.use_case == case] for _, samples in models]
+        figures = [[value for one in samples if (value := one.gold) is not None] for samples in own]
+        figures += [[value for one in samples if (value := one.score) is not None] for samples in own]
+        count = len({sample.id for samples in own for sample in samples})
+        yield (case, str(count), *(f"{fmean(values):+.2f}" if values else "" for values in figures))
+
+
 def supervised(run: Run) -> Iterator[Plot]:
     """Losses of each supervised stage: those that log "<stage>/loss"."""
     kinds = (("training", "loss"), ("held out", "valid_loss"), ("held-out pretraining text", "pretraining_valid_loss"))

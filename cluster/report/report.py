@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.report.plot import png, svg
-from cluster.report.plots import accuracy, arms, interval, labels, overview, plots, round_table, time_spent
+from cluster.report.plots import accuracy, arms, interval, labels, overview, plots, round_table, time_spent, use_cases
 from cluster.rundir.files import Change, Run, Sample, number, read_run
 from cluster.tracking.console import Console, duration
 from reward_server.redaction import visible
@@ -67,6 +67,7 @@ def write_report(run_dir: Path) -> Path:
         plots=plots(run),
         accuracy=list(accuracy(run)),
         time_spent=list(time_spent(run)),
+        use_cases=list(use_cases(run)),
         exchanges=exchanges(run),
         longest=_LONGEST,
         environment=dumps(run.environment, indent=2, ensure_ascii=False) if run.environment else "",

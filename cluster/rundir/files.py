@@ -41,6 +41,8 @@ class Sample:
     """verdict of the labeler"""
     score: float | None
     """verdict of the reward model"""
+    use_case: str | None = None
+    """of the prompt"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +261,7 @@ def _samples(path: Path, unreadable: list[str]) -> tuple[Sample, ...]:
             ended=row.get("ended") is not False,
             gold=number(row.get("gold")),
             score=number(row.get("score")),
+            use_case=visible(str(row["use_case"])) if row.get("use_case") else None,
         )
         for row in _rows(path, unreadable)
         if "id" in row

@@ -32,7 +32,7 @@ KINDS = {
     **dict.fromkeys(("demonstrations", "demonstrations_valid"), "demonstrations"),
     **dict.fromkeys(("completions", "comparisons"), "comparisons"),
     **dict.fromkeys(("pretraining", "pretraining_valid"), "pretraining text"),
-    **dict.fromkeys(("preference_prompts", "prompts", "prompts_valid", "prompts_heldout"), "prompts"),
+    **dict.fromkeys(("prompts_raw", "preference_prompts", "prompts", "prompts_valid", "prompts_heldout"), "prompts"),
 }
 _ROWS = {
     "prompts": '{"prompt": text or messages}',

@@ -104,6 +104,15 @@ def row_reply(row: dict[str, Any], key: str) -> str:
     return _content(turns[0], key)
 
 
+def row_reference(row: dict[str, Any]) -> str | None:
+    """Read the reply to a prompt where the row has one: "reference", or as of a demonstration. Raises ValueError."""
+    if "reference" in row:
+        return row_text(row, "reference")
+    talk = _first(row, _TALKS)
+    ends = talk is not None and _role(talk_turns(row, talk)[-1]) == "assistant"
+    return row_demonstration(row)[1] if ends or _first(row, _REPLIES) else None
+
+
 def row_conversation(row: dict[str, Any], key: str = "prompt") -> tuple[Message, ...]:
     """Read a conversation that a reply is wanted to: a text (one user message), a transcript, or a list of messages.
 

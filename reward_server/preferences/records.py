@@ -41,12 +41,17 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def read_records(path: str | Path, parse: Callable[[dict[str, Any], int], Row], max_bad_rows: int = 0) -> list[Row]:
+def read_records(
+    path: str | Path,
+    parse: Callable[[dict[str, Any], int], Row],
+    max_bad_rows: int = 0,
+    skipped: Callable[[int, str], object] = lambda number, reason: None,
+) -> list[Row]:
     """Read a data file through `parse(row, line number)`, which raises ValueError with the reason to refuse a row.
 
     Keys whose value is null are left out before, in nested objects too: null means absent. Up to `max_bad_rows` bad
-    rows are left out, each with a warning; with more, RecordError tells all of them. A file without one good row is
-    refused whatever the budget.
+    rows are left out, each with a warning, and `skipped` is told its number and FILE:LINE with the reason; with more,
+    RecordError tells all of them. A file without one good row is refused whatever the budget.
     """
     rows: list[Row] = []
     lines: list[int] = []
@@ -69,8 +74,9 @@ def read_records(path: str | Path, parse: Callable[[dict[str, Any], int], Row], 
         raise RecordError("\n".join(told))
     if not rows:
         raise RecordError(f"{path}: none of its {len(lines)} rows can be used; the first: {told[0]}")
-    for count, text in enumerate(told, start=1):
+    for count, (number, text) in enumerate(zip(lines, told, strict=True), start=1):
         log.warning("skipped bad row %d of at most %d: %s", count, max_bad_rows, text)
+        skipped(number, text)
     return rows
 
 

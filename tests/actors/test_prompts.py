@@ -40,6 +40,16 @@ def test_prompts_are_texts_or_conversations_with_or_without_id_and_reference(tmp
     ]
 
 
+def test_a_prompt_has_its_user_and_use_case_and_a_run_goes_on_when_they_are_added(tmp_path: Path) -> None:
+    without = read_prompts(_write(tmp_path / "p.jsonl", [{"prompt": "hi"}, {"prompt": "ho"}]))
+    told = [{"prompt": "hi", "user": 7, "use_case": "chat"}, {"prompt": "ho", "user": None, "use_case": None}]
+    found = read_prompts(_write(tmp_path / "q.jsonl", told))
+    assert [(one.user, one.use_case) for one in found] == [("7", "chat"), (None, None)]
+    assert PromptStream(found, 0).fingerprint == PromptStream(without, 0).fingerprint
+    with pytest.raises(RecordError, match=r':1: "use_case" must be a string'):
+        read_prompts(_write(tmp_path / "r.jsonl", [{"prompt": "hi", "use_case": 3}]))
+
+
 def test_demonstrations_need_a_response(tmp_path: Path) -> None:
     good = _write(tmp_path / "good.jsonl", [{"id": "d", "prompt": "hi", "response": "hello"}])
     (demonstration,) = read_demonstrations(good)

@@ -3,7 +3,7 @@
 import pytest
 
 from actors.prompts import Prompt
-from cluster.pipeline.evaluate import read_evaluation_set, samples_to_show, win_rate
+from cluster.pipeline.evaluate import by_use_case, read_evaluation_set, samples_to_show, win_rate
 from reward_server.schema import Message
 from tests.stage_runs import make_job
 from tests.stage_runs import rows as write_rows
@@ -57,6 +57,19 @@ def test_a_long_reference_is_cut_for_the_probe_and_text_to_the_positions(tmp_pat
     assert len(second.ids) - second.first < 10
     assert "the first 23 tokens of the references of ['x']" in caplog.text
     assert {len(example.ids) for example in found.text} == {64}
+
+
+def test_figures_by_use_case_are_means_with_their_number():
+    rows = [
+        {"use_case": case, "gold": gold, "score": 2 * gold}
+        for case, gold in (("chat", 0.0), ("chat", 0.5), ("qa", 1.0))
+    ]
+    found = by_use_case([*rows, {"use_case": None, "gold": 9.0, "score": 9.0}])
+    half = 1.959964 * 0.25  # of 0 and 0.5 the standard error is 0.25
+    interval = found["chat"].pop("gold_ci")
+    assert interval == pytest.approx([0.25 - half, 0.25 + half])
+    assert found == {"chat": {"n": 2, "gold": 0.25, "score": 0.5}, "qa": {"n": 1, "gold": 1.0, "score": 2.0}}
+    assert by_use_case([{"gold": 1.0, "score": 1.0}]) == {}
 
 
 # --- win rates

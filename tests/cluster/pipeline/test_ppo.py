@@ -87,7 +87,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_reward_model(root / "other", seed=1)
     prompts = [{"id": f"p{i}", "prompt": f"say {chr(ord('a') + i)}"} for i in range(8)]
     texts = [{"text": f"the quick brown fox number {i} jumps over the lazy dog"} for i in range(30)]
-    rows = {"prompts": prompts, "prompts_heldout": prompts[:4], "pretraining": texts, "pretraining_valid": texts[:6]}
+    heldout = [{**row, "user": f"u{i}", "use_case": "say"} if i else row for i, row in enumerate(prompts[:4])]
+    rows = {"prompts": prompts, "prompts_heldout": heldout, "pretraining": texts, "pretraining_valid": texts[:6]}
     for name, values in rows.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     return root
@@ -159,6 +160,12 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(worker: LearnerWorker
     for step, label in enumerate(("sft", "ppo-000001", "ppo-000002", "ppo-000003", "ppo")):
         golds = [row["gold"] for row in map(json.loads, expected[f"evaluations/{label}.jsonl"].splitlines())]
         assert curve[step] == pytest.approx(sum(golds) / 4)
+    by_case = json.loads(expected["summary.json"])["use_cases"]
+    assert by_case.keys() == {"sft", "ppo"}
+    for label, found in by_case.items():
+        rows = [row for row in map(json.loads, expected[f"evaluations/{label}.jsonl"].splitlines()) if row["use_case"]]
+        means = {name: sum(row[name] for row in rows) / 3 for name in ("gold", "score")}
+        assert {name: found["say"][name] for name in ("n", *means)} == pytest.approx({"n": 3, **means})
     # complete: nothing more happens, unless it is to be longer
     assert align(worker, made, parts, "resume") == ([], "ppo: complete, and left as it is\n")
     assert align(worker, made, parts, "resume", iterations=5)[0] == [4, 5]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cluster.report.plots import use_cases
 from cluster.report.report import exchanges, summary, write_report
 from cluster.rundir.files import read_run
 from tests.synthetic_run import CAPTION, evaluation, write_rows, write_run
@@ -146,6 +147,25 @@ def test_a_prompt_that_one_model_did_not_answer_says_so(tmp_path: Path):
     write_rows(tmp_path / "evaluations" / "sft.jsonl", evaluation("sft", 1, 0.1, 0))
     write_rows(tmp_path / "evaluations" / "ppo.jsonl", evaluation("ppo", 2, 0.1, 0))
     assert Page(write_report(tmp_path)).text.count("not sampled") == 1
+
+
+def test_gold_and_score_are_shown_by_use_case_where_prompts_have_one(tmp_path: Path):
+    rows = evaluation("sft", 3, 0.1, 0)
+    assert "By use case" not in Page(write_report(write_run(tmp_path / "without"))).text
+    for label, more in (("sft", 0.0), ("ppo", 0.25)):
+        told = [
+            row | {"use_case": case, "gold": gold + more, "score": 2.0}
+            for row, case, gold in zip(rows, ("<b>chat", "<b>chat", None), (0.1, 0.2, 9.0), strict=True)
+        ]
+        write_rows(tmp_path / "run" / "evaluations" / f"{label}.jsonl", told)
+    table = list(use_cases(read_run(tmp_path / "run")))
+    assert table == [
+        ("use case", "prompts", "gold, SFT", "gold, PPO", "score, SFT", "score, PPO"),
+        ("<b>chat", "2", "+0.15", "+0.40", "+2.00", "+2.00"),
+    ]
+    shown = Page(write_report(tmp_path / "run")).text
+    assert "By use case" in shown
+    assert "<b>chat" in shown
 
 
 def test_texts_of_strangers_stay_texts(tmp_path: Path, page: Page):
