@@ -32,9 +32,9 @@ class RolloutConfig(Section):
     """How responses are sampled."""
 
     prompts_per_wave: int = Field(default=32, ge=1)
-    """Prompts that a generator is given at once; their responses are scored in one request."""
+    """Prompts that a generator is given at once; each is scored when its responses are complete."""
     waves_in_flight: int = Field(default=1, ge=1)
-    """Waves that one generator has at the same time. With 1, it rests while its wave is scored."""
+    """Waves that one generator has at the same time. With 1, it rests while the last of its wave are scored."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses to each prompt."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
@@ -46,7 +46,7 @@ class RolloutConfig(Section):
     missing_eos: MissingEos = MissingEos()
     """What a cut-off response scores."""
     wave_deadline_s: float = Field(default=600.0, gt=0)
-    """Seconds in which a wave must be sampled; after them it counts as lost."""
+    """Seconds in which a wave must be sampled; what is not complete by then counts as lost."""
     max_attempts: int = Field(default=3, ge=1)
     """Times that a prompt is tried, for any use, before the run stops; the last time alone, which finds the guilty."""
 

@@ -228,8 +228,8 @@ class Engine:
                 silence = time.monotonic() - self._progress
                 if pending and silence > self.config.progress_deadline_s and not self.paused:
                     raise GeneratorTimeout(
-                        f"generator {self.name!r} made no token for {silence:.0f} s, and {len(pending)} of "
-                        f"{len(tasks)} requests wait"
+                        f"generator {self.name!r} made no token for {silence:.0f} s, and "
+                        f"{self._under_way} requests wait"
                     )
             return [task.result() for task in tasks]
         finally:

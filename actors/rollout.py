@@ -39,10 +39,12 @@ async def rollout(
     seed: int,
     leave: asyncio.Event,
     waits: Waits | None = None,
+    beside: bool = True,
 ) -> None:
     """Keep one generator busy until `leave` is set, and return when the waves under way are done.
 
-    Cancelled, or when the buffer is closed, it gives their tickets back at once. `waits`: of the run.
+    Cancelled, or when the buffer is closed, it gives their tickets back at once. `waits`: of the run. `beside`: a
+    response is scored as soon as it is complete, else all of a wave together, while the generator rests.
 
     Sampling seeds are a hash of (seed, ticket number, k, attempt), so that a response depends on the prompt and the
     weights, not on who sampled it. Raises GeneratorFailed for a broken generator. PromptFailed, a prompt that cannot be
@@ -59,6 +61,7 @@ async def rollout(
         buffer=buffer,
         seed=seed,
         waits=waits or Waits(),
+        beside=beside,
     )
     for error in await waves.work(config.waves_in_flight):
         if not isinstance(error, BufferClosed):
@@ -69,7 +72,7 @@ async def rollout(
 
 @dataclass(slots=True, kw_only=True)
 class _Rollout(Waves):
-    """Waves whose responses are scored and put into the buffer."""
+    """Waves whose responses are scored and put into the buffer as they are complete."""
 
     scorer: Scorer
     stream: PromptStream
@@ -90,7 +93,7 @@ class _Rollout(Waves):
         with self.waits.reported(self.generator.name, lambda: "the reward service, which is paused"):
             await self.scorer.ready()
 
-    async def take(self, sampled: dict[Ticket, list[Completion]]) -> None:
+    async def take(self, sampled: dict[Ticket, list[Completion]]) -> dict[Ticket, str]:
         for ticket in sampled:
             self.buffer.generated(ticket)
         keyed = [
@@ -124,22 +127,18 @@ class _Rollout(Waves):
                     parts={**reply.parts, "raw_score": reply.score},
                 )
             )
-        self._put(trajectories)
+        return self._put(trajectories)
 
-    def _put(self, trajectories: dict[Ticket, list[Trajectory]]) -> None:
-        stale: list[Ticket] = []
-        why = ""
+    def _put(self, trajectories: dict[Ticket, list[Trajectory]]) -> dict[Ticket, str]:
+        stale: dict[Ticket, str] = {}
         for ticket, samples in trajectories.items():
             try:
                 self.buffer.put(ticket, samples)
             except StaleTrajectories as error:
-                stale.append(ticket)
-                why = str(error)
-        if not stale:
-            self.failed_waves = 0
-            return
-        self.lose(stale, "stale", why)
-        self.count_failure(stale, why)
+                stale[ticket] = str(error)
+        if stale:
+            self.lose(list(stale), "stale", next(iter(stale.values())))
+        return stale
 
     def _key(self, ticket: Ticket, k: int) -> SampleKey:
         prompt, epoch = self.stream[ticket.number]

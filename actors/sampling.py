@@ -6,10 +6,10 @@ stops its user with an error that names its prompt.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from asyncio import FIRST_COMPLETED, FIRST_EXCEPTION
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from typing import Any, Protocol
 
 from actors.chat import TextEncoding
@@ -20,6 +20,7 @@ from actors.trajectory import Completion, Ticket
 # A generator that fails twice in a row is taken to be broken; so a ticket that it has spoilt twice still has
 # its last attempt left for another one.
 _FAILED_WAVES = 2
+_TOGETHER_S = 0.01  # what is complete so soon after another response is taken with it
 log = logging.getLogger(__name__)
 
 
@@ -61,35 +62,28 @@ class Tickets(Protocol):
 
 
 async def responses(
-    generator: Generator,
-    prompts: Sequence[Prompt],
-    queries: Sequence[list[int]],
-    seeds: Sequence[Sequence[int]],
-    config: RolloutConfig,
-) -> list[list[Completion]]:
-    """The responses to each prompt, one a seed of its, all sampled at once; `queries` are the encoded prompts.
+    generator: Generator, prompt: Prompt, query: list[int], seeds: Sequence[int], config: RolloutConfig
+) -> list[Completion]:
+    """The responses to a prompt, one a seed, sampled at once; `query` is the encoded prompt.
 
     Raises what the generator raises, TimeoutError when `config.wave_deadline_s` is over, and ValueError for what no
-    generator could sample; these two name the prompts.
+    generator could sample; these two name the prompt.
     """
-    flat = [query for query, own in zip(queries, seeds, strict=True) for _ in own]
-    limit = asyncio.timeout(config.wave_deadline_s)
+    limit, count = asyncio.timeout(config.wave_deadline_s), len(seeds)
     try:
         async with limit:
-            found = await generator.generate(flat, list(chain(*seeds)), config.max_new_tokens, config.temperature)
+            found = await generator.generate([query] * count, list(seeds), config.max_new_tokens, config.temperature)
     except TimeoutError:
         if not limit.expired():
             raise
         raise TimeoutError(
-            f"{len(flat)} responses, to prompt {prompts[0].id!r} and those after it, were not sampled within "
-            f"{config.wave_deadline_s:g} s; see the generators' logs, or raise rollout.wave_deadline_s"
+            f"the responses to prompt {prompt.id!r} were not sampled within {config.wave_deadline_s:g} s; see the "
+            "generators' logs, or raise rollout.wave_deadline_s"
         ) from None
     except ValueError as error:
-        names = ", ".join(repr(prompt.id) for prompt in prompts)
-        raise ValueError(f"one of the prompts {names} cannot be sampled: {error}") from error
-    assert len(found) == len(flat), f"{len(found)} responses came back for {len(flat)} queries"
-    rest = iter(found)
-    return [list(islice(rest, len(own))) for own in seeds]
+        raise ValueError(f"prompt {prompt.id!r} cannot be sampled: {error}") from error
+    assert len(found) == count, f"{len(found)} responses came back for {count} queries"
+    return found
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,6 +100,8 @@ class Waves:
     config: RolloutConfig
     leave: asyncio.Event
     """set when it is to take no more work"""
+    beside: bool = True
+    """whether what is complete is taken while the rest of its wave is sampled, or when all of it is"""
     failed_waves: int = 0
     """in a row"""
     _idle: set[asyncio.Task[None]] = field(default_factory=set)  # these wait for tickets: they have nothing to lose
@@ -121,8 +117,8 @@ class Waves:
     async def ready(self) -> None:
         """Wait until responses can be used."""
 
-    async def take(self, sampled: dict[Ticket, list[Completion]]) -> None:
-        """Use the responses, and set `failed_waves` to 0 when they are good."""
+    async def take(self, sampled: dict[Ticket, list[Completion]]) -> dict[Ticket, str]:
+        """Use responses of a wave, of which others may still be sampled; the tickets that were lost, with the cause."""
         raise NotImplementedError
 
     async def work(self, lanes: int) -> list[BaseException]:
@@ -172,28 +168,54 @@ class Waves:
             self._idle.discard(task)
 
     async def _wave(self, tickets: list[Ticket]) -> None:
-        prompts = list(map(self.prompt, tickets))
-        queries = [encode_prompt(prompt, self.encoding, self.config.max_prompt_tokens) for prompt in prompts]
+        """Have prompts sampled at the same time, and what is complete taken, one take at a time."""
+        queries = [encode_prompt(self.prompt(t), self.encoding, self.config.max_prompt_tokens) for t in tickets]
+        calls = {
+            asyncio.create_task(responses(self.generator, self.prompt(t), query, self.seeds(t), self.config)): t
+            for t, query in zip(tickets, queries, strict=True)
+        }
+        lost: dict[Ticket, str] = {}
         try:
-            groups = await responses(self.generator, prompts, queries, list(map(self.seeds, tickets)), self.config)
-        except GeneratorFailed as error:
-            self.lose(tickets, "generator lost", str(error))
-            raise
-        except ValueError:  # whoever asks is to blame: another generator could not do it either
-            raise
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            self.lose(tickets, "generation failed", why)
-            self.count_failure(tickets, why)
-            return
-        full: dict[Ticket, list[Completion]] = {}
-        for ticket, completions in zip(tickets, groups, strict=True):
-            if all(completion.response_ids for completion in completions):
-                full[ticket] = completions
-            else:
-                self.lose([ticket], "empty response", "a response has no token, not even an EOS")
+            while calls:
+                await asyncio.wait(calls, return_when=FIRST_COMPLETED if self.beside else FIRST_EXCEPTION)
+                done, _ = await asyncio.wait(calls, timeout=_TOGETHER_S)
+                answers = {calls.pop(call): call for call in list(calls) if call in done}
+                lost |= await self._use(answers, list(calls.values()))
+        finally:
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+        if lost:
+            self.count_failure(lost)
+        else:
+            self.failed_waves = 0
+
+    async def _use(
+        self, answers: dict[Ticket, asyncio.Task[list[Completion]]], others: list[Ticket]
+    ) -> dict[Ticket, str]:
+        """Take the answers that are good; the tickets of the others, lost, with the cause.
+
+        `others` of the wave, which have none yet, are lost too where it is the generator.
+        """
+        errors = {ticket: error for ticket, call in answers.items() if (error := call.exception())}
+        groups = {ticket: call.result() for ticket, call in answers.items() if ticket not in errors}
+        full = {t: found for t, found in groups.items() if all(completion.response_ids for completion in found)}
+        causes = {ticket: f"{type(error).__name__}: {error}" for ticket, error in errors.items()}
+        gone = next((error for error in errors.values() if isinstance(error, GeneratorFailed)), None)
+        for error in errors.values():
+            if isinstance(error, ValueError):  # whoever asks is to blame: another generator could not do it either
+                raise error
+        if gone:
+            self.lose([*errors, *others], "generator lost", str(gone))
+        elif errors:
+            self.lose(list(errors), "generation failed", next(iter(causes.values())))
+        if empty := [ticket for ticket in groups if ticket not in full]:
+            self.lose(empty, "empty response", "a response has no token, not even an EOS")
         if full:
-            await self.take(full)
+            causes |= await self.take(full)
+        if gone:
+            raise gone
+        return causes
 
     def lose(self, tickets: list[Ticket], reason: str, why: str) -> None:
         """Forfeit tickets; raise PromptFailed for one that has had its last attempt."""
@@ -210,13 +232,14 @@ class Waves:
         if error is not None:
             raise error
 
-    def count_failure(self, tickets: list[Ticket], why: str) -> None:
+    def count_failure(self, lost: Mapping[Ticket, str]) -> None:
         """Raise GeneratorFailed when too many waves in a row failed."""
         self.failed_waves += 1
         if self.failed_waves >= _FAILED_WAVES:
-            names = [self.prompt(ticket).id for ticket in tickets[:4]]
+            names = [self.prompt(ticket).id for ticket in list(lost)[:4]]
             raise GeneratorFailed(
-                f"{self.failed_waves} waves in a row failed; the last, of {len(tickets)} prompts, {names} and on: {why}"
+                f"{self.failed_waves} waves in a row failed; the last, of {len(lost)} prompts, {names} and on: "
+                f"{list(lost.values())[-1]}"
             )
 
 
@@ -310,6 +333,6 @@ class _Sampling(Waves):
     def seeds(self, ticket: Ticket) -> list[int]:
         return [stable_hash(self.seed, self.prompt(ticket).id, k) for k in range(self.samples)]
 
-    async def take(self, sampled: dict[Ticket, list[Completion]]) -> None:
+    async def take(self, sampled: dict[Ticket, list[Completion]]) -> dict[Ticket, str]:
         self.answers.take(sampled)
-        self.failed_waves = 0
+        return {}

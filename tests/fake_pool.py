@@ -10,6 +10,8 @@ from tests.fakes import FakeFleet
 class FakePool:
     """Hands out a learner, generators (a fleet, or a list of them) and rewards; notes what they were asked for."""
 
+    scores_beside = True
+
     def __init__(self, learner: Any = None, generators: Any = (), rewards: Any = None) -> None:
         self.announce: Any = nullcontext
         self.weights: Path | None = None

@@ -83,18 +83,18 @@ class FakeGenerator:
     name: str = "fake"
     version: int = 0
     fault: Callable[[list[list[int]]], BaseException | None] = lambda queries: None
-    """asked before each wave; what it returns is raised"""
+    """asked before each call is answered; what it returns is raised"""
     turns: Callable[[], int] = lambda: 0
-    """how many turns of the event loop a wave takes"""
-    waves: list[list[list[int]]] = field(default_factory=list)
-    """queries of every wave"""
+    """how many turns of the event loop a call takes"""
+    calls: list[list[list[int]]] = field(default_factory=list)
+    """queries of every call: a prompt's, as often as it has samples"""
     seeds: list[int] = field(default_factory=list)
     """seeds of every sample"""
 
     async def generate(
         self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
-        self.waves.append(query_ids)
+        self.calls.append(query_ids)
         self.seeds += seeds
         for _ in range(self.turns()):
             await asyncio.sleep(0)

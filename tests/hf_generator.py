@@ -23,6 +23,8 @@ class HfGenerator:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.encoding = ChatEncoding.load(path)
         self.version = 0
+        self._asked: list[tuple[list[list[int]], list[int]]] = []
+        self._sampled: asyncio.Task[list[list[Completion]]] | None = None
 
     def receive(self, worker: LearnerWorker, version: int) -> None:
         """Take over the worker's weights."""
@@ -35,8 +37,18 @@ class HfGenerator:
     async def generate(
         self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
-        await asyncio.sleep(0)
-        return self._sample(query_ids, seeds, max_new_tokens, temperature)
+        """As an engine does, sample at once what is asked for at the same time."""
+
+        async def sample() -> list[list[Completion]]:
+            asked, self._asked, self._sampled = self._asked, [], None
+            queries, dice = [q for group, _ in asked for q in group], [seed for _, own in asked for seed in own]
+            rest = iter(self._sample(queries, dice, max_new_tokens, temperature))
+            return [[next(rest) for _ in own] for _, own in asked]
+
+        place = len(self._asked)
+        self._asked.append((query_ids, seeds))
+        self._sampled = sampled = self._sampled or asyncio.create_task(sample())
+        return (await asyncio.shield(sampled))[place]
 
     @torch.no_grad()
     def _sample(

@@ -303,7 +303,7 @@ class Fleet:
                 finally:
                     watching.cancel()
                     worker.give_up("its place is closed")
-                    sampled = worker.waves_done > 0
+                    sampled = worker.answers > 0
                     seat.worker, seat.serving = None, False
         except Exception as error:
             seat.error, seat.cause = error, f"it did not start: {error}"

@@ -32,6 +32,11 @@ class ProcessPool:
         self._generators_stack = AsyncExitStack()
         self._rewards_stack = AsyncExitStack()
 
+    @property
+    def scores_beside(self) -> bool:
+        """See Plan."""
+        return self._processes.plan.scores_beside
+
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self._processes.monitor.attending())
         for stack in (self._generators_stack, self._rewards_stack):

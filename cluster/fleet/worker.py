@@ -38,8 +38,9 @@ class Worker:
         self.name = handle.name
         self.leave = asyncio.Event()
         """Set when it is to take no more work."""
-        self.waves_done = 0
-        self._waves = 0
+        self.answers = 0
+        """Calls to sample that it has answered."""
+        self._calls = 0  # to sample, that it has not answered yet
         self._watch_s = config.watch_s
         self._silence_s = silence_s
         self._paused = paused
@@ -66,19 +67,19 @@ class Worker:
         """Sample. Raises GeneratorFailed as soon as the generator is gone, whether it answers or not."""
         call = asyncio.ensure_future(self.handle.generate(query_ids, seeds, max_new_tokens, temperature))
         call.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may come after the end
-        self._waves += 1
+        self._calls += 1
         try:
             await asyncio.wait({call, self._departure}, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
                 raise GeneratorFailed(f"{self.name} is gone: {self._departure.result()}")
             completions = call.result()
-            self.waves_done += 1
+            self.answers += 1
             return completions
         except (ActorDied, GeneratorError) as error:
             self.give_up(str(error))
             raise GeneratorFailed(f"{self.name} is gone: {error}") from error
         finally:
-            self._waves -= 1
+            self._calls -= 1
             call.cancel()
 
     async def watch(self) -> None:
@@ -89,10 +90,10 @@ class Worker:
             now = await self.check(self._silence_s)
             if now is None:
                 self.give_up(f"it answered nothing for {self._silence_s:g} s")
-            elif now != tokens or not self._waves or self._paused():
+            elif now != tokens or not self._calls or self._paused():
                 tokens, since = now, time.monotonic()
             elif (silence := time.monotonic() - since) > self._silence_s:
-                self.give_up(f"it made no token for {silence:.0f} s, and {self._waves} waves wait")
+                self.give_up(f"it made no token for {silence:.0f} s, and {self._calls} prompts wait")
 
     async def check(self, within_s: float = _CHECK_S) -> int | None:
         """Tokens sampled so far; None if it does not answer at once, as it may be busy. Gives it up if it is dead."""

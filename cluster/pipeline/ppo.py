@@ -141,7 +141,7 @@ class PPO(Stage):
                 evaluator.summarise(start, before)
         iterations = f"{name}: {config.iterations - progress.done} iterations"
         with tracker.phase(iterations, name):
-            await self._train(evaluator, inputs, progress)
+            await self._train(evaluator, inputs, progress, processes.scores_beside)
         with tracker.phase(f"{name}: held-out responses after", name):
             after = await self._measure(evaluator, name, config.iterations)
         policy, ema, _ = (job.run_dir / result for result in self.results)
@@ -179,7 +179,7 @@ class PPO(Stage):
         for label, model in ((start, job.model("init")), (self.name, run_dir / self.results[0])):
             job.made("evaluation", run_dir / "evaluations" / f"{label}.jsonl", model, heldout)
 
-    async def _train(self, evaluator: Evaluator, inputs: Inputs, progress: "Progress") -> None:
+    async def _train(self, evaluator: Evaluator, inputs: Inputs, progress: "Progress", beside: bool) -> None:
         """The loop of `learner/ppo.py`, with actors that sample for it."""
         from actors.rollout import rollout
         from cluster.fleet.scale import obeying
@@ -205,7 +205,8 @@ class PPO(Stage):
         self._restore(progress, buffer, ledger)
 
         def work(generator: "Generator", leave: asyncio.Event) -> Coroutine[Any, Any, None]:
-            return rollout(generator, rewards, stream, buffer, encoding, job.config.rollout, config.seed, leave, waits)
+            sampling = job.config.rollout
+            return rollout(generator, rewards, stream, buffer, encoding, sampling, config.seed, leave, waits, beside)
 
         async def measure(version: int) -> dict[str, float]:
             every = job.config.evaluation.every

@@ -23,6 +23,7 @@ from cluster.runtime.resources import Process
 _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")]
 _PROBE_S = 1.0
+_CALLS = 100_000  # under way at an actor; Ray lets further ones wait, and a question how it is must not
 _TAIL_LINES = 5
 _DEATHS = (RayActorError, OutOfMemoryError)
 _RESERVED = {"call", "health", "kill", "name", "ready"}
@@ -207,6 +208,7 @@ def remote(
         num_cpus=process.cpus,
         num_gpus=process.gpus,
         max_restarts=0,
+        max_concurrency=_CALLS,
         runtime_env={"env_vars": env},
         scheduling_strategy=placement,
     )

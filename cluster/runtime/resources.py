@@ -70,6 +70,15 @@ class Plan:
         """Whether learner and generators have GPUs of their own: NCCL takes no two members of a group on one."""
         return all(process.gpus >= 1 for process in self.processes if not process.name.startswith("reward-"))
 
+    @property
+    def scores_beside(self) -> bool:
+        """Whether responses are scored while their generator samples others.
+
+        Not where a replica borrows the cores on which several threads of a generator meet at barriers.
+        """
+        borrows = not any({"generator-0", "reward-0"} <= {*names} for names in self.concurrent.values())
+        return not (borrows and len(self.process("generator-0").pin or ()) > 1)
+
     def first(self, kinds: Sequence[Kind], generators: int) -> list[Process]:
         """The processes of these kinds with which a run starts, of generators only so many; more may join later."""
         later = {f"generator-{index}" for index in range(generators, len(self.processes))}
@@ -165,12 +174,12 @@ def plan_machine(config: Config, cores: int, gpus: int) -> Plan:
     A generator has `generator.tensor_parallel_size` GPUs, in one bundle, since vLLM's workers for them are children of
     one process.
 
-    Synchronous (`ppo.max_staleness` 0): the generators share the cores, then the learner has all of them.
-    Asynchronous: learner and generators compute at the same time and get half of the cores each. With one
-    wave in flight a reward replica scores while the generator that sent the wave waits, so it borrows that one's
-    threads, and no more replicas compute at once than there are generators; with more, each counts as one more
-    generator. On CPU each generator is pinned to cores of its own. With GPUs each process has its own where there are
-    enough; else, unless a generator needs more than one, some share one.
+    Synchronous (`ppo.max_staleness` 0): the generators share the cores, then the learner has all of them. Asynchronous:
+    learner and generators compute at the same time and get half of the cores each. With one wave in flight a reward
+    replica borrows the threads of the generator whose wave it scores (see `scores_beside`), and no more replicas
+    compute at once than there are generators; with more, each counts as one more generator. On CPU each generator is
+    pinned to cores of its own. With GPUs each process has its own where there are enough; else, unless a generator
+    needs more than one, some share one.
 
     The plan may not fit: see check. Raises ValueError for a machine without cores.
     """

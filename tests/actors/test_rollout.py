@@ -42,6 +42,7 @@ class Run:
     deadline_s: float = DEADLINE_S
     ledger: Path | None = None
     seed: int = 11
+    beside: bool = True
     batches: list[list[Trajectory]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ class Run:
                 self.config,
                 self.seed,
                 self.leave,
+                beside=self.beside,
             )
         except GeneratorFailed as error:
             self.failed.append(error)
@@ -109,7 +111,7 @@ def test_samples_come_with_keys_prompts_scores_and_weights_version() -> None:
         assert t.parts["letters"] == 1.0
     assert {t.oldest_version for t in first} == {0}
     assert {t.oldest_version for t in second} == {1}
-    assert [len(requests) for requests in scorer.batches[:2]] == [4, 4], "one request a wave"
+    assert [len(requests) for requests in scorer.batches[:2]] == [4, 4], "what is complete together goes in one request"
 
 
 def test_requests_for_scores_have_ids_of_their_own_and_tell_whether_the_response_ended() -> None:
@@ -150,7 +152,7 @@ def test_every_sample_has_a_seed_of_its_own() -> None:
 
 
 class Once:
-    """A fault that strikes the first `times` waves."""
+    """A fault that strikes the first `times` calls."""
 
     def __init__(self, error: BaseException, times: int = 1) -> None:
         self.error = error
@@ -163,30 +165,126 @@ class Once:
 
 def test_a_failed_wave_is_sampled_again_for_the_same_prompts_with_other_seeds(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    generator = FakeGenerator(fault=Once(ConnectionError("engine died")))
+    generator = FakeGenerator(fault=Once(ConnectionError("engine died"), times=4))
     run = Run({"g": generator}, ledger=path)
     (batch,) = asyncio.run(run.train(1))
     assert [t.key.prompt_id for t in batch] == [run.stream[n][0].id for n in range(4)]
     assert [t.key.attempt for t in batch] == [1, 1, 1, 1]
-    assert generator.waves[0] == generator.waves[1]
+    assert generator.calls[:4] == generator.calls[4:8]
     assert not set(generator.seeds[:4]) & set(generator.seeds[4:8])
     found = audit(path)
     assert (found.trained, found.dropped["generation failed"]) == (4, 4)
 
 
-def test_a_wave_that_hangs_is_lost_at_its_deadline() -> None:
-    class Hanging(FakeGenerator):
+class Slow(FakeGenerator):
+    """Its first call is answered only when `go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = asyncio.Event()
+
+    async def generate(
+        self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
+    ) -> list[Completion]:
+        if not self.calls:
+            self.calls.append(query_ids)
+            await self.go.wait()
+        return await super().generate(query_ids, seeds, max_new_tokens, temperature)
+
+
+def test_a_response_is_scored_and_put_while_others_of_its_wave_are_sampled() -> None:
+    generator, scorer = Slow(), FakeScorer()
+
+    async def train() -> tuple[list[int], list[list[Trajectory]]]:
+        run = Run({"g": generator}, scorer)
+        training = asyncio.create_task(run.train(1))
+        while run.buffer.counts()["buffer/ready"] < 3:
+            await asyncio.sleep(0)
+        before = [len(requests) for requests in scorer.batches]
+        generator.go.set()
+        return before, await training
+
+    before, batches = asyncio.run(train())
+    assert before == [3]
+    assert [len(requests) for requests in scorer.batches] == [3, 1]
+    assert batches == asyncio.run(Run({"g": FakeGenerator()}).train(1)), "in the order of the tickets"
+
+
+def test_where_the_scorer_borrows_the_generators_threads_a_wave_is_scored_when_all_of_it_is_complete() -> None:
+    generator, scorer = Slow(), FakeScorer()
+
+    async def train() -> None:
+        training = asyncio.create_task(Run({"g": generator}, scorer, beside=False).train(1))
+        await asyncio.sleep(0.05)
+        assert (len(generator.calls), scorer.batches) == (4, [])
+        generator.go.set()
+        await training
+
+    asyncio.run(train())
+    assert [len(requests) for requests in scorer.batches][:1] == [4]
+
+
+def test_what_is_complete_while_a_request_is_scored_goes_in_the_next() -> None:
+    class Hurried(FakeGenerator):
         async def generate(
             self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
         ) -> list[Completion]:
-            if not self.waves:
-                self.waves.append(query_ids)
-                await asyncio.sleep(60.0)
+            place = len(self.calls)
+            self.calls.append(query_ids)
+            while place and not scorer.batches:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.02 * place)  # each too late to go with the one before
+            if place == 3:
+                scorer.working.set()
             return await super().generate(query_ids, seeds, max_new_tokens, temperature)
 
+    class Waiting(FakeScorer):
+        async def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+            found = await super().score(requests)
+            await self.working.wait()
+            return found
+
+    async def train() -> None:
+        run = Run({"g": Hurried()}, scorer)
+        training = asyncio.create_task(run.train(1))
+        while not scorer.batches:
+            scorer.working.set()
+            await asyncio.sleep(0)
+        scorer.working.clear()
+        await training
+
+    scorer = Waiting()
+    asyncio.run(train())
+    assert [len(requests) for requests in scorer.batches][:2] == [1, 3], "one request of a wave at a time"
+
+
+def test_a_response_that_hangs_is_lost_at_its_deadline_and_costs_no_other(tmp_path: Path) -> None:
+    path, scorer = tmp_path / "ledger.jsonl", FakeScorer()
     config = RolloutConfig(prompts_per_wave=4, max_new_tokens=8, wave_deadline_s=0.05)
-    (batch,) = asyncio.run(Run({"g": Hanging()}, config=config).train(1))
-    assert {t.key.attempt for t in batch} == {1}
+    (batch,) = asyncio.run(Run({"g": Slow()}, scorer, config=config, ledger=path).train(1))
+    assert [t.key.attempt for t in batch] == [1, 0, 0, 0]
+    assert [len(requests) for requests in scorer.batches] == [3, 1], "no response is scored twice"
+    found = audit(path)
+    assert (found.trained, found.dropped["generation failed"], found.violations) == (4, 1, ())
+
+
+def test_a_generator_lost_half_way_costs_only_what_was_not_complete(tmp_path: Path) -> None:
+    path, lost, scorer = tmp_path / "ledger.jsonl", Slow(), FakeScorer()
+    lost.fault = lambda _: GeneratorFailed("it was killed") if lost.go.is_set() else None
+
+    async def train() -> list[Trajectory]:
+        run = Run({"lost": lost, "g": FakeGenerator(turns=lambda: 10)}, scorer, ledger=path)
+        training = asyncio.create_task(run.train(1))
+        while run.buffer.counts()["buffer/ready"] < 3:
+            await asyncio.sleep(0)
+        lost.go.set()
+        return (await training)[0]
+
+    batch = asyncio.run(train())
+    assert [t.key.attempt for t in batch] == [1, 0, 0, 0]
+    assert [len(requests) for requests in scorer.batches] == [3, 1]
+    found = audit(path)
+    assert (found.trained, found.dropped["generator lost"], found.violations) == (4, 1, ())
 
 
 def _train_and_fail(run: Run, iterations: int = 1) -> BaseException:
@@ -205,7 +303,7 @@ def test_the_only_generator_failing_again_and_again_stops_the_run_with_the_cause
 
 def test_a_generator_that_fails_now_and_then_goes_on() -> None:
     generator = FakeGenerator()
-    generator.fault = lambda _: OSError("hiccup") if len(generator.waves) % 2 else None
+    generator.fault = lambda _: OSError("hiccup") if len(generator.calls) % 8 in (1, 2, 3, 4) else None
     batches = asyncio.run(Run({"g": generator}).train(4))
     assert [{t.key.attempt for t in batch} for batch in batches] == [{1}] * 4
 
@@ -218,7 +316,7 @@ def test_a_broken_generator_is_left_out_and_the_others_do_its_work(tmp_path: Pat
     batches = asyncio.run(run.train(5))
     order = [t.key.prompt_id for batch in batches for t in batch]
     assert order == [run.stream[n][0].id for n in range(20)]
-    assert len(broken.waves) == 2
+    assert len(broken.calls) == 4, "two waves of two prompts"
     assert audit(path).trained == 20
 
 
@@ -230,7 +328,7 @@ def test_a_prompt_that_breaks_every_wave_is_found_and_named() -> None:
     error = _train_and_fail(run)
     assert isinstance(error, PromptFailed)
     assert "prompt 'p1' could not be sampled in 3 attempts; the last: generation failed, OSError: crash" in str(error)
-    assert any(wave == [bad] for generator in spoilt.values() for wave in generator.waves), "it was tried alone"
+    assert any(generator.calls[-1] == [bad] for generator in spoilt.values()), "it was tried alone"
 
 
 def test_an_over_long_prompt_stops_the_run_and_is_named() -> None:
@@ -245,8 +343,8 @@ def test_what_no_generator_can_sample_ends_the_run_at_once_and_costs_no_generato
     generator = FakeGenerator(fault=lambda queries: ValueError("query 1 holds token id 99"))
     error = _train_and_fail(Run({"g": generator}))
     assert isinstance(error, ValueError)
-    assert re.fullmatch(r"one of the prompts ('p\d'(, )?){4} cannot be sampled: query 1 holds token id 99", str(error))
-    assert len(generator.waves) == 1
+    assert re.fullmatch(r"prompt 'p\d' cannot be sampled: query 1 holds token id 99", str(error))
+    assert len(generator.calls) == 4, "one wave"
 
 
 def test_without_a_score_the_run_stops_with_the_scorers_own_error() -> None:
@@ -265,7 +363,7 @@ def test_while_the_scorer_is_paused_nothing_is_sampled_and_nothing_is_lost() -> 
         run = Run({"g": generator}, scorer)
         training = asyncio.create_task(run.train(2))
         await asyncio.sleep(0.1)
-        sampled = len(generator.waves)
+        sampled = len(generator.calls)
         scorer.working.set()
         return sampled, await training
 
@@ -288,7 +386,7 @@ def test_a_run_whose_reward_server_is_away_is_paused_beyond_the_batchs_deadline_
             await asyncio.sleep(0.01)
         await asyncio.sleep(1.0)
         assert not training.done()
-        assert [len(generator.waves) for generator in generators.values()] == [1, 1], "no new prompts in a pause"
+        assert [len(generator.calls) for generator in generators.values()] == [2, 2], "no new prompts in a pause"
         server = serve(RuleSource(None), port=port)
         try:
             return await asyncio.wait_for(training, 30)
@@ -316,9 +414,9 @@ def test_a_response_without_a_token_is_sampled_again() -> None:
         async def generate(
             self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
         ) -> list[Completion]:
-            first = not self.waves
+            first = not self.calls
             made = await super().generate(query_ids, seeds, max_new_tokens, temperature)
-            return [completion(query_ids[0], []), *made[1:]] if first else made
+            return [completion(query_ids[0], [])] if first else made
 
     run = Run({"g": Stripping()})
     (batch,) = asyncio.run(run.train(1))
@@ -334,7 +432,7 @@ def test_too_few_responses_are_a_failed_wave() -> None:
             return (await super().generate(query_ids, seeds, max_new_tokens, temperature))[1:]
 
     error = _train_and_fail(Run({"g": Forgetful()}))
-    assert "3 responses came back for 4 queries" in str(error)
+    assert "0 responses came back for 1 queries" in str(error)
 
 
 def test_a_generator_that_missed_the_weights_is_not_trained_on() -> None:
@@ -410,7 +508,7 @@ def test_a_generator_that_is_gone_loses_its_waves_once_and_the_prompts_go_on() -
     gone = FakeGenerator(fault=Once(GeneratorFailed("it was killed"), times=100), turns=lambda: 1)
     run = Run({"gone": gone, "g": FakeGenerator(turns=lambda: 3)}, config=RolloutConfig(prompts_per_wave=2))
     (batch,) = asyncio.run(run.train(1))
-    assert len(gone.waves) == 1, "one failure of this kind is enough"
+    assert len(gone.calls) == 2, "one wave"
     assert sorted(t.key.attempt for t in batch) == [0, 0, 1, 1]
     assert run.buffer.counts()["buffer/dropped/generator lost"] == 2
 

@@ -115,7 +115,7 @@ class Chaos:
     async def kill_while_it_decodes(self, name: str) -> None:
         victim, pid = self.fleet._seats[name].worker, await self.pid(name)
         assert victim is not None
-        await self.until(lambda: victim._waves > 0)
+        await self.until(lambda: victim._calls > 0)
         self.kill(pid)
         await self.until(lambda: victim.gone, 10.0)
 

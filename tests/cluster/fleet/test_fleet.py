@@ -428,7 +428,7 @@ def test_one_that_is_to_leave_finishes_what_it_samples_for_all(tmp_path: Path) -
     async def update(version: int) -> None:
         if version == 1:
             evaluation = asyncio.create_task(answers(run))
-            await until(lambda: all(w._waves for w in run.fleet.serving), "an evaluation")
+            await until(lambda: all(w._calls for w in run.fleet.serving), "an evaluation")
             run.fleet.scale(1)
             assert len(await evaluation) == len(HELDOUT)
 

@@ -45,5 +45,5 @@ def test_a_preference_prompt_that_is_too_long_stops_before_sampling(tmp_path, ba
     one, generator = make_job(tmp_path / "run", data={"preference_prompts": prompts}, **settings), FakeGenerator()
     with pytest.raises(ValueError, match=r"'x' has .* tokens, more than the 20 allowed"):
         run_stage(Sample(one), generators=[generator])
-    assert generator.waves == []
+    assert generator.calls == []
     assert not (one.run_dir / "stages").exists(), "nothing was recorded as begun"

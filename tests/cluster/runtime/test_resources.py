@@ -58,6 +58,15 @@ def test_synchronous_generators_share_the_cores_and_the_learner_has_all() -> Non
     check(found, cores=2, gpus=0)
 
 
+@pytest.mark.parametrize(
+    ("cores", "gpus", "waves", "beside"), [(2, 0, 1, True), (4, 0, 1, False), (9, 0, 2, True), (16, 4, 1, True)]
+)
+def test_a_replica_scores_beside_generators_where_it_has_cores_or_they_have_one_thread(
+    cores: int, gpus: int, waves: int, beside: bool
+) -> None:
+    assert plan(cores, gpus, waves_in_flight=waves).scores_beside is beside
+
+
 def test_asynchronous_rollout_and_learner_split_the_cores() -> None:
     found = plan(generators=1, max_staleness=2)
     assert threads(found) == {"generator-0": 1, "learner-0": 1, "reward-0": 1}
