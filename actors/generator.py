@@ -127,7 +127,10 @@ class Generator:
         await self._engine.workers("start a weight update", "start_weight_update")
 
     async def receive(self, manifest: Manifest) -> dict[str, int]:
-        """Receive a manifest's tensors, and return the checksum of each. On a CPU nothing is loaded yet."""
+        """Receive a manifest's tensors. On a CPU nothing is loaded yet.
+
+        Returns the checksum of each, and of those that came earlier from the same group and stay in use.
+        """
         await self._engine.workers(
             "receive weights", "update_weights", self._transfer_deadline_s, update_info=asdict(manifest)
         )

@@ -68,6 +68,7 @@ class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
     update_info_cls = ManifestInfo
 
     group: GlooGroup | None = None
+    loaded: dict[str, int]
     checksums: dict[str, int]
     staged: list[tuple[str, Tensor]]
 
@@ -75,6 +76,7 @@ class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
         """Join the group; blocks until every member is there."""
         self.shutdown()
         config = self.parallel_config
+        self.loaded = {}
         rank = init_info.rank_offset + config.data_parallel_index * config.world_size + config.rank
         self.group = GlooGroup(Rendezvous(**init_info.rendezvous), rank)
 
@@ -101,7 +103,7 @@ class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
                 self.staged.append((name, tensor))
 
     def finish_weight_update(self) -> None:
-        """Load what was received; without anything received the weights stay as they are."""
+        """Load what was received; the other weights stay as they are."""
         if not self.staged:
             return
         # Kernels on a CPU keep packed copies: only a layer-wise reload knows how to make them again.
@@ -110,6 +112,7 @@ class GlooReceiver(WeightTransferEngine[JoinInfo, ManifestInfo]):
         model.load_weights(self.staged)
         finalize_layerwise_reload(model, self.model_config)
         repack_heads(self.model)
+        self.loaded |= self.checksums
         self.staged = []
 
     def discard(self) -> None:
@@ -141,6 +144,7 @@ class NcclReceiver(NCCLWeightTransferEngine):
     transfer leaves the engine unusable, and `discard` says so.
     """
 
+    loaded: dict[str, int]
     checksums: dict[str, int]
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> NCCLWeightTransferInitInfo:
@@ -163,6 +167,7 @@ class NcclReceiver(NCCLWeightTransferEngine):
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         """Join the group; blocks until every member is there."""
         self.shutdown()
+        self.loaded = {}
         super().init_transfer_engine(init_info)
 
     def start_weight_update(self) -> None:
@@ -190,6 +195,7 @@ class NcclReceiver(NCCLWeightTransferEngine):
         """Close the reload."""
         super().finish_weight_update()
         repack_heads(self.model)
+        self.loaded |= self.checksums
 
     def discard(self) -> None:
         """Refuse: the buckets were loaded as they came."""
@@ -203,8 +209,9 @@ class WeightReceiver:
     _weight_update_active: bool
 
     def received_checksums(self) -> dict[str, int]:
-        """Checksum of each tensor that arrived in the running update."""
-        return self.weight_transfer_engine.checksums
+        """Checksum of each tensor that arrived in the running update, or was loaded before from the same group."""
+        receiver = self.weight_transfer_engine
+        return receiver.loaded | receiver.checksums
 
     def abandon_weight_update(self) -> None:
         """End a running update, with the old weights in use."""

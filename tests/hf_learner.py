@@ -1,7 +1,9 @@
 """A learner for tests of publishing: a Hugging Face model in this process, and a sender of its weights."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from transformers import PreTrainedModel
 from actors.transfer import Bucket, Manifest, Rendezvous, TransferError
 from learner.config import PublishConfig
 from learner.weights.sender import WeightSender
+from learner.worker.networks import changing_weights
+
+T = TypeVar("T")
 
 
 def token_logprobs(model: PreTrainedModel, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
@@ -28,29 +33,35 @@ class HfLearner:
         self.model = model
         self.sender = sender(config.bucket_mb, config.deadline_s)
         self._generator = torch.Generator().manual_seed(0)
+        self._thread = ThreadPoolExecutor(1)  # of the calls in their order, as in a rank's process
 
     def train(self, size: float = 0.1) -> None:
-        """Move every weight by noise of `size` of its tensor's spread."""
+        """Move every weight that is not frozen by noise of `size` of its tensor's spread."""
         with torch.no_grad():
-            for weight in self.model.parameters():
+            for weight in filter(lambda weight: weight.requires_grad, self.model.parameters()):
                 noise = torch.randn(weight.shape, generator=self._generator)
                 weight += size * weight.std() * noise.to(weight.dtype)
 
     async def listen_transfer(self, world_size: int, epoch: int) -> Rendezvous:
-        return self.sender.listen(world_size, epoch)
+        return await self._called(self.sender.listen, world_size, epoch)
 
     async def connect_transfer(self) -> None:
-        await asyncio.to_thread(self.sender.connect)
+        await self._called(self.sender.connect)
 
     async def transfer_manifest(self) -> Manifest:
-        return self.sender.manifest(self.model.named_parameters())
+        return await self._called(self._manifest)
 
     async def send_weights(self) -> dict[str, int]:
-        named = list(self.model.named_parameters())
-        return await asyncio.to_thread(self.sender.send, self.sender.manifest(named), named)
+        return await self._called(lambda: self.sender.send(self._manifest(), self.model.named_parameters()))
 
     async def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return [token_logprobs(self.model, sequence).tolist() for sequence in sequences]
+
+    def _manifest(self) -> Manifest:
+        return self.sender.manifest(self.model.named_parameters(), changing_weights(self.model))
+
+    async def _called(self, method: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, method, *args)
 
 
 class CorruptingSender(WeightSender):

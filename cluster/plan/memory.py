@@ -92,6 +92,12 @@ class Network:
         return 0 if self.frozen else part if lora or last else self.parameters
 
     @property
+    def published(self) -> int:
+        """Those that travel to generators that have had all of them: whole layers of which any is trained."""
+        part = self.layers * self.shape.layer
+        return 0 if self.frozen else part if self.config.lora_rank or self.config.last_layers else self.shape.parameters
+
+    @property
     def computing(self) -> int:
         """Those that compute for a token: embeddings are looked up, and an output head counts once."""
         return self.shape.body + (0 if self.scalar else self.shape.output)

@@ -130,8 +130,8 @@ class Roofline:
         return operations / ranks / flops / self.config.plan.efficiency + moved / self._link("learner-")
 
     def _publish(self, policy: Network) -> float:
-        """N b over a link; a broadcast costs its slowest receiver little more than one transfer."""
-        return policy.shape.parameters * width(policy.config.dtype) / self._link("generator-", "learner-0")
+        """N' b over a link, N' of what trains; a broadcast costs its slowest receiver little more than one transfer."""
+        return policy.published * width(policy.config.dtype) / self._link("generator-", "learner-0")
 
     def _link(self, *names: str) -> float:
         """Bytes a second between neighbours of one machine, or over the network where there are several."""

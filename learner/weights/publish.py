@@ -30,7 +30,7 @@ class NobodyLeft(PublishError):
 
 
 class StaleWeights(PublishError):
-    """What a generator received is not what the learner sent."""
+    """What a generator received, now or earlier, is not what the learner has."""
 
 
 class ParityError(PublishError):
@@ -100,13 +100,13 @@ class Publisher:
         self._waits = waits or Waits()
         self._epoch = 0
         self._members: dict[str, Receiver] = {}  # of the current epoch; empty without a usable group
-        self._manifest: Manifest | None = None
 
     async def publish(self, generators: Sequence[Receiver], version: int) -> Publication:
         """Give every generator the learner's weights as `version`.
 
         The group is formed anew whenever the generators are not those of the last time. One that fails is
-        left out and named in the result, and the others get the version all the same.
+        left out and named in the result, and the others get the version all the same. A new group gets every
+        tensor, one that has had them only what training changes; checksums are compared over all either way.
         Raises NobodyLeft when none is left, PublishError when the transfer itself keeps failing, StaleWeights
         and ParityError when a proof fails.
         """
@@ -152,8 +152,8 @@ class Publisher:
             recompute = self.config.kv_cache == "recompute"
             await self._all("pause", {name: m.begin_update(recompute) for name, m in members.items()})
             lap("pause")
-            assert self._manifest is not None
-            receiving = {name: m.receive(self._manifest) for name, m in members.items()}
+            manifest = await self.source.transfer_manifest()
+            receiving = {name: m.receive(manifest) for name, m in members.items()}
             sums = await self._all("transfer weights", {_LEARNER: self.source.send_weights(), **receiving})
             lap("transfer")
             _compare(sums, version)
@@ -168,7 +168,7 @@ class Publisher:
             return error, {name: f"{reason} (after: {error})" for name, reason in gone.items()}
         gone = await self._each("load its new weights", {name: m.finish_update(version) for name, m in members.items()})
         lap("load")
-        metrics["publish/bytes"] = float(self._manifest.total_bytes)
+        metrics["publish/bytes"] = float(manifest.total_bytes)
         if gone:
             self._members = {}
         return None, gone
@@ -179,7 +179,6 @@ class Publisher:
             return
         self._members = {}
         self._epoch += 1
-        self._manifest = await self.source.transfer_manifest()
         meeting = await self.source.listen_transfer(1 + self.workers * len(members), self._epoch)
         joins = {name: m.join(meeting, 1 + self.workers * index) for index, (name, m) in enumerate(members.items())}
         await self._all("join the transfer group", {_LEARNER: self.source.connect_transfer(), **joins})
@@ -270,7 +269,7 @@ def _compare(sums: Mapping[str, dict[str, int]], version: int) -> None:
         if wrong := mismatched(sent, received):
             first = wrong[0]
             raise StaleWeights(
-                f"version {version}: {len(wrong)} of {len(sent)} tensors did not reach {name} as they were "
-                f"sent, first {first!r} (checksum sent {sent.get(first)}, received {received.get(first)}); "
+                f"version {version}: {len(wrong)} of {len(sent)} tensors of {name} are not the learner's, first "
+                f"{first!r} (checksum of the learner {sent.get(first)}, of {name} {received.get(first)}); "
                 "the generators keep their old weights"
             )

@@ -3,8 +3,9 @@
 import base64
 import secrets
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from datetime import timedelta
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ class WeightSender:
         self._meeting: Rendezvous | None = None
         self._store: TCPStore | None = None
         self._group: GlooGroup | None = None
+        self._complete = False  # whether this group has had every tensor
 
     def listen(self, world_size: int, epoch: int) -> Rendezvous:
         """Open a meeting point on a free port for `world_size` members with this one; ends an earlier one."""
@@ -44,12 +46,13 @@ class WeightSender:
         assert self._meeting is not None, "listen before connect"
         self._group = GlooGroup(self._meeting, 0, self._store)
 
-    def manifest(self, named: Iterable[tuple[str, Tensor]]) -> Manifest:
-        """What `send` would send."""
-        return Manifest.of(named, self.bucket_mb << 20)
+    def manifest(self, named: Iterable[tuple[str, Tensor]], changing: Container[str]) -> Manifest:
+        """What to `send` next: every tensor to a new group, and to one that has had them those that are `changing`."""
+        sent = ((name, tensor) for name, tensor in named if not self._complete or name in changing)
+        return Manifest.of(sent, self.bucket_mb << 20)
 
     def send(self, manifest: Manifest, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-        """Send the manifest's tensors, in its order, to all receivers, and return the checksum of each.
+        """Send those of the named tensors that are in the manifest to all receivers; returns the checksum of all.
 
         They are taken one by one: no more than two buckets exist at a time. Raises TransferError when a receiver is
         gone or does not read, and closes the group: nobody waits on.
@@ -65,12 +68,14 @@ class WeightSender:
                 under_way.append((group.broadcast(buffer), f"the generators to take bucket {number} of {len(buckets)}"))
                 if len(under_way) > 1:
                     group.wait(*under_way.pop(0))
+            checksums |= {name: checksum(tensor) for name, tensor in tensors}
             for sending in under_way:
                 group.wait(*sending)
         except TransferError:
             under_way.clear()  # work under way would keep the connections open
             self.close()
             raise
+        self._complete = True
         return checksums
 
     def close(self) -> None:
@@ -78,6 +83,7 @@ class WeightSender:
         if self._group is not None:
             self._group.close()
         self._group = self._store = self._meeting = None
+        self._complete = False
 
     def _rendezvous(self, port: int, world_size: int, epoch: int, secret: str) -> Rendezvous:
         told = {"host": self.host, "port": port, "world_size": world_size, "epoch": epoch, "secret": secret}
@@ -86,13 +92,16 @@ class WeightSender:
     def _pack(
         self, manifest: Manifest, bucket: Bucket, tensors: Iterator[tuple[str, Tensor]], checksums: dict[str, int]
     ) -> Tensor:
-        """Copy a bucket's tensors side by side, and add up the checksum of each source."""
+        """Copy a bucket's tensors side by side, and add up the checksums of all that come before the last of them."""
         buffer = torch.empty(bucket.size, dtype=torch.uint8)
         for name, target in manifest.unpack(bucket, buffer):
-            given, tensor = next(tensors)
-            assert given == name, f"{given} instead of {name}: not in the order of the manifest"
-            checksums[name] = checksum(tensor)
-            target.copy_(tensor.detach())
+            for given, tensor in tensors:
+                checksums[given] = checksum(tensor)
+                if given == name:
+                    target.copy_(tensor.detach())
+                    break
+            else:
+                raise AssertionError(f"{name} did not come: not in the order of the manifest")
         return buffer
 
 
@@ -119,24 +128,28 @@ class NcclWeightSender(WeightSender):
         self._nccl = uid_init_process_group(secret, rank=0, world_size=self._meeting.world_size, device=device)
 
     def send(self, manifest: Manifest, named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-        """Send the manifest's tensors to all receivers, and return the checksum of each."""
+        """Send those of the named tensors that are in the manifest to all receivers; returns the checksum of all."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         assert self._nccl is not None, "connect before send"
         checksums: dict[str, int] = {}
+        travelling = set(manifest.names)
 
-        def on_the_wire(pair: tuple[str, Tensor]) -> Tensor:
-            checksums[pair[0]] = checksum(pair[1])
-            return pair[1].detach()
+        def on_the_wire() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in named:
+                checksums[name] = checksum(tensor)
+                if name in travelling:
+                    yield name, tensor.detach()
 
         torch.accelerator.synchronize()  # the broadcast reads on streams of its own, and the last step may still write
         packed_nccl_broadcast_producer(
-            iterator=iter(named),
+            iterator=on_the_wire(),
             group=self._nccl,
             src=0,
-            post_iter_func=on_the_wire,
+            post_iter_func=itemgetter(1),
             buffer_size_bytes=self.bucket_mb << 20,
         )
+        self._complete = True
         return checksums
 
     def close(self) -> None:

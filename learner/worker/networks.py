@@ -193,6 +193,15 @@ def weight_shapes(model: PreTrainedModel, shape: Callable[[nn.Parameter], torch.
         yield name, torch.empty(shape(parameter), dtype=parameter.dtype, device="meta")
 
 
+def changing_weights(model: PreTrainedModel) -> set[str]:
+    """Names in `merged_weights` of whole layers of which training changes any; what is in no layer counts as one.
+
+    A sampler may fuse some of a layer, as the maps to queries, keys and values, and load them together or not at all.
+    """
+    trained = {_layer_index(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name for name, _, _ in _plain_parameters(model) if _layer_index(name) in trained}
+
+
 def _plain_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, str]]:
     """Parameters without LoRA's own: (Hugging Face name, parameter, name of the adapted module or "")."""
     for name, parameter in model.named_parameters():

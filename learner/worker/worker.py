@@ -17,7 +17,7 @@ from learner.weights.sender import NcclWeightSender, WeightSender
 from learner.worker import ppo_steps, supervised
 from learner.worker.engine import init_distributed, whole_shape
 from learner.worker.loaded import LoadedNetworks
-from learner.worker.networks import weight_shapes
+from learner.worker.networks import changing_weights, weight_shapes
 from learner.worker.ppo_steps import PPOStep, Targets
 from reward_server.address import free_port, own_address
 from reward_server.config import UNTRUSTED, LoadingConfig
@@ -122,14 +122,15 @@ class LearnerWorker:
         self._sender.connect()
 
     def transfer_manifest(self) -> Manifest:
-        """What will be sent."""
-        return self._sender.manifest(weight_shapes(self.networks.module("policy").model, whole_shape))
+        """What will be sent: all to a new group, later what training changes."""
+        model = self.networks.module("policy").model
+        return self._sender.manifest(weight_shapes(model, whole_shape), changing_weights(model))
 
     def send_weights(self) -> dict[str, int]:
-        """Send the policy's merged weights to every generator; returns each tensor's checksum, on rank 0.
+        """Send what the manifest has of the policy's merged weights to every generator.
 
-        A collective: where weights are sharded, the other ranks take part in gathering them, to the end even if
-        sending fails.
+        Returns the checksum of all of them, on rank 0. A collective: where weights are sharded, the other ranks take
+        part in gathering them, to the end even if sending fails.
         """
         weights = self.networks.weights()
         try:

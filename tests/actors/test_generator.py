@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,10 +12,11 @@ from actors.config import GeneratorConfig
 from actors.engine import Engine
 from actors.generator import Generator, GeneratorError
 from actors.trajectory import Completion
-from actors.transfer import Manifest
+from actors.transfer import Manifest, TransferError
 from benchmarks.one_gpu import REPEATS, decode_rates
 from learner.config import ParityConfig, PublishConfig
 from learner.weights.publish import Probe, Publisher, PublishError, StaleWeights
+from learner.weights.sender import WeightSender
 from tests.actors.conftest import ENGINE, STOP_IDS, Served
 from tests.hf_learner import CorruptingSender, DyingSender, HfLearner, token_logprobs
 from tests.tiny_models import tiny_tokenizer
@@ -224,7 +225,7 @@ def test_many_updates_through_one_group(served: Served) -> None:
 @pytest.mark.parametrize(
     ("sender", "error", "text"),
     [
-        (CorruptingSender, StaleWeights, "did not reach generator-0 as they were sent"),
+        (CorruptingSender, StaleWeights, "tensors of generator-0 are not the learner's"),
         (DyingSender, PublishError, "2 transfers failed"),
     ],
 )
@@ -250,6 +251,45 @@ def test_a_broken_transfer_leaves_the_old_weights_in_use(
         assert set(completion.versions) == {version}
         assert gap(served, completion) < CLOSE
     assert served.runner.run(publisher(served).publish([served.generator], version + 1)).lost == {}
+
+
+def test_a_frozen_weight_that_moved_is_caught_and_a_transfer_that_broke_is_followed_by_all_weights(
+    served: Served, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, run = publisher(served), served.runner.run
+    learner, model = publish.source, served.model
+    assert isinstance(learner, HfLearner)
+    request.addfinalizer(lambda: model.requires_grad_(True))
+    layer = model.requires_grad_(False).get_submodule("model.layers.1").requires_grad_(True)
+    every, part = (sum(4 * weight.numel() for weight in module.parameters()) for module in (model, layer))
+    version = run(served.generator.version())
+
+    def sent() -> float:
+        nonlocal version
+        learner.train()
+        version += 1
+        publication = run(publish.publish([served.generator], version))
+        assert publication.metrics["parity/max_gap"] < CLOSE
+        return publication.metrics["publish/bytes"]
+
+    assert [sent(), sent()] == [every, part]
+    frozen = model.get_parameter("model.layers.0.input_layernorm.weight")
+    frozen += 1e-6  # far below what the probe could notice
+    with pytest.raises(StaleWeights, match=r"1 of 20 tensors of generator-0 .* first 'model.layers.0.input_l"):
+        sent()
+    assert run(served.generator.version()) == version - 1
+    assert [sent(), sent()] == [every, part]
+    pack, breaking = WeightSender._pack, iter([True])
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        if next(breaking, False):
+            raise TransferError("the wire broke")
+        return pack(*arguments)
+
+    monkeypatch.setattr(WeightSender, "_pack", broken)
+    assert [sent(), sent()] == [every, part]
+    for completion in sample(served, QUERIES[:4], 24):
+        assert gap(served, completion) < CLOSE
 
 
 def test_to_receive_without_a_group_is_an_error_that_can_be_undone(served: Served) -> None:

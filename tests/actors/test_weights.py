@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from actors.engine import _arguments
 from actors.generator import Generator, GeneratorError, GeneratorTimeout
@@ -81,6 +82,27 @@ def test_the_parity_probe_notices_a_head_that_was_not_packed_again(
         served.runner.run(Publisher(learner, CONFIG, PROBES).publish([served.generator, generator], version))
     metrics = served.runner.run(Publisher(learner, CONFIG, PROBES).publish([served.generator], version + 1)).metrics
     assert metrics["parity/max_gap"] < 1e-3
+
+
+def test_after_its_first_publication_an_engine_gets_the_layers_that_train_alone_and_a_newcomer_all(
+    served: Served, stale: tuple[Generator, int]
+) -> None:
+    """Only the last of two layers trains, so that the head that is never packed again is right all the while."""
+    generator, _ = stale
+    model = AutoModelForCausalLM.from_pretrained(served.folder, dtype=torch.float32).eval().requires_grad_(False)
+    layer = model.model.layers[1].requires_grad_(True)
+    every, part = (sum(4 * weight.numel() for weight in module.parameters()) for module in (model, layer))
+    learner = HfLearner(model, CONFIG)
+    publisher, version = Publisher(learner, CONFIG, PROBES), served.runner.run(served.generator.version())
+    one, both = [generator], [served.generator, generator]
+    for members, size in ((one, every), (one, part), (both, every), (both, part)):
+        learner.train(0.5)
+        version += 1
+        publication = served.runner.run(publisher.publish(members, version))  # proves checksums and log-probs
+        assert publication.metrics["publish/bytes"] == size
+    served.runner.run(generator._engine.workers("damage a frozen weight", "damage"))
+    with pytest.raises(ParityError, match="stale and the learner disagree"):
+        served.runner.run(publisher.publish(both, version + 1))
 
 
 def test_an_engine_that_hangs_is_found_out_by_its_tokens(served: Served, stale: tuple[Generator, int]) -> None:
@@ -184,7 +206,7 @@ def test_vllms_receiver_between_gpus_takes_our_words_and_adds_up_what_it_loads(
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-    from actors.weights import NcclReceiver
+    from actors.weights import NcclReceiver, WeightReceiver
 
     loaded: list[str] = []
 
@@ -212,6 +234,15 @@ def test_vllms_receiver_between_gpus_takes_our_words_and_adds_up_what_it_loads(
     receiver.receive_weights(info)
     assert loaded == ["w"]
     assert receiver.checksums == {"w": checksum(tensor)}
+    monkeypatch.setattr(NCCLWeightTransferEngine, "init_transfer_engine", lambda self, _: None)
+    monkeypatch.setattr(NCCLWeightTransferEngine, "start_weight_update", lambda self: None)
+    monkeypatch.setattr(NCCLWeightTransferEngine, "finish_weight_update", lambda self: None)
+    for known in ({"w": checksum(tensor)}, {}):  # what was loaded is remembered, until another group is joined
+        receiver.init_transfer_engine(init)
+        receiver.checksums = known
+        receiver.finish_weight_update()
+        receiver.start_weight_update()
+        assert WeightReceiver.received_checksums(SimpleNamespace(weight_transfer_engine=receiver)) == known  # pyright: ignore[reportArgumentType]
     assert "load_weights" not in vars(model)  # the class's own again
     with pytest.raises(RuntimeError, match="replaced already"):
         receiver.discard()

@@ -16,6 +16,7 @@ from actors.generator import Generator
 from actors.transfer import Manifest, Rendezvous
 from learner.config import NetworkConfig, ParityConfig, PublishConfig
 from learner.weights.publish import Probe, Publisher
+from learner.worker.networks import changing_weights
 from learner.worker.worker import LearnerWorker
 from tests.tiny_models import tiny_causal_lm
 
@@ -79,6 +80,7 @@ def test_sampler_and_learner_agree_before_and_after_new_weights(tmp_path: Path, 
     rank.start(*rank.meeting_point(loopback=True), deadline_s=60)
     rank.load("policy", "policy", tmp_path / "base", NetworkConfig(dtype="float32"))
     rank.save("policy", tmp_path / "saved")
+    rank.networks.module("policy").requires_grad_(True)
     rank.open_sender(PUBLISH)
     generator = Generator(ENGINE, tmp_path / "saved", family)
     publisher = Publisher(Learner(rank), PUBLISH, [Probe(ids=ids) for ids in SEQUENCES])
@@ -96,6 +98,12 @@ def test_sampler_and_learner_agree_before_and_after_new_weights(tmp_path: Path, 
             publication = runner.run(publisher.publish([generator], 1))  # proves checksums and log-probs
             assert publication.lost == {}
             assert publication.metrics["parity/max_gap"] < CLOSE
+            for name, weight in rank.networks.module("policy").model.named_parameters():
+                weight.requires_grad_(".1." in name)
+            move(rank)
+            part = runner.run(publisher.publish([generator], 2)).metrics  # the last of two layers alone
+            assert part["publish/bytes"] < publication.metrics["publish/bytes"] / 2
+            assert part["parity/max_gap"] < CLOSE
         finally:
             runner.run(generator.stop())
 
@@ -109,7 +117,8 @@ def continuation(folder: Path, prompt: list[int]) -> tuple[int, ...]:
 
 
 def move(rank: LearnerWorker) -> None:
-    """Change every weight, as training would."""
+    """Change every weight that is not frozen, as training would."""
     generator = torch.Generator().manual_seed(0)
-    for _, weight in rank.weights():
+    changing = changing_weights(rank.networks.module("policy").model)
+    for _, weight in filter(lambda pair: pair[0] in changing, rank.weights()):
         weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)

@@ -60,6 +60,18 @@ def test_decoding_reads_the_weights_until_it_computes_longer():
     assert step(4000) > 2 * shape.parameters * 4000 / 989e12
 
 
+def test_after_the_first_time_only_what_trains_is_published():
+    counts, shape = {"rows": 8, "samples": 1, "steps": 1, "step_tokens": 1000}, shape_of("llama-3.1-8b")
+
+    def published(**values: int) -> float:
+        given = {f"ppo__network__{key}": value for key, value in values.items()}
+        return phases("ppo", CPU, counts, **given)["publish"] * CPU.device.link / 2
+
+    assert published() == pytest.approx(shape.parameters)
+    assert published(lora_rank=4) == pytest.approx(shape.layers * shape.layer)
+    assert published(last_layers=12) == published(lora_rank=4, last_layers=12) == pytest.approx(12 * shape.layer)
+
+
 def test_an_update_is_six_operations_a_parameter_and_token_and_lora_four():
     counts = {"rows": 1, "samples": 1, "steps": 10, "step_tokens": 1000, "microbatches": 1}
     shape = shape_of("llama-3.1-8b")

@@ -12,6 +12,7 @@ from learner.config import ParityConfig, PublishConfig
 from learner.weights.publish import NobodyLeft, ParityError, Probe, Publisher, PublishError, StaleWeights, log_prob_gaps
 
 SUMS = {"a": 11, "b": 22}
+BOTH = Manifest(names=("a", "b"), dtypes=("float32", "bfloat16"), shapes=((2,), (3,)), bucket_bytes=64)
 PROBES = [Probe(ids=[1, 2, 3]), Probe(ids=[4, 5])]
 LOGPROBS = [[-1.0, -2.0], [-3.0]]
 
@@ -57,7 +58,7 @@ class ScriptedGenerator:
         await self._do("begin", *["recompute"] * recompute)
 
     async def receive(self, manifest: Manifest) -> dict[str, int]:
-        await self._do("receive")
+        await self._do("receive", *manifest.names)
         return self.sums
 
     async def finish_update(self, version: int) -> None:
@@ -79,6 +80,7 @@ class ScriptedLearner:
 
     log: Log
     faults: dict[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
+    manifest: Manifest = BOTH
 
     async def _do(self, method: str, *details: object) -> None:
         self.log.calls.append(" ".join(map(str, ("learner", method, *details))))
@@ -93,7 +95,7 @@ class ScriptedLearner:
         await self._do("connect")
 
     async def transfer_manifest(self) -> Manifest:
-        return Manifest(names=("a", "b"), dtypes=("float32", "bfloat16"), shapes=((2,), (3,)), bucket_bytes=64)
+        return self.manifest
 
     async def send_weights(self) -> dict[str, int]:
         await self._do("send")
@@ -134,7 +136,7 @@ def test_the_phases_run_in_order_and_the_group_is_formed_once(scene: Scene) -> N
     assert scene.calls() == [
         *("learner listen 1", "learner connect", "one join 1 1 3", "two join 1 2 3"),
         *("one begin", "two begin"),
-        *("learner send", "one receive", "two receive"),
+        *("learner send", "one receive a b", "two receive a b"),
         *("one finish 1", "two finish 1"),
         *("learner logprobs", "one logprobs", "two logprobs"),
     ]
@@ -143,8 +145,10 @@ def test_the_phases_run_in_order_and_the_group_is_formed_once(scene: Scene) -> N
     assert publication.metrics["parity/max_gap"] == 0.0
     seconds = {f"publish/{phase}_s" for phase in ("join", "pause", "transfer", "load")} | {"time/publish"}
     assert seconds < publication.metrics.keys()
-    scene.publish(2)
-    assert scene.calls()[:3] == ["one begin", "two begin", "learner send"]
+    scene.learner.manifest = Manifest(names=("b",), dtypes=("bfloat16",), shapes=((3,),), bucket_bytes=64)
+    assert scene.publish(2).metrics["publish/bytes"] == 3 * 2
+    second = ["one begin", "two begin", "learner send", "one receive b", "two receive b"]
+    assert scene.calls()[:5] == second
 
 
 def test_a_generator_of_several_workers_takes_several_ranks() -> None:
@@ -258,7 +262,7 @@ def test_a_broken_control_call_ends_the_wait_for_the_data(scene: Scene) -> None:
 
 def test_other_bytes_than_were_sent_stop_the_run_before_they_are_loaded(scene: Scene) -> None:
     scene.two.sums = {"a": 11, "b": 23}
-    with pytest.raises(StaleWeights, match=r"version 1: 1 of 2 tensors did not reach two.*'b' .*sent 22, received 23"):
+    with pytest.raises(StaleWeights, match=r"version 1: 1 of 2 tensors of two are not.*'b' .*learner 22, of two 23"):
         scene.publish(1)
     assert (scene.one.version, scene.two.version) == (0, 0)
     assert {"one abort", "two abort"} < set(scene.calls())
@@ -266,7 +270,7 @@ def test_other_bytes_than_were_sent_stop_the_run_before_they_are_loaded(scene: S
 
 def test_a_tensor_that_never_came_is_named(scene: Scene) -> None:
     scene.one.sums = {"a": 11}
-    with pytest.raises(StaleWeights, match=r"'b' \(checksum sent 22, received None\)"):
+    with pytest.raises(StaleWeights, match=r"'b' \(checksum of the learner 22, of one None\)"):
         scene.publish(1)
 
 

@@ -52,7 +52,7 @@ def receiving(manifest: Manifest) -> Callable[[GlooGroup], dict[str, Tensor]]:
 
 
 def send(sender: WeightSender, named: list[tuple[str, Tensor]]) -> dict[str, int]:
-    return sender.send(sender.manifest(named), named)
+    return sender.send(sender.manifest(named, ()), named)
 
 
 def wait_for(results: list[object], count: int) -> None:
@@ -67,7 +67,7 @@ def test_every_receiver_gets_every_tensor(dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(0)
     named = [(f"w{i}", torch.randn(1 + 97 * i, 700, generator=random).to(dtype)) for i in range(6)]
     sender = WeightSender(bucket_mb=1, deadline_s=20)
-    manifest = sender.manifest(named)
+    manifest = sender.manifest(named, ())
     assert len(list(manifest.buckets())) > 1
     results = connected(sender, receiving(manifest), receivers=2)
     checksums = send(sender, named)
@@ -80,15 +80,37 @@ def test_every_receiver_gets_every_tensor(dtype: torch.dtype) -> None:
     sender.close()
 
 
-def test_a_group_serves_many_versions() -> None:
+def test_a_group_has_everything_once_and_then_what_changes_with_checksums_of_all() -> None:
     sender = WeightSender(bucket_mb=1, deadline_s=20)
-    manifest = sender.manifest([("w", torch.zeros(4))])
-    once = receiving(manifest)
-    results = connected(sender, lambda group: [once(group)["w"].tolist() for _ in range(2)])
-    send(sender, [("w", torch.ones(4))])
-    send(sender, [("w", torch.full((4,), 2.0))])
+    shapes = [(name, torch.zeros(4)) for name in ("a", "b", "c", "d")]
+    whole = sender.manifest(shapes, {"b", "c"})
+    assert whole.names == ("a", "b", "c", "d")
+    part = Manifest.of(shapes[1:3], whole.bucket_bytes)
+    results = connected(sender, lambda group: [receiving(manifest)(group) for manifest in (whole, part, part)])
+    for version in range(3):
+        named = [(name, torch.full((4,), float(version))) for name, _ in shapes]
+        manifest = sender.manifest(shapes, {"b", "c"})
+        assert manifest == (part if version else whole)
+        assert sender.send(manifest, named) == {name: checksum(tensor) for name, tensor in named}
     wait_for(results, 1)
-    assert results == [[[1.0] * 4, [2.0] * 4]]
+    assert [{n: t.tolist() for n, t in had.items()} for had in results[0]] == [  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
+        dict.fromkeys("abcd", [0.0] * 4),
+        dict.fromkeys("bc", [1.0] * 4),
+        dict.fromkeys("bc", [2.0] * 4),
+    ]
+    assert sender.manifest(shapes, ()).total_bytes == 0
+    sender.listen(2, epoch=2)
+    assert sender.manifest(shapes, {"b", "c"}) == whole
+    sender.close()
+
+
+def test_a_tensor_out_of_order_is_not_sent_in_anothers_place() -> None:
+    sender = WeightSender(bucket_mb=1, deadline_s=5)
+    manifest = sender.manifest([("a", torch.zeros(4)), ("b", torch.zeros(4))], ())
+    connected(sender, lambda group: None)
+    with pytest.raises(AssertionError, match="b did not come"):
+        sender.send(manifest, [("b", torch.ones(4)), ("a", torch.ones(4))])
+    sender.close()
 
 
 def test_a_receiver_that_leaves_is_an_error_at_once() -> None:
@@ -123,7 +145,7 @@ def test_a_failed_sender_lets_go_of_the_other_receivers() -> None:
     """Of two receivers one does not read; the other, patient by itself, must not wait longer than the sender."""
     sender = WeightSender(bucket_mb=1, deadline_s=2)
     named = [(f"w{i}", torch.zeros(64 * MB, dtype=torch.uint8)) for i in range(4)]
-    manifest = sender.manifest(named)
+    manifest = sender.manifest(named, ())
     over = threading.Event()
     ends: list[object] = []
     meeting = sender.listen(3, epoch=1)
@@ -198,13 +220,13 @@ def test_vllms_sender_between_gpus_is_called_as_it_wants(monkeypatch: pytest.Mon
     from vllm.distributed.weight_transfer import nccl_common, packed_tensor
 
     joined: dict[str, object] = {}
-    sent: list[Tensor] = []
+    sent: list[list[Tensor]] = []
     signature = inspect.signature(packed_tensor.packed_nccl_broadcast_producer)
 
     def broadcast(**arguments: Any) -> None:
         signature.bind(**arguments)
         assert arguments["buffer_size_bytes"] == 3 << 20
-        sent.extend(arguments["post_iter_func"](pair) for pair in arguments["iterator"])
+        sent.append([arguments["post_iter_func"](pair) for pair in arguments["iterator"]])
 
     joining = inspect.signature(nccl_common.uid_init_process_group)
 
@@ -215,6 +237,7 @@ def test_vllms_sender_between_gpus_is_called_as_it_wants(monkeypatch: pytest.Mon
     made = SimpleNamespace(internal=(ctypes.c_byte * 128)(*range(-64, 64)))
     monkeypatch.setattr(pynccl_wrapper, "NCCLLibrary", lambda: SimpleNamespace(ncclGetUniqueId=lambda: made))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     monkeypatch.setattr(nccl_common, "uid_init_process_group", join)
     monkeypatch.setattr(packed_tensor, "packed_nccl_broadcast_producer", broadcast)
     sender = NcclWeightSender(bucket_mb=3, deadline_s=5)
@@ -223,7 +246,11 @@ def test_vllms_sender_between_gpus_is_called_as_it_wants(monkeypatch: pytest.Mon
     identity = base64.b64decode(meeting.secret)
     assert identity == bytes(made.internal)
     assert joined == {"nccl_unique_id_bytes": identity, "rank": 0, "world_size": 2, "device": 3}
-    tensor = torch.randn(5, dtype=torch.bfloat16)
-    assert send(sender, [("w", tensor)]) == {"w": checksum(tensor)}
-    assert torch.equal(sent[0], tensor)
+    named = [(name, torch.randn(5, dtype=torch.bfloat16)) for name in ("a", "b", "c")]
+    for _ in range(2):
+        checksums = sender.send(sender.manifest(named, {"b"}), named)
+        assert checksums == {name: checksum(tensor) for name, tensor in named}
+    first, second = sent
+    assert all(torch.equal(got, tensor) for got, (_, tensor) in zip(first, named, strict=True))
+    assert [tensor.tolist() for tensor in second] == [named[1][1].tolist()]
     sender.close()

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from learner.config import NetworkConfig
-from learner.worker.networks import load_network, merged_weights, save_network, weight_shapes
+from learner.worker.networks import changing_weights, load_network, merged_weights, save_network, weight_shapes
 from reward_server.encoding import ChatEncoding
 from reward_server.model import (
     Normalisation,
@@ -310,6 +310,27 @@ def test_shapes_are_those_of_the_merged_weights(models):
     network = load_network("policy", models / "gpt2-tied", NetworkConfig(dtype="bfloat16", lora_rank=2))
     shapes = [(name, t.shape, t.dtype) for name, t in weight_shapes(network.model, lambda p: p.shape)]
     assert shapes == [(name, t.shape, t.dtype) for name, t in merged_weights(network.model)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("trained", "frozen"),
+    [
+        ({}, set()),
+        ({"lora_rank": 2}, {"outside"}),
+        ({"last_layers": 1}, {"outside", 0}),
+        ({"lora_rank": 2, "last_layers": 1}, {"outside", 0}),
+    ],
+)
+def test_what_training_moves_is_among_the_changing_weights_which_are_whole_layers(models, family, trained, frozen):
+    network = load_network("policy", models / f"{family}-untied", NetworkConfig(dtype="float32", **trained))
+    before = {name: weight.clone() for name, weight in merged_weights(network.model)}
+    jitter(network)
+    moved = {name for name, weight in merged_weights(network.model) if not torch.equal(weight, before[name])}
+    changing = changing_weights(network.model)
+    assert moved <= changing
+    numbers = {name: [int(part) for part in name.split(".") if part.isdigit()] for name in before}
+    assert changing == {name for name, [*number] in numbers.items() if (number or ["outside"])[0] not in frozen}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
