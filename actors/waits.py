@@ -1,10 +1,11 @@
-"""Waits: who waits for whom, and since when. A long one says so in the log, a line a minute."""
+"""Waits: who waits for whom, and since when. A long one says so in the log, a line a minute. And waits for several."""
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 REPORT_S = 60.0
 """Seconds between two lines about the same wait."""
@@ -73,3 +74,18 @@ class Waits:
             timer.cancel()
             looking.cancel()
             self._open.discard(wait)
+
+
+async def together(*calls: Coroutine[Any, Any, Any], at_once: bool = True) -> list[Any]:
+    """What all return, at once or one after the other. The first to fail ends the others, and is raised."""
+    try:
+        if not at_once:
+            return [await call for call in calls]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+        return [task.result() for task in tasks]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        for call in calls:
+            call.close()  # those whose turn has not come

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.fakes import FakeFleet
@@ -10,9 +11,8 @@ from tests.fakes import FakeFleet
 class FakePool:
     """Hands out a learner, generators (a fleet, or a list of them) and rewards; notes what they were asked for."""
 
-    scores_beside = True
-
-    def __init__(self, learner: Any = None, generators: Any = (), rewards: Any = None) -> None:
+    def __init__(self, learner: Any = None, generators: Any = (), rewards: Any = None, apart: bool = False) -> None:
+        self.plan = SimpleNamespace(scores_beside=True, apart=apart)
         self.announce: Any = nullcontext
         self.weights: Path | None = None
         self.started: list[Path] = []
@@ -34,3 +34,10 @@ class FakePool:
 
     async def rewards(self, model: Path | None) -> Any:
         return self._rewards
+
+    async def all(self, model: Path, scored_by: Path | None, fresh: bool = False) -> tuple[Any, Any, Any]:
+        generators = self.fresh_generators if fresh else self.generators
+        return await self.learner(), await generators(model), await self.rewards(scored_by)
+
+    def prefetch(self, model: Path | None = None) -> None:
+        pass

@@ -113,7 +113,7 @@ class FakeGenerator:
 class FakeFleet:
     """Has each of its generators work; when one fails, the next of `spares` comes in its place."""
 
-    joining = nullcontext
+    joining = occupied = nullcontext
 
     def __init__(self, *generators: Any, spares: Sequence[Any] = ()) -> None:
         self.generators, self.spares = generators, list(spares)

@@ -229,6 +229,10 @@ class Fleet:
             with contextlib.suppress(asyncio.CancelledError):
                 await admitting
 
+    def occupied(self) -> AbstractAsyncContextManager[object]:
+        """While the block lasts the learner computes, and newcomers wait for their version."""
+        return self._publishing
+
     async def _admit(self) -> None:
         try:
             while True:

@@ -1,10 +1,13 @@
 """The processes of a command: each kind is started when it is first asked for, and kept until the command ends."""
 
-from collections.abc import Callable
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from actors.waits import together
 from cluster.config.schema import Config
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.processes import Processes
@@ -13,13 +16,17 @@ from reward_server.client import RewardClient
 
 Announce = Callable[[str], AbstractContextManager[Any]]
 """Shows that something is under way while a block lasts."""
+Missing = dict[str, Callable[[], Coroutine[Any, Any, None]]]
+"""What starts each process that a stage asks for and that is not there, by its name."""
+log = logging.getLogger(__name__)
 
 
 class ProcessPool:
-    """An async context manager; leaving it stops what was started, the youngest first."""
+    """An async context manager; leaving it stops what was started: the learner, the rewards, then the generators."""
 
     def __init__(self, processes: Processes, config: Config, announce: Announce) -> None:
         self.announce = announce
+        self.plan = processes.plan
         self.weights: Path | None = None
         """folder of the model that the generators sample from"""
         self._processes = processes
@@ -31,11 +38,8 @@ class ProcessPool:
         self._stack = AsyncExitStack()
         self._generators_stack = AsyncExitStack()
         self._rewards_stack = AsyncExitStack()
-
-    @property
-    def scores_beside(self) -> bool:
-        """See Plan."""
-        return self._processes.plan.scores_beside
+        self._learner_lock, self._generators_lock = asyncio.Lock(), asyncio.Lock()  # whoever starts them has it
+        self._ahead: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self._processes.monitor.attending())
@@ -44,37 +48,94 @@ class ProcessPool:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        for task in self._ahead:
+            task.cancel()
+        await asyncio.gather(*self._ahead, return_exceptions=True)
         await self._stack.aclose()
 
     async def learner(self) -> LearnerGroup:
         """The learner, without networks, or with those that were left in it."""
-        if self._learner is None:
-            with self.announce("start the learner"):
-                self._learner = await self._stack.enter_async_context(self._processes.learner())
+        await self._start(self._no_learner())
+        assert self._learner is not None
         return self._learner
 
     async def generators(self, model: Path) -> Fleet:
         """The generators, with whatever weights they have; started with those of `model`, see `weights`."""
-        if self._fleet is None:
-            with self.announce("start the vLLM actors"):
-                starting = self._processes.generators(self._config.generator, model)
-                self._fleet = await self._generators_stack.enter_async_context(starting)
-            self.weights = model
+        await self._start(self._no_generators(model))
+        assert self._fleet is not None
         return self._fleet
 
     async def fresh_generators(self, model: Path) -> Fleet:
         """The generators with the weights of `model`, started anew unless they have them."""
-        if self._fleet is not None and self.weights != model:
-            await self._generators_stack.aclose()
-            self._fleet = None
-        return await self.generators(model)
+        await self._start(self._no_generators(model, fresh=True))
+        assert self._fleet is not None
+        return self._fleet
 
     async def rewards(self, model: Path | None) -> RewardClient:
         """The reward service with this model where one is used, started anew for another one."""
-        if self._rewards is None or self._scored_by != model:
-            await self._rewards_stack.aclose()
-            with self.announce("start the reward service"):
-                starting = self._processes.reward(self._config.scoring, model)
-                self._rewards = await self._rewards_stack.enter_async_context(starting)
-            self._scored_by = model
+        await self._start(self._no_rewards(model))
+        assert self._rewards is not None
         return self._rewards
+
+    async def all(
+        self, model: Path, scored_by: Path | None, fresh: bool = False
+    ) -> tuple[LearnerGroup, Fleet, RewardClient]:
+        """Learner, generators (`fresh`: see fresh_generators) and rewards; those that are missing start together."""
+        missing = self._no_learner() | self._no_generators(model, fresh) | self._no_rewards(scored_by)
+        await self._start(missing)
+        return await self.learner(), await self.generators(model), await self.rewards(scored_by)
+
+    def prefetch(self, model: Path | None = None) -> None:
+        """Start the generators with the weights of `model`, or without one the learner, while stages run without them.
+
+        Nothing happens where they would take turns with what is at work. What does not start is started again when a
+        stage asks for it, which is then told why.
+        """
+        if not self.plan.apart:
+            return
+        missing = self._no_generators(model) if model else self._no_learner()
+        self._ahead += [asyncio.create_task(self._start_ahead(*one), name=f"start {one[0]}") for one in missing.items()]
+
+    async def _start_ahead(self, name: str, start: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await start()
+        except Exception as error:
+            log.warning("%s did not start ahead, and will be started when a stage needs it: %s", name, error)
+
+    async def _start(self, missing: Missing) -> None:
+        """Start what is missing. The first that fails ends the other starts, with their processes, and is raised."""
+        if not missing:
+            return
+        *names, last = missing
+        with self.announce("start " + (f"{', '.join(names)} and {last}" if names else last)):
+            await together(*(start() for start in missing.values()), at_once=not self.plan.shares_gpus)
+
+    def _no_learner(self) -> Missing:
+        async def start() -> None:
+            async with self._learner_lock:
+                if self._learner is None:
+                    self._learner = await self._stack.enter_async_context(self._processes.learner())
+
+        return {} if self._learner else {"the learner": start}
+
+    def _no_generators(self, model: Path, fresh: bool = False) -> Missing:
+        async def start() -> None:
+            async with self._generators_lock:
+                if self._fleet is not None and fresh and self.weights != model:
+                    await self._generators_stack.aclose()
+                    self._fleet = None
+                if self._fleet is None:
+                    starting = self._processes.generators(self._config.generator, model)
+                    self._fleet = await self._generators_stack.enter_async_context(starting)
+                    self.weights = model
+
+        there = self._fleet and (self.weights == model or not fresh)
+        return {} if there else {"the vLLM actors": start}
+
+    def _no_rewards(self, model: Path | None) -> Missing:
+        async def start() -> None:
+            await self._rewards_stack.aclose()
+            starting = self._processes.reward(self._config.scoring, model)
+            self._rewards, self._scored_by = await self._rewards_stack.enter_async_context(starting), model
+
+        return {} if self._rewards and self._scored_by == model else {"the reward service": start}

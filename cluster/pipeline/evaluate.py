@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.prompts import Prompt, fitting, read_prompts
 from actors.trajectory import Completion, SampleKey, Trajectory
+from actors.waits import together
 from cluster.pipeline.job import Job
 from cluster.pipeline.sft import packed_text
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
@@ -57,11 +58,12 @@ class Evaluate(Stage):
         """Responses, their scores and KL to the SFT model; the loss of held-out text."""
         job, config = self.job, self.job.config.ppo
         policy = job.model("policy")
-        learner, fleet = await processes.learner(), await processes.fresh_generators(policy)
-        rewards = await processes.rewards(job.reward_to_serve)
+        learner, fleet, rewards = await processes.all(policy, job.reward_to_serve, fresh=True)
         for name, path in (("policy", policy), ("reference", job.model("sft"))):
             await learner.load(name, "policy", path, config.network, config.policy_optimizer, frozen=True)
-        evaluator = Evaluator(job=job, held_out=inputs, learner=learner, fleet=fleet, rewards=rewards)
+        evaluator = Evaluator(
+            job=job, held_out=inputs, learner=learner, fleet=fleet, rewards=rewards, apart=processes.plan.apart
+        )
         evaluator.summarise(policy.name, await evaluator.measure(policy.name, config))
         written = job.run_dir / "evaluations" / f"{policy.name}.jsonl"
         job.made("evaluation", written, policy, job.file("prompts_heldout"))
@@ -161,6 +163,8 @@ class Evaluator:
     """has "policy" and "reference" """
     fleet: "Fleet"
     rewards: "RewardClient"
+    apart: bool
+    """whether the learner computes while the generators do, see Plan"""
 
     async def measure(self, name: str, config: PPOConfig, stage: str | None = None, step: int = 0) -> Evaluation:
         """Answer the held-out prompts with the present weights; writes RUN/evaluations/<name>.jsonl.
@@ -172,7 +176,7 @@ class Evaluator:
         from learner.maths.intervals import bootstrap_interval
 
         job, evaluation, held_out, started = self.job, self.job.config.evaluation, self.held_out, time.monotonic()
-        completions = await self._answers()
+        completions, loss = await together(self._answers(), self._text_loss(config), at_once=self.apart)
         golds = held_out.labeler.verdicts([c.text for c in completions])
         scores = await self._scores(name, completions)
         kls = await self._kl(completions, config)
@@ -200,7 +204,6 @@ class Evaluator:
         shown = samples_to_show(rows, evaluation.shown, evaluation.seed)
         table = [{**row, "prompt": row["prompt"][-1]["content"]} for row in shown]
         job.tracker.samples(stage or name, step, table, {"gold": golds, "score": scores, "kl": kls})
-        loss = await self.learner.language_model_loss("policy", held_out.text, config.max_tokens_per_microbatch)
         return Evaluation(
             gold=fmean(golds),
             gold_ci=bootstrap_interval(torch.tensor(golds), torch.ones(len(golds), dtype=torch.long), 1000, seed=0),
@@ -227,6 +230,11 @@ class Evaluator:
             self.fleet, held_out.prompts, held_out.encoding, config.rollout, samples=1, seed=config.evaluation.seed
         )
         return [group[0] for group in groups]
+
+    async def _text_loss(self, config: PPOConfig) -> float:
+        budget = config.max_tokens_per_microbatch
+        async with self.fleet.occupied():
+            return await self.learner.language_model_loss("policy", self.held_out.text, budget)
 
     async def _scores(self, name: str, completions: Sequence[Completion]) -> list[float]:
         nonce = secrets.token_hex(6)  # a server that lives longer than this process must not know the ids

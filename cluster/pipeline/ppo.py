@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from actors.prompts import Prompt, PromptStream, fitting, read_prompts
+from actors.waits import together
 from cluster.config.schema import Config
 from cluster.pipeline.evaluate import Evaluation, EvaluationSet, Evaluator, read_evaluation_set
 from cluster.pipeline.preferences import sampling_settings
@@ -22,6 +23,7 @@ from reward_server.preferences.records import read_all
 if TYPE_CHECKING:
     from actors.sampling import Generator
     from actors.trajectory import Trajectory
+    from cluster.fleet.fleet import Fleet
     from cluster.fleet.pool import ProcessPool
     from learner.data.buffer import Buffer
     from learner.data.corpora import TextStream
@@ -123,13 +125,15 @@ class PPO(Stage):
                 f"ppo.iterations is {config.iterations}, but {newest.folder} has done {newest.version} already. "
                 f"Remedy: at least {newest.version}, or remove the newer checkpoints"
             )
-        learner, fleet = await processes.learner(), await processes.generators(job.model("init"))
-        rewards = await processes.rewards(job.reward_to_serve)
-        evaluator = Evaluator(job=job, held_out=inputs.held_out, learner=learner, fleet=fleet, rewards=rewards)
+        learner, fleet, rewards = await processes.all(job.model("init"), job.reward_to_serve)
+        held_out, plan = inputs.held_out, processes.plan
+        evaluator = Evaluator(
+            job=job, held_out=held_out, learner=learner, fleet=fleet, rewards=rewards, apart=plan.apart
+        )
         with tracker.phase(f"{name}: load networks and hand the weights to the actors", name):
             await self._load(learner)
             await progress.load(learner)
-            workers, probes = job.config.generator.tensor_parallel_size, inputs.held_out.probes()
+            workers, probes = job.config.generator.tensor_parallel_size, held_out.probes()
             fleet.publisher = Publisher(learner, job.config.publish, probes, workers, job.monitor.waits)
             await learner.open_sender(job.config.publish)
             await fleet.publish(progress.done)
@@ -141,12 +145,10 @@ class PPO(Stage):
                 evaluator.summarise(start, before)
         iterations = f"{name}: {config.iterations - progress.done} iterations"
         with tracker.phase(iterations, name):
-            await self._train(evaluator, inputs, progress, processes.scores_beside)
+            await self._train(evaluator, inputs, progress, plan.scores_beside)
         with tracker.phase(f"{name}: held-out responses after", name):
-            after = await self._measure(evaluator, name, config.iterations)
-        policy, ema, _ = (job.run_dir / result for result in self.results)
-        await job.export(learner, "policy", policy)
-        await job.export(learner, "policy", ema, ema=True)
+            last = self._measure(evaluator, name, config.iterations)
+            after, policy = await together(last, self._export(learner, fleet), at_once=plan.apart)
         await learner.unload()
         processes.weights = policy
         job.summarise("ppo", name, iterations=config.iterations, kl=after.kl, **_figures(after, "after"))
@@ -166,6 +168,14 @@ class PPO(Stage):
         found = await evaluator.measure(label, self.config, self.name, version)
         self.job.tracker.log(self.name, version, found.metrics())
         return found
+
+    async def _export(self, learner: "LearnerGroup", fleet: "Fleet") -> Path:
+        """Write the policy and its moving average; the folder of the former."""
+        policy, ema, _ = (self.job.run_dir / result for result in self.results)
+        async with fleet.occupied():
+            await self.job.export(learner, "policy", policy)
+            await self.job.export(learner, "policy", ema, ema=True)
+        return policy
 
     def _record_lineage(self, start: str) -> None:
         """What the policy was made of, and what was measured on."""

@@ -19,6 +19,7 @@ from reward_server.preferences.labeling import (
 )
 
 if TYPE_CHECKING:
+    from cluster.fleet.fleet import Fleet
     from cluster.fleet.pool import ProcessPool
 
 
@@ -44,7 +45,7 @@ class Sample(Stage):
 
     async def run(self, processes: "ProcessPool", inputs: Sequence[Prompt]) -> None:
         model, config = self.job.model("sft"), self.job.config.sample
-        fleet = await processes.fresh_generators(model)
+        fleet = await generators(self.job, processes, model)
         groups = await sampled(self.job, fleet, inputs, model, config.completions_per_prompt, config.seed)
         write_completions(self.job, inputs, groups, model)
 
@@ -88,6 +89,26 @@ def preference_prompts(job: Job, model: Path) -> list[Prompt]:
 
     fits = fitting(ChatEncoding.load(model, job.config.models), job.config.rollout.max_prompt_tokens)
     return read_prompts(job.file("preference_prompts"), job.max_bad_rows, fits)
+
+
+async def generators(job: Job, processes: "ProcessPool", model: Path) -> "Fleet":
+    """The generators with the weights of `model`: started with them, or given them by the learner."""
+    from cluster.pipeline.evaluate import read_evaluation_set
+    from learner.weights.publish import Publisher
+
+    fleet = await processes.generators(model)
+    if processes.weights == model:
+        return fleet
+    config, learner = job.config, await processes.learner()
+    with processes.announce(f"hand the weights of {model.parent.name}/{model.name} to the actors"):
+        await learner.load("policy", "policy", model, config.ppo.network, config.ppo.policy_optimizer, frozen=True)
+        await learner.open_sender(config.publish)
+        workers, probes = config.generator.tensor_parallel_size, read_evaluation_set(job).probes()
+        fleet.publisher = Publisher(learner, config.publish, probes, workers, job.monitor.waits)
+        await fleet.publish(0)
+        await learner.unload()
+    processes.weights = model
+    return fleet
 
 
 async def sampled(

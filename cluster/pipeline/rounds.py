@@ -19,7 +19,7 @@ from cluster.config.schema import Config, DataConfig
 from cluster.pipeline.evaluate import round_figures
 from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import PPO
-from cluster.pipeline.preferences import Rank, Sample, preference_prompts, sampled, write_completions
+from cluster.pipeline.preferences import Rank, Sample, generators, preference_prompts, sampled, write_completions
 from cluster.pipeline.reward_model import RewardModel
 from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage, Trained, advance
 from cluster.runtime.resources import KINDS
@@ -28,7 +28,6 @@ from reward_server.preferences.records import RecordError
 from reward_server.preferences.sheets import Rankings, agreement_credit, merge_rankings, read_rankings, write_sheet
 
 if TYPE_CHECKING:
-    from cluster.fleet.fleet import Fleet
     from cluster.fleet.pool import ProcessPool
 
 _SHOWN = 20  # comparisons without ranks that are listed
@@ -101,6 +100,8 @@ class Rounds(Stage):
 
     async def run(self, processes: "ProcessPool", inputs: list[Prompt]) -> None:
         """Do every stage that is not done yet, until people have to rank a sheet first."""
+        if self.job.config.rounds.labelers == "simulated":  # people stop the command before the learner is needed
+            processes.prefetch()
         processes.announce = self.job.tracker.console.phase  # a round's time is recorded as a whole
         for number, job in self._rounds():
             save_toml(job.config, job.run_dir / "config.toml")
@@ -191,24 +192,6 @@ class Rounds(Stage):
         """The round's figures in RUN/summary.json, from its files, so that a kill costs none of them."""
         self.job.summarise("rounds", str(number), **round_figures(self.job, number))
 
-    async def generators(self, processes: "ProcessPool", model: Path) -> "Fleet":
-        """The generators with the weights of `model`: started with them, or given them by the learner."""
-        from learner.weights.publish import Publisher
-
-        fleet = await processes.generators(model)
-        if processes.weights == model:
-            return fleet
-        config, learner = self.job.config, await processes.learner()
-        with processes.announce(f"hand the weights of {model.parent.name}/{model.name} to the actors"):
-            await learner.load("policy", "policy", model, config.ppo.network, config.ppo.policy_optimizer, frozen=True)
-            await learner.open_sender(config.publish)
-            workers, probes = config.generator.tensor_parallel_size, self.ppo.inputs.held_out.probes()
-            fleet.publisher = Publisher(learner, config.publish, probes, workers, self.job.monitor.waits)
-            await fleet.publish(0)
-            await learner.unload()
-        processes.weights = model
-        return fleet
-
 
 class SampleOfRound(Sample):
     """Completions of the round's prompts by the current policy, and some by the SFT model where asked for."""
@@ -240,9 +223,9 @@ class SampleOfRound(Sample):
         policy, sft = rounds.policy(self.number - 1), job.model("sft")
         by_sft = config.rounds.sft_completions if self.number > 1 else 0
         count, seed = config.sample.completions_per_prompt - by_sft, config.sample.seed
-        groups = await sampled(job, await rounds.generators(processes, policy), inputs, policy, count, seed)
+        groups = await sampled(job, await generators(self.job, processes, policy), inputs, policy, count, seed)
         if by_sft:
-            others = await sampled(job, await rounds.generators(processes, sft), inputs, sft, by_sft, seed + 1)
+            others = await sampled(job, await generators(self.job, processes, sft), inputs, sft, by_sft, seed + 1)
             groups = [[*group, *other] for group, other in zip(groups, others, strict=True)]
         write_completions(job, inputs, groups, policy, *[sft] * bool(by_sft))
 

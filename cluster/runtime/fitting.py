@@ -63,10 +63,10 @@ def plan_cluster(config: Config, machines: Sequence[Node]) -> Plan:
 
 
 def _bounded(plan: Plan, most: int) -> Plan:
-    """No process has more than `most` threads; each reserves those that it has."""
+    """No process has more than `most` threads; each reserves those that it has, and nobody waits for a turn."""
     bounds = [min(process.threads, most) for process in plan.processes]
     bounded = [replace(p, threads=n, cpus=n, pin=None) for p, n in zip(plan.processes, bounds, strict=True)]
-    return replace(plan, processes=tuple(bounded))
+    return replace(plan, processes=tuple(bounded), concurrent={"compute": tuple(one.name for one in bounded)})
 
 
 def place_processes(processes: Sequence[Process], machines: Sequence[AnyNode], by_cpus: bool) -> Placed[AnyNode]:

@@ -79,6 +79,17 @@ class Plan:
         borrows = not any({"generator-0", "reward-0"} <= {*names} for names in self.concurrent.values())
         return not (borrows and len(self.process("generator-0").pin or ()) > 1)
 
+    @property
+    def apart(self) -> bool:
+        """Whether learner and generators have GPUs, or cores, of their own, and so can compute at the same time."""
+        together = any({"generator-0", "learner-0"} <= {*names} for names in self.concurrent.values())
+        return self.gpus_apart or (together and not self.shares_gpus)
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether processes share a GPU. vLLM measures what is free of one while it starts: nobody may change it."""
+        return any(0 < process.gpus < 1 for process in self.processes)
+
     def first(self, kinds: Sequence[Kind], generators: int) -> list[Process]:
         """The processes of these kinds with which a run starts, of generators only so many; more may join later."""
         later = {f"generator-{index}" for index in range(generators, len(self.processes))}

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ import learner.weights.publish
 from actors.config import RolloutConfig
 from actors.sampling import PromptFailed, sample
 from actors.trajectory import Completion
+from actors.waits import together
 from cluster.fleet.fleet import FleetError
 from cluster.runtime.health import ActorDied
 from learner.config import PublishConfig
@@ -363,7 +365,7 @@ def test_an_evaluation_survives_the_death_of_a_generator(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("publishing", [False, True])
 def test_the_replacement_of_a_generator_answers_too(publishing: bool, tmp_path: Path) -> None:
-    """With the learner's weights where there is one."""
+    """With the learner's weights where there is one, as soon as it does not compute."""
     run = Run(tmp_path, shape=lambda worker: setattr(worker, "seconds", 0.02))
 
     async def evaluate() -> None:
@@ -372,7 +374,15 @@ def test_the_replacement_of_a_generator_answers_too(publishing: bool, tmp_path: 
                 run.fleet.publisher = Publisher(FakeSource(), PublishConfig(deadline_s=0.5), [Probe(ids=[1, 2, 3])])
                 await run.publish(0)
             run.worker("generator-0").fatal = run.worker("generator-1").fatal = "generate"
-            assert len(await answers(run)) == len(HELDOUT)
+            found, _ = await together(answers(run), compute())
+            assert len(found) == len(HELDOUT)
+
+    async def compute() -> None:
+        async with run.fleet.occupied():
+            seats: Any = run.fleet._seats.values()
+            await until(lambda: all(seat.worker and seat.worker.handle.life for seat in seats), "newcomers")
+            await asyncio.sleep(0.02)
+            assert not run.fleet.serving
 
     asyncio.run(evaluate())
     assert {(w.name, w.life): "generate" in w.calls for w in run.workers} == {

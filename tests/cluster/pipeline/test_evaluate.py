@@ -1,10 +1,23 @@
 """Held-out prompts, the samples that are shown, and win rates by the labeler's verdicts."""
 
+import asyncio
+from typing import Any, cast
+
 import pytest
+import torch
 
 from actors.prompts import Prompt
-from cluster.pipeline.evaluate import by_use_case, read_evaluation_set, samples_to_show, win_rate
+from cluster.pipeline.evaluate import (
+    EvaluationSet,
+    Evaluator,
+    by_use_case,
+    read_evaluation_set,
+    samples_to_show,
+    win_rate,
+)
+from reward_server.preferences.labeling import load_labeler
 from reward_server.schema import Message
+from tests.fakes import FakeEncoding, FakeFleet, FakeGenerator, FakeScorer, prompts
 from tests.stage_runs import make_job
 from tests.stage_runs import rows as write_rows
 from tests.tiny_models import tiny_causal_lm, tiny_tokenizer
@@ -70,6 +83,46 @@ def test_figures_by_use_case_are_means_with_their_number():
     assert interval == pytest.approx([0.25 - half, 0.25 + half])
     assert found == {"chat": {"n": 2, "gold": 0.25, "score": 0.5}, "qa": {"n": 1, "gold": 1.0, "score": 2.0}}
     assert by_use_case([{"gold": 1.0, "score": 1.0}]) == {}
+
+
+class Learner:
+    """Notes when it computes; log-probs of the policy are a quarter above those of the reference."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    async def language_model_loss(self, name: str, examples: Any, max_tokens: int) -> float:
+        self.notes.append("loss")
+        return 2.5
+
+    async def response_logprobs(self, name: str, batch: Any, max_tokens: int, temperature: float) -> torch.Tensor:
+        self.notes.append(name)
+        return batch.mask * (-1.0 if name == "policy" else -1.25)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_loss_of_text_is_computed_while_actors_answer_where_the_learner_has_cores_of_its_own(tmp_path, apart):
+    notes: list[str] = []
+    job = make_job(tmp_path / "run")
+    held_out = EvaluationSet(
+        prompts=prompts(3),
+        text=(),
+        encoding=FakeEncoding(),  # pyright: ignore[reportArgumentType]
+        labeler=load_labeler(job.config.labeler),
+        reply_tokens=8,
+    )
+
+    def answered(queries: Any) -> None:
+        notes.append("answer")
+
+    fleet: Any = FakeFleet(FakeGenerator(fault=answered, turns=lambda: 20))
+    learner, rewards = cast("Any", Learner(notes)), cast("Any", FakeScorer())
+    evaluator = Evaluator(job=job, held_out=held_out, learner=learner, fleet=fleet, rewards=rewards, apart=apart)
+    found = asyncio.run(evaluator.measure("sft", job.config.ppo))
+    first, *rest = ["loss", *["answer"] * 3] if apart else [*["answer"] * 3, "loss"]
+    assert notes == [first, *rest, "policy", "reference"]
+    assert found.pretraining_loss == 2.5
+    assert found.kl == pytest.approx(0.25 * found.length)
 
 
 # --- win rates

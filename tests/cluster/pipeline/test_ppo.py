@@ -101,6 +101,7 @@ def align(
     start: Start,
     killed_at: int | None = None,
     critic: Path | None = None,
+    apart: bool = False,
     **ppo: Any,
 ) -> tuple[list[int], str]:
     """One command; (versions that were published, what it printed)."""
@@ -117,10 +118,15 @@ def align(
     worker.unload()
     fleet: Any = OneGenerator(HfGenerator(made / "sft"), worker, killed_at)
     rewards: Any = SourceScorer(FunctionSource("tests.hf_generator:share_of_letters"))
-    pool: Any = FakePool(LearnerGroup([InProcess(worker)]), fleet, rewards)
+    pool: Any = FakePool(LearnerGroup([InProcess(worker)]), fleet, rewards, apart)
     with contextlib.suppress(Killed):
         asyncio.run(advance(PPO(job), pool))
     return fleet.versions, shown.getvalue()
+
+
+def noting(calls: list[str], name: str, method: Any) -> Any:
+    """The method, which notes its calls."""
+    return lambda *args, **settings: calls.append(name) or method(*args, **settings)
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -134,9 +140,14 @@ def results(run: Path) -> dict[str, Any]:
     return {"steps": steps} | {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def test_a_stage_that_was_killed_goes_on_and_ends_the_same(worker: LearnerWorker, made: Path, tmp_path: Path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+def test_a_stage_that_was_killed_goes_on_and_ends_the_same(
+    worker: LearnerWorker, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole, parts, calls = tmp_path / "whole", tmp_path / "parts", list[str]()
+    for owner, method in ((LearnerWorker, "save"), (HfGenerator, "_sample")):
+        monkeypatch.setattr(owner, method, noting(calls, method, getattr(owner, method)))
     assert align(worker, made, whole, "new")[0] == [0, 1, 2, 3, 4]
+    assert calls[-3:] == ["_sample", "save", "save"]  # in turns
     assert align(worker, made, parts, "new", killed_at=1)[0] == [0, 1]  # before there was a checkpoint
     versions, shown = align(worker, made, parts, "resume", killed_at=4)
     assert versions == [0, 1, 2, 3, 4]
@@ -145,8 +156,9 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(worker: LearnerWorker
         align(worker, made, parts, "new")
     with pytest.raises(ResumeRefused, match=r"ppo.iterations is 1, but .*version-000002 has done 2 already"):
         align(worker, made, parts, "resume", iterations=1)
-    versions, shown = align(worker, made, parts, "resume")
+    versions, shown = align(worker, made, parts, "resume", apart=True)
     assert versions == [2, 3, 4]
+    assert calls[-1] == "_sample"  # the policy was written while held-out prompts were answered
     assert "ppo: goes on after iteration 2, from" in shown
     expected, found = results(whole), results(parts)
     assert expected.keys() == found.keys() > {"policy/model.safetensors", "policy_ema/model.safetensors"}

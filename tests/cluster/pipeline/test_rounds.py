@@ -107,15 +107,13 @@ class FakeReward(RewardModelOfRound):
         job.made("reward", job.run_dir / "reward", base, job.file("comparisons"))
 
 
-class OnStandIns(Rounds):
-    """Rounds whose weights are handed over by nobody."""
-
-    async def generators(self, processes: Any, model: Path) -> Any:
-        fleet = await processes.generators(model)
-        if processes.weights != model:
-            processes.started.append(model)
-            processes.weights = model
-        return fleet
+async def generators(job: Job, processes: Any, model: Path) -> Any:
+    """Has nobody hand over weights."""
+    fleet = await processes.generators(model)
+    if processes.weights != model:
+        processes.started.append(model)
+        processes.weights = model
+    return fleet
 
 
 @pytest.fixture
@@ -132,6 +130,7 @@ def run(tmp_path, monkeypatch):
     rows = [{"id": f"p{i}", "prompt": f"hello {i}"} for i in range(12)]
     (data / "preference_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    monkeypatch.setattr(module, "generators", generators)
     monkeypatch.setattr(module, "PPO", FakePPO)
     monkeypatch.setattr(module, "RewardModelOfRound", FakeReward)
 
@@ -142,7 +141,7 @@ def run(tmp_path, monkeypatch):
         pool: Any = FakePool(generators=[fakes.FakeGenerator()])
         run_dir = tmp_path / "run"
         tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), "rounds")
-        rounds = OnStandIns(Job(config=config, run_dir=run_dir, tracker=tracker, command="rayward rounds"))
+        rounds = Rounds(Job(config=config, run_dir=run_dir, tracker=tracker, command="rayward rounds"))
         with contextlib.suppress(Killed):
             if rounds.pending():
                 asyncio.run(rounds.run(pool, rounds.check()))

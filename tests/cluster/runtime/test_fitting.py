@@ -82,5 +82,6 @@ def test_processes_of_several_machines_have_cores_of_their_own(
     plan = plan_cluster(config, there)
     assert {p.name for p in plan.processes} == {"generator-0", "learner-0", "learner-1", "reward-0"}
     assert {(p.threads, p.cpus, p.pin) for p in plan.processes} == {(threads, cpus, None)}
+    assert plan.apart  # with GPUs for all, on one machine too
     fits = sum(p.cpus for p in plan.processes) <= sum(machine.cpus for machine in there)
     assert fits == (not place_processes(plan.processes, there, by_cpus=True).unplaced)

@@ -67,6 +67,15 @@ def test_a_replica_scores_beside_generators_where_it_has_cores_or_they_have_one_
     assert plan(cores, gpus, waves_in_flight=waves).scores_beside is beside
 
 
+@pytest.mark.parametrize(
+    ("gpus", "staleness", "apart"), [(0, 0, False), (0, 1, True), (4, 0, True), (3, 0, False), (3, 1, False)]
+)
+def test_learner_and_generators_are_apart_with_cores_or_gpus_of_their_own(gpus: int, staleness: int, apart: bool):
+    found = plan(4, gpus, max_staleness=staleness)
+    assert found.apart is apart
+    assert found.shares_gpus is (gpus == 3)
+
+
 def test_asynchronous_rollout_and_learner_split_the_cores() -> None:
     found = plan(generators=1, max_staleness=2)
     assert threads(found) == {"generator-0": 1, "learner-0": 1, "reward-0": 1}
