@@ -53,6 +53,17 @@ def row_text(row: dict[str, Any], key: str) -> str:
     return value
 
 
+def row_texts(row: dict[str, Any], key: str) -> list[str]:
+    """Read a list of texts that must be there, with one at least and none of them blank. Raises ValueError."""
+    value = row.get(key)
+    if not isinstance(value, list):
+        row_text(row, key)
+        raise ValueError(f'"{key}" must be a list of texts, not {value!r:.60}')
+    if not value or not all(isinstance(one, str) and one.strip() for one in value):
+        raise ValueError(f'"{key}" must hold one or more texts, and no blank one; it is {value!r:.60}')
+    return value
+
+
 def row_demonstration(row: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
     """Read a prompt and the reply to it: the last turn of a whole conversation where there is no reply by itself.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from reward_server.preferences.formats import file_rows
+from reward_server.preferences.formats import Found, file_rows
 
 MAX_ID_LENGTH = 100
 ASIDE = ".aside-"
@@ -46,8 +46,11 @@ def read_records(
     parse: Callable[[dict[str, Any], int], Row],
     max_bad_rows: int = 0,
     skipped: Callable[[int, str], object] = lambda number, reason: None,
+    source: Callable[[Path], Found] = file_rows,
 ) -> list[Row]:
     """Read a data file through `parse(row, line number)`, which raises ValueError with the reason to refuse a row.
+
+    `source` yields what `file_rows` does, of a file whose rows are nested in one another.
 
     Keys whose value is null are left out before, in nested objects too: null means absent. Up to `max_bad_rows` bad
     rows are left out, each with a warning, and `skipped` is told its number and FILE:LINE with the reason; with more,
@@ -56,7 +59,7 @@ def read_records(
     rows: list[Row] = []
     lines: list[int] = []
     told: list[str] = []
-    for number, row in _rows(Path(path)):
+    for number, row in _rows(Path(path), source):
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -185,8 +188,8 @@ def _named(row: dict[str, Any] | ValueError, error: Exception) -> str:
     return f"id {name!r:.100}: {error}" if own and repr(str(name)) not in str(error) else str(error)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+def _rows(path: Path, source: Callable[[Path], Found] = file_rows) -> Found:
     try:
-        yield from file_rows(path)
+        yield from source(path)
     except ValueError as error:
         raise RecordError(f"{path}: {error}") from error
