@@ -64,10 +64,10 @@ def windows(text: str, most: int) -> list[str]:
     A window is longer only where more than that many bytes of spaces stand together.
     """
     found, begin, end, size = [], 0, 0, 0
-    for piece in re.findall(r"\s*\S+|\s+$", text):
+    for piece in re.findall(r"\s*\S+", text):
         for part in [piece] if len(piece.encode()) <= most else piece:
             added = len(part.encode())
-            if size + added > most and text[begin:end].strip() and part.strip():
+            if size + added > most and text[begin:end].strip():
                 found.append(text[begin:end])
                 begin, size = end, 0
             end, size = end + len(part), size + added

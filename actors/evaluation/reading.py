@@ -1,5 +1,6 @@
 """Reading comprehension: SQuAD (version 2, and 1.1 such as XQuAD) and DROP, with their official metrics."""
 
+import math
 import re
 import string
 from abc import abstractmethod
@@ -89,7 +90,7 @@ class Squad(_Reading):
     @property
     def metrics(self) -> Mapping[str, Metric]:
         kinds = {"answerable" if item.golds else "unanswerable" for item in self.items}
-        parts = ["", *(f"/{kind}" for kind in sorted(kinds) if len(kinds) > 1)]
+        parts = ["", *(f"/{kind}" for kind in sorted(kinds))]
         return {f"{metric}{part}": Metric() for part in parts for metric in ("f1", "exact_match")}
 
     async def judge(self, item: PassageQuestion, answers: Sequence[Answer]) -> Verdict:
@@ -136,18 +137,13 @@ class Drop(_Reading):
         name = row_names()
 
         def parse(row: dict[str, Any], line: int) -> PassageQuestion:
-            golds = [gold for gold in _drop_golds(row) if gold]
-            if not golds:
+            passage, question = row_text(row, "passage"), row_text(row, "question")
+            if not (golds := [gold for gold in _drop_golds(row) if gold]):
                 raise ValueError(
                     'neither "answer" nor "answers_spans" holds a number, a date or a text; the test set has none'
                 )
-            return PassageQuestion(
-                id=name({"id": row.get("query_id", f"row-{line}")}, line),
-                title="",
-                passage=row_text(row, "passage"),
-                question=row_text(row, "question"),
-                golds=tuple(golds),
-            )
+            own = name({"id": row.get("query_id", f"row-{line}")}, line)
+            return PassageQuestion(id=own, title="", passage=passage, question=question, golds=tuple(golds))
 
         return read_records(path, parse, max_bad_rows, _flattened(_is_drop, _drop_questions))
 
@@ -181,10 +177,9 @@ def drop_scores(said: Sequence[str], gold: Sequence[str]) -> tuple[float, float]
     ours, theirs = [_drop_words(text) for text in said], [_drop_words(text) for text in gold]
     graph = networkx.Graph()
     for left, one in enumerate(theirs):
-        for right, other in enumerate(ours):
-            graph.add_edge(("gold", left), ("said", right), weight=_bag_f1(set(other), set(one)))
-    matched = networkx.max_weight_matching(graph)
-    total = sum(graph.edges[pair]["weight"] for pair in matched)
+        for right, other in enumerate(ours, start=len(theirs)):
+            graph.add_edge(left, right, weight=_bag_f1(set(other), set(one)))
+    total = math.fsum(graph.edges[pair]["weight"] for pair in networkx.max_weight_matching(graph))
     exact = len(ours) == len(theirs) and set(map(tuple, ours)) == set(map(tuple, theirs))
     return round(total / max(len(ours), len(theirs)), 2), float(exact)
 
