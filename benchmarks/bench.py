@@ -6,7 +6,8 @@
 A row (`benchmarks/rows.py`) divides figures of sides (`benchmarks/sides.py`). A repeat measures every side that is
 wanted once, each in a process of its own, and makes one ratio a row of it; median and range are of five repeats.
 Nothing is measured while another process takes more than 5 % of the machine. Results are kept in
-benchmarks/results.json, and docs/performance.md and its picture are made of them.
+benchmarks/results.json, and docs/performance.md and its picture are made of them; so are those of a run that was
+interrupted (Ctrl-C), with the number of its repeats.
 """
 
 import argparse
@@ -70,8 +71,8 @@ def await_quiet(wait_s: float = QUIET_S, look: Callable[[], Times] = times, seco
     while others := busy(look, seconds):
         if time.monotonic() > end:
             raise NotMeasured(
-                f"other processes use this machine: {', '.join(others)}. Nothing was recorded. Remedy: end them, or "
-                "wait for them, and run again"
+                f"other processes use this machine: {', '.join(others)}. Remedy: end them, or wait for them, and run "
+                "again; the repeats before are kept"
             )
 
 
@@ -193,12 +194,12 @@ def main() -> int:
                     else:
                         pairs[name].append(pair)
                         print(f"{number + 1}/{REPEATS} {name:10} {pair[0] / pair[1]:.3f}", flush=True)
-    except NotMeasured as error:
-        print(error, file=sys.stderr)
-        return 1
+    except (NotMeasured, KeyboardInterrupt) as error:
+        failures = dict.fromkeys(names, str(error) or "it was interrupted") | failures
     for row in rows:
         if row.name in failures:
-            print(f"{row.name} was not measured: {failures[row.name]}", file=sys.stderr)
+            print(f"{row.name} has {len(pairs[row.name])} repeats: {failures[row.name]}", file=sys.stderr)
+        if not pairs[row.name]:
             continue
         before, results[row.name] = results.get(row.name), record(pairs[row.name], where)
         was = f", before {statistics.median(before['ratios']):.2f}" if before else ""

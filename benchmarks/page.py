@@ -16,9 +16,9 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def figure(result: Mapping[str, Any]) -> str:
-    """Median and range of the ratios."""
+    """Median and range of the ratios, and how many there are."""
     ratios = result["ratios"]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)})"
 
 
 def text(rows: Sequence[Row], results: Results) -> str:

@@ -44,12 +44,15 @@ def logprobs(chunk: int | None) -> Figures:
 
 
 class _Sleeper(FakeGenerator):
-    """An engine of one sample a millisecond."""
+    """An engine of one sample a millisecond, whatever is asked of it at the same time."""
+
+    free_at = 0.0
 
     async def generate(
         self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
-        await asyncio.sleep(SAMPLE_S * len(seeds))
+        self.free_at = max(self.free_at, time.monotonic()) + SAMPLE_S * len(seeds)
+        await asyncio.sleep(self.free_at - time.monotonic())
         return await super().generate(query_ids, seeds, max_new_tokens, temperature)
 
 

@@ -117,6 +117,7 @@ def _engine(folder: Path, cores: tuple[int, ...], first: int, count: int, togeth
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_PLUGINS": "",
     }
+    torch.set_num_threads(len(cores))  # OpenMP has read its variable already, as torch was imported for this function
     from vllm import LLM, SamplingParams
 
     llm = LLM(

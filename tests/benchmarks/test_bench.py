@@ -101,9 +101,9 @@ def test_results_are_rendered(tmp_path: Path):
     text = (tmp_path / "performance.md").read_text()
     assert text.startswith(f"words\n{page.MARK}")
     assert "old" not in text
-    assert "slow 0.50 (0.25 to 0.75), other 0.50 (0.25 to 0.75)](performance.png)" in text
-    assert "| `slow` | 0.50 (0.25 to 0.75) | 0.5 | v: 1 | d: 4 | l |" in text
-    assert "| `other` | 0.50 (0.25 to 0.75) | reported |" in text
+    assert "slow 0.50 (0.25 to 0.75 in 3), other 0.50 (0.25 to 0.75 in 3)](performance.png)" in text
+    assert "| `slow` | 0.50 (0.25 to 0.75 in 3) | 0.5 | v: 1 | d: 4 | l |" in text
+    assert "| `other` | 0.50 (0.25 to 0.75 in 3) | reported |" in text
     assert "| `missing` |  | 1 |" in text
     assert "Measured on 2026-11-29, CPU, 2 cores, 24 GiB, commit abc, torch 2.13.0: slow, other." in text
     assert (tmp_path / "performance.png").read_bytes().startswith(b"\x89PNG")
