@@ -8,7 +8,7 @@ from uuid import uuid4
 from actors.chat import TextEncoding
 from actors.config import RolloutConfig
 from actors.prompts import Prompt, PromptStream, stable_hash
-from actors.sampling import Generator, GeneratorFailed, Waves
+from actors.sampling import Generator, GeneratorFailed, PromptWaves
 from actors.trajectory import (
     BufferClosed,
     Completion,
@@ -71,7 +71,7 @@ async def rollout(
 
 
 @dataclass(slots=True, kw_only=True)
-class _Rollout(Waves):
+class _Rollout(PromptWaves):
     """Waves whose responses are scored and put into the buffer as they are complete."""
 
     scorer: Scorer
@@ -93,12 +93,12 @@ class _Rollout(Waves):
         with self.waits.reported(self.generator.name, lambda: "the reward service, which is paused"):
             await self.scorer.ready()
 
-    async def take(self, sampled: dict[Ticket, list[Completion]]) -> dict[Ticket, str]:
-        for ticket in sampled:
+    async def take(self, answers: dict[Ticket, list[Completion]]) -> dict[Ticket, str]:
+        for ticket in answers:
             self.buffer.generated(ticket)
         keyed = [
             (ticket, self._key(ticket, k), completion)
-            for ticket, completions in sampled.items()
+            for ticket, completions in answers.items()
             for k, completion in enumerate(completions)
         ]
         requests = [
@@ -116,7 +116,7 @@ class _Rollout(Waves):
         got = [reply.id for reply in replies]
         if got != [request.id for request in requests]:
             raise ValueError(f"{len(requests)} responses were to be scored, the replies are to others: {got[:3]}")
-        trajectories: dict[Ticket, list[Trajectory]] = {ticket: [] for ticket in sampled}
+        trajectories: dict[Ticket, list[Trajectory]] = {ticket: [] for ticket in answers}
         for (ticket, key, completion), reply in zip(keyed, replies, strict=True):
             trajectories[ticket].append(
                 Trajectory(

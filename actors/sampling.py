@@ -6,11 +6,12 @@ stops its user with an error that names its prompt.
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from asyncio import FIRST_COMPLETED, FIRST_EXCEPTION
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from actors.chat import TextEncoding
 from actors.config import RolloutConfig
@@ -21,6 +22,7 @@ from actors.trajectory import Completion, Ticket
 # its last attempt left for another one.
 _FAILED_WAVES = 2
 _TOGETHER_S = 0.01  # what is complete so soon after another response is taken with it
+AnswerT = TypeVar("AnswerT")
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,10 @@ class GeneratorFailed(RuntimeError):
 
 class PromptFailed(RuntimeError):
     """A prompt could not be sampled in as many attempts as it may have."""
+
+
+class EmptyResponse(RuntimeError):
+    """A response without a token."""
 
 
 class Generator(Protocol):
@@ -83,12 +89,14 @@ async def responses(
     except ValueError as error:
         raise ValueError(f"prompt {prompt.id!r} cannot be sampled: {error}") from error
     assert len(found) == count, f"{len(found)} responses came back for {count} queries"
+    if not all(completion.response_ids for completion in found):
+        raise EmptyResponse("a response has no token, not even an EOS")
     return found
 
 
 @dataclass(slots=True, kw_only=True)
-class Waves:
-    """Sends waves of prompts through one generator; who uses it says what they are made of and who takes them.
+class Waves(ABC, Generic[AnswerT]):
+    """Sends waves of tickets through one generator; who uses it says what is asked for them and who takes the answers.
 
     A ticket is tried `config.max_attempts` times, the last time alone, which finds a prompt that breaks its neighbours,
     or the generator.
@@ -106,20 +114,20 @@ class Waves:
     """in a row"""
     _idle: set[asyncio.Task[None]] = field(default_factory=set)  # these wait for tickets: they have nothing to lose
 
-    def prompt(self, ticket: Ticket) -> Prompt:
-        """The prompt of a ticket."""
-        raise NotImplementedError
+    @abstractmethod
+    def name(self, ticket: Ticket) -> str:
+        """What a ticket is called in errors."""
 
-    def seeds(self, ticket: Ticket) -> list[int]:
-        """One for each response to it."""
-        raise NotImplementedError
+    @abstractmethod
+    async def answer(self, ticket: Ticket) -> AnswerT:
+        """What the generator says. Raises ValueError for what no generator could answer."""
+
+    @abstractmethod
+    async def take(self, answers: dict[Ticket, AnswerT]) -> dict[Ticket, str]:
+        """Use answers of a wave, of which others may still be made; the tickets that were lost, with the cause."""
 
     async def ready(self) -> None:
-        """Wait until responses can be used."""
-
-    async def take(self, sampled: dict[Ticket, list[Completion]]) -> dict[Ticket, str]:
-        """Use responses of a wave, of which others may still be sampled; the tickets that were lost, with the cause."""
-        raise NotImplementedError
+        """Wait until answers can be used."""
 
     async def work(self, lanes: int) -> list[BaseException]:
         """Have so many waves under way until `leave` is set and those are done, or one fails; what they raised.
@@ -168,12 +176,8 @@ class Waves:
             self._idle.discard(task)
 
     async def _wave(self, tickets: list[Ticket]) -> None:
-        """Have prompts sampled at the same time, and what is complete taken, one take at a time."""
-        queries = [encode_prompt(self.prompt(t), self.encoding, self.config.max_prompt_tokens) for t in tickets]
-        calls = {
-            asyncio.create_task(responses(self.generator, self.prompt(t), query, self.seeds(t), self.config)): t
-            for t, query in zip(tickets, queries, strict=True)
-        }
+        """Have tickets answered at the same time, and what is complete taken, one take at a time."""
+        calls = {asyncio.create_task(self.answer(ticket)): ticket for ticket in tickets}
         lost: dict[Ticket, str] = {}
         try:
             while calls:
@@ -190,16 +194,13 @@ class Waves:
         else:
             self.failed_waves = 0
 
-    async def _use(
-        self, answers: dict[Ticket, asyncio.Task[list[Completion]]], others: list[Ticket]
-    ) -> dict[Ticket, str]:
+    async def _use(self, answers: dict[Ticket, asyncio.Task[AnswerT]], others: list[Ticket]) -> dict[Ticket, str]:
         """Take the answers that are good; the tickets of the others, lost, with the cause.
 
         `others` of the wave, which have none yet, are lost too where it is the generator.
         """
         errors = {ticket: error for ticket, call in answers.items() if (error := call.exception())}
-        groups = {ticket: call.result() for ticket, call in answers.items() if ticket not in errors}
-        full = {t: found for t, found in groups.items() if all(completion.response_ids for completion in found)}
+        good = {ticket: call.result() for ticket, call in answers.items() if ticket not in errors}
         causes = {ticket: f"{type(error).__name__}: {error}" for ticket, error in errors.items()}
         gone = next((error for error in errors.values() if isinstance(error, GeneratorFailed)), None)
         for error in errors.values():
@@ -208,11 +209,12 @@ class Waves:
         if gone:
             self.lose([*errors, *others], "generator lost", str(gone))
         elif errors:
-            self.lose(list(errors), "generation failed", next(iter(causes.values())))
-        if empty := [ticket for ticket in groups if ticket not in full]:
-            self.lose(empty, "empty response", "a response has no token, not even an EOS")
-        if full:
-            causes |= await self.take(full)
+            empty = [ticket for ticket, error in errors.items() if isinstance(error, EmptyResponse)]
+            for some, reason in ((empty, "empty response"), ([*errors.keys() - {*empty}], "generation failed")):
+                if some:
+                    self.lose(some, reason, causes[some[0]])
+        if good:
+            causes |= await self.take(good)
         if gone:
             raise gone
         return causes
@@ -223,8 +225,8 @@ class Waves:
         error = None
         if spent := [ticket for ticket in tickets if ticket.attempt + 1 >= self.config.max_attempts]:
             error = PromptFailed(
-                f"prompt {self.prompt(spent[0]).id!r} could not be sampled in {spent[0].attempt + 1} "
-                f"attempts; the last: {reason}, {why}. Remove the prompt, or see to the generators"
+                f"{self.name(spent[0])} could not be sampled in {spent[0].attempt + 1} attempts; the last: {reason}, "
+                f"{why}. Remove it, or see to the generators"
             )
             self.tickets.fail(error)  # before it could be given to anybody else
         for ticket in tickets:
@@ -236,11 +238,32 @@ class Waves:
         """Raise GeneratorFailed when too many waves in a row failed."""
         self.failed_waves += 1
         if self.failed_waves >= _FAILED_WAVES:
-            names = [self.prompt(ticket).id for ticket in list(lost)[:4]]
+            names = ", ".join(map(self.name, list(lost)[:4]))
             raise GeneratorFailed(
                 f"{self.failed_waves} waves in a row failed; the last, of {len(lost)} prompts, {names} and on: "
                 f"{list(lost.values())[-1]}"
             )
+
+
+@dataclass(slots=True, kw_only=True)
+class PromptWaves(Waves[list[Completion]]):
+    """Waves of prompts, answered with responses to each."""
+
+    @abstractmethod
+    def prompt(self, ticket: Ticket) -> Prompt:
+        """The prompt of a ticket."""
+
+    @abstractmethod
+    def seeds(self, ticket: Ticket) -> list[int]:
+        """One for each response to it."""
+
+    def name(self, ticket: Ticket) -> str:
+        return f"prompt {self.prompt(ticket).id!r}"
+
+    async def answer(self, ticket: Ticket) -> list[Completion]:
+        prompt = self.prompt(ticket)
+        query = encode_prompt(prompt, self.encoding, self.config.max_prompt_tokens)
+        return await responses(self.generator, prompt, query, self.seeds(ticket), self.config)
 
 
 async def sample(
@@ -258,7 +281,7 @@ async def sample(
     is a hash of (seed, prompt id, k), so the same prompts and weights give the same responses whoever samples them.
     Raises PromptFailed, ValueError for what nobody can sample, and what the fleet fails with.
     """
-    answers = _Answers(len(prompts), advance)
+    answers: Answers[list[Completion]] = Answers(len(prompts), advance)
 
     async def work(generator: Generator, leave: asyncio.Event) -> None:
         waves = _Sampling(
@@ -281,11 +304,11 @@ async def sample(
     return [answers.found[number] for number in range(len(prompts))]
 
 
-class _Answers:
-    """The tickets of prompts that have no answer yet, and the answers."""
+class Answers(Generic[AnswerT]):
+    """The tickets of what has no answer yet, and the answers."""
 
     def __init__(self, count: int, advance: Callable[[int], None]) -> None:
-        self.found: dict[int, list[Completion]] = {}
+        self.found: dict[int, AnswerT] = {}
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._count = count
         self._advance = advance
@@ -306,10 +329,11 @@ class _Answers:
             self._out.remove(ticket)
             self._waiting.put_nowait(Ticket(number=ticket.number, attempt=ticket.attempt + 1))
 
-    def take(self, sampled: dict[Ticket, list[Completion]]) -> None:
-        self._out -= sampled.keys()
-        self.found |= {ticket.number: completions for ticket, completions in sampled.items()}
-        self._advance(len(sampled))
+    def take(self, answers: dict[Ticket, AnswerT]) -> None:
+        """Keep answers."""
+        self._out -= answers.keys()
+        self.found |= {ticket.number: answer for ticket, answer in answers.items()}
+        self._advance(len(answers))
         if len(self.found) == self._count and not self.complete.done():
             self.complete.set_result(None)
 
@@ -319,10 +343,10 @@ class _Answers:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Sampling(Waves):
+class _Sampling(PromptWaves):
     """Waves whose responses are answers."""
 
-    answers: _Answers
+    answers: Answers[list[Completion]]
     prompts: Sequence[Prompt]
     samples: int
     seed: int
@@ -333,6 +357,6 @@ class _Sampling(Waves):
     def seeds(self, ticket: Ticket) -> list[int]:
         return [stable_hash(self.seed, self.prompt(ticket).id, k) for k in range(self.samples)]
 
-    async def take(self, sampled: dict[Ticket, list[Completion]]) -> dict[Ticket, str]:
-        self.answers.take(sampled)
+    async def take(self, answers: dict[Ticket, list[Completion]]) -> dict[Ticket, str]:
+        self.answers.take(answers)
         return {}

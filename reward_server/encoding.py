@@ -120,9 +120,13 @@ class ChatEncoding:
         """Whether a reply spells an end of its own, to which the encoding would add another."""
         return text.rstrip().endswith(tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))))
 
+    def plain(self, text: str) -> list[int]:
+        """Encode the beginning of a text that is no chat: with the BOS where the model wants one."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.response(text, ended=False)]
+
     def document(self, text: str) -> list[int]:
-        """Encode a text that is no chat: with the BOS where the model wants one, ended by the tokenizer's EOS."""
-        return [*([] if self.bos_id is None else [self.bos_id]), *self.response(text, ended=False), self.document_end]
+        """Encode a text that is no chat: as `plain` does, ended by the tokenizer's EOS."""
+        return [*self.plain(text), self.document_end]
 
     def describe(self, model: PreTrainedModel) -> None:
         """Write PAD and what ends a response into a model's configs, for whoever generates with its folder."""

@@ -21,13 +21,13 @@ class FakePool:
     async def learner(self) -> Any:
         return self._learner
 
-    async def generators(self, model: Path) -> Any:
+    async def generators(self, model: Path, max_model_len: int | None = None) -> Any:
         if self.weights is None:
             self.started.append(model)
             self.weights = model
         return FakeFleet(*self._generators) if isinstance(self._generators, list | tuple) else self._generators
 
-    async def fresh_generators(self, model: Path) -> Any:
+    async def fresh_generators(self, model: Path, max_model_len: int | None = None) -> Any:
         if self.weights != model:
             self.weights = None
         return await self.generators(model)

@@ -1,37 +1,37 @@
 """Asking a model: the requests of many items go through the generators of a fleet, and each item is judged at once.
 
-Nothing is sampled for the buffer. A batch of items that a generator could not answer is given to another one.
+Nothing is sampled for the buffer. Items have the budget of attempts that prompts have (`actors/sampling.py`).
 """
 
 import asyncio
-from collections import deque
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from actors.chat import TextEncoding
+from actors.config import RolloutConfig
 from actors.evaluation.task import Answer, Generation, Item, Likelihood, Logprob, Request, Task, Verdict
 from actors.prompts import stable_hash
-from actors.sampling import Fleet, Generator, GeneratorFailed
-from actors.trajectory import Completion
+from actors.sampling import Answers, Fleet, Generator, Waves
+from actors.trajectory import Ticket
 from reward_server.schema import Message
 
-_LANES = 2  # batches under way at a generator, so that it never waits for a verdict
-_ATTEMPTS = 3
+_LANES = 2  # waves under way at a generator, so that it never waits for a verdict
 
 
 class Reader(Generator, Protocol):
     """A generator that also tells log-probs, as `actors.generator.Generator` documents."""
 
-    async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]: ...
+    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
 
 
-class Encoding(Protocol):
-    """What asking needs of `reward_server.encoding.ChatEncoding`."""
+class Encoding(TextEncoding, Protocol):
+    """What asking needs of `reward_server.encoding.ChatEncoding`, which documents it."""
 
-    @property
-    def document_end(self) -> int: ...
-    def prompt(self, messages: Sequence[Message]) -> list[int]: ...
-    def response(self, text: str, ended: bool) -> list[int]: ...
+    document_end: int
+
     def plain(self, text: str) -> list[int]: ...
 
 
@@ -95,56 +95,91 @@ async def ask(
     fleet: Fleet,
     encoding: Encoding,
     items: Sequence[tuple[Task[Any], Item]],
+    config: RolloutConfig,
     took: Callable[[Asked], None],
     *,
     chat: bool,
-    batch: int,
     seed: int,
-    deadline_s: float,
 ) -> None:
-    """Ask about every item, in batches of about `batch` requests; `took` is told of each when it is judged.
+    """Ask about every item, `config.prompts_per_wave` at a time; `took` is told of each when it is judged.
 
     The seed of a sample is a hash of (seed, task, item, request), so that answers depend on neither batch nor order.
-    Raises what `judge` raises, what the fleet fails with, and RuntimeError that names the items which no generator
-    could answer in three attempts.
+    Raises what `judge` raises, and as `actors.sampling.sample` does.
     """
-    waiting = deque((one, 0) for one in _batches(items, batch))
-    complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    left = len(waiting)
-
-    def fail(error: BaseException) -> None:
-        if not complete.done():
-            complete.set_exception(error)
-
-    async def lane(generator: Reader, leave: asyncio.Event) -> None:
-        nonlocal left
-        while waiting and not leave.is_set():
-            some, attempt = waiting.popleft()
-            done = False
-            try:
-                async with asyncio.timeout(deadline_s):
-                    answers = await _answers(generator, encoding, some, chat, seed)
-                for (task, item, requests), found in zip(some, answers, strict=True):
-                    verdict = await task.judge(item, found)
-                    took(Asked(task=task, item=item, requests=requests, answers=found, verdict=verdict))
-                done = True
-                left -= 1
-                if not left and not complete.done():
-                    complete.set_result(None)
-            except (GeneratorFailed, TimeoutError) as error:
-                names = ", ".join(f"{task.name}/{item.id}" for task, item, _ in some[:4])
-                if attempt + 1 >= _ATTEMPTS:
-                    raise RuntimeError(f"{len(some)} items ({names}, ..) had no answer in {_ATTEMPTS} attempts: {error}") from error
-                raise GeneratorFailed(f"{names}: {error or f'no answer within {deadline_s:g} s'}") from error
-            finally:
-                if not done:
-                    waiting.append((some, attempt + 1))
+    answers: Answers[Asked] = Answers(len(items), lambda done: None)
 
     async def work(generator: Any, leave: asyncio.Event) -> None:
-        async with asyncio.TaskGroup() as lanes:
-            for _ in range(_LANES):
-                lanes.create_task(lane(generator, leave))
+        waves = _Asking(
+            generator=generator,
+            tickets=answers,
+            encoding=encoding,
+            config=config,
+            leave=leave,
+            found=answers,
+            items=items,
+            took=took,
+            chat=chat,
+            seed=seed,
+        )
+        for error in await waves.work(lanes=_LANES):
+            raise error
 
-    if left:
-        async with fleet.joining(), fleet.working(work, fail):
-            await complete
+    if items:
+        async with fleet.joining(), fleet.working(work, answers.fail):
+            await answers.complete
+
+
+@dataclass(slots=True, kw_only=True)
+class _Asking(Waves[Asked]):
+    """Waves of items."""
+
+    generator: Reader  # pyright: ignore[reportIncompatibleVariableOverride]
+    encoding: Encoding  # pyright: ignore[reportIncompatibleVariableOverride]
+    found: Answers[Asked]
+    items: Sequence[tuple[Task[Any], Item]]
+    took: Callable[[Asked], None]
+    chat: bool
+    seed: int
+
+    def name(self, ticket: Ticket) -> str:
+        task, item = self.items[ticket.number]
+        return f"{task.name}/{item.id}"
+
+    async def answer(self, ticket: Ticket) -> Asked:
+        task, item = self.items[ticket.number]
+        requests = task.requests(item)
+        encoded = [encode(request, self.encoding, self.chat) for request in requests]
+        said: dict[int, Answer] = {}
+        async with asyncio.timeout(self.config.wave_deadline_s):
+            if asked := [n for n, request in enumerate(requests) if isinstance(request, Likelihood)]:
+                for n, row in zip(asked, await self.generator.logprobs([encoded[n].ids for n in asked]), strict=True):
+                    tail = row[encoded[n].given - 1 :]  # row[j] is of token j + 1
+                    said[n] = Logprob(total=math.fsum(tail), tokens=len(tail))
+            for (room, temperature), some in _alike(requests).items():
+                seeds = [stable_hash(self.seed, self.name(ticket), n) for n in some]
+                sampled = await self.generator.generate([encoded[n].ids for n in some], seeds, room, temperature)
+                said |= {n: _cut(one.text, requests[n]) for n, one in zip(some, sampled, strict=True)}
+        answers = [said[n] for n in range(len(requests))]
+        verdict = await task.judge(item, answers)
+        return Asked(task=task, item=item, requests=requests, answers=answers, verdict=verdict)
+
+    async def take(self, answers: dict[Ticket, Asked]) -> dict[Ticket, str]:
+        self.found.take(answers)
+        for one in answers.values():
+            self.took(one)
+        return {}
+
+
+def _alike(requests: Sequence[Request]) -> dict[tuple[int, float], list[int]]:
+    """The numbers of the generations that can be one call."""
+    found = defaultdict[tuple[int, float], list[int]](list)
+    for n, request in enumerate(requests):
+        if isinstance(request, Generation):
+            found[request.max_tokens, request.temperature].append(n)
+    return found
+
+
+def _cut(text: str, request: Request) -> str:
+    """The answer up to its stop, without spaces around it."""
+    stop = request.stop if isinstance(request, Generation) else None
+    return (text if stop is None else text.partition(stop)[0]).strip()

@@ -45,6 +45,7 @@ class TruthfulQAGeneration(Task[TruthQuestion]):
         """Without a judge there is only `no_comment`."""
         super().__init__(items, examples)
         self._judge = judge
+        self.judged_by = judge.name if judge else ""
 
     @classmethod
     def read(cls, path: Path, max_bad_rows: int = 0) -> list[TruthQuestion]:
@@ -109,6 +110,7 @@ class Hallucination(Squad):
     ) -> None:
         super().__init__(items, examples)
         self._judge = judge
+        self.judged_by = judge.name if judge else ""
 
     @property
     def metrics(self) -> Mapping[str, Metric]:

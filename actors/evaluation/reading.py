@@ -82,7 +82,7 @@ class Squad(_Reading):
                 golds=tuple((one,) for one in row_texts({"answers": texts}, "answers")) if texts else (),
             )
 
-        return read_records(path, parse, max_bad_rows, _flattened(_is_squad, _squad_questions))
+        return read_records(path, parse, max_bad_rows, source=_flattened(_is_squad, _squad_questions))
 
     def asked(self, item: PassageQuestion) -> str:
         return f"Title: {item.title}\n\nBackground: {item.passage}\n\nQ: {item.question}\n\nA:"
@@ -145,7 +145,7 @@ class Drop(_Reading):
             own = name({"id": row.get("query_id", f"row-{line}")}, line)
             return PassageQuestion(id=own, title="", passage=passage, question=question, golds=tuple(golds))
 
-        return read_records(path, parse, max_bad_rows, _flattened(_is_drop, _drop_questions))
+        return read_records(path, parse, max_bad_rows, source=_flattened(_is_drop, _drop_questions))
 
     def asked(self, item: PassageQuestion) -> str:
         return f"Passage: {item.passage}\nQuestion: {item.question}\nAnswer:"

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,13 @@ class Task(ABC, Generic[ItemT]):
     version: ClassVar[int] = 1
     """Raised whenever prompts or verdicts change, so that figures of different ones are never mixed."""
 
+    paper_shots: ClassVar[int] = 0
+    """Examples that the paper gives with it few-shot; 0: none whatever is asked for."""
+    path: Path | str = ""
+    """The file, or hub id, that the items are from."""
+    judged_by: str = ""
+    """Name of the judge or classifier behind its verdicts, where there is one."""
+
     def __init__(self, items: Sequence[ItemT], examples: Sequence[ItemT] = ()) -> None:
         """`examples` come with their solution before each item, and are none of the items ("few-shot")."""
         self.items = items
@@ -101,10 +108,10 @@ class Task(ABC, Generic[ItemT]):
         """The items of a file, in its order. Raises RecordError with every bad row, or for no rows at all."""
 
     @classmethod
-    def load(cls, path: Path, items: int | None, shots: int = 0, max_bad_rows: int = 0) -> Self:
+    def load(cls, path: Path, items: int | None, shots: int = 0, max_bad_rows: int = 0, **settings: Any) -> Self:
         """The task with `items` of the file's items (or all) and `shots` of the others as examples, evenly spread.
 
-        Raises ValueError where the file has too few.
+        `settings` are its own, such as its judge. Raises ValueError where the file has too few.
         """
         found = cls.read(path, max_bad_rows)
         if len(found) <= shots:
@@ -115,7 +122,9 @@ class Task(ABC, Generic[ItemT]):
         examples = spread(found, shots)
         taken = {one.id for one in examples}
         rest = [one for one in found if one.id not in taken]
-        return cls(spread(rest, items or len(rest)), examples)
+        task = cls(spread(rest, items or len(rest)), examples, **settings)
+        task.path = path
+        return task
 
     @property
     @abstractmethod

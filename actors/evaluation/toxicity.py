@@ -54,6 +54,7 @@ class Toxicity(Task[Beginning]):
     ) -> None:
         super().__init__(items, examples)
         self._classifier = classifier
+        self.judged_by = classifier.name
 
     @classmethod
     def read(cls, path: Path, max_bad_rows: int = 0) -> list[Beginning]:

@@ -237,6 +237,9 @@ def _from(folder: Path) -> Callable[[str, bool], str]:
 def _moved(field: FieldInfo, value: Any, move: Callable[[str, bool], str], kind: str | None = None) -> Any:
     """A value of a field, with its paths moved; `kind` is that of the row that it is in."""
     parts = get_args(field.annotation)
+    if get_origin(field.annotation) is tuple and Path in parts:
+        each = value.split(",") if isinstance(value, str) else value
+        return [move(one, False) if isinstance(one, str) else one for one in each] if isinstance(each, list) else each
     if isinstance(value, str) and value != "none":
         named = any(isinstance(one, NameOrPath) and one.kind == kind for one in field.metadata)
         return move(value, named) if named or Path in (field.annotation, *parts) else value

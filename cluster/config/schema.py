@@ -1,13 +1,19 @@
 """The configuration of a run: the sections that live beside the code they configure, composed."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from actors.config import GeneratorConfig, RolloutConfig
 from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
 from reward_server.config import LabelerConfig, LoadingConfig, NameOrPath, ServeConfig, SourceConfig
+
+_T = TypeVar("_T")
+CommaSeparated = Annotated[
+    tuple[_T, ...], BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given)
+]
+"""A list that may be given as a text with commas."""
 
 
 class _Section(BaseModel):
@@ -240,6 +246,42 @@ class EvaluationConfig(_Section):
     """Seed of the samples, the same for every model."""
     shown: int = Field(default=10, ge=1)
     """Samples of the highest score, of the lowest and at random that W&B shows; RUN/evaluations has all."""
+    suite: CommaSeparated[str] = ()
+    """What `rayward evaluate` measures instead of the held-out prompts: names of benchmarks separated by commas, or
+    "paper" for all of which the data is there (docs/evaluation.md)."""
+    models: CommaSeparated[Path] = ()
+    """Folders of the models to measure, the one that others are compared with first. By default those of the run: the
+    base model, RUN/sft, RUN/baseline and the policies of its PPO arms."""
+    items: int = Field(default=100, ge=1)
+    """Items of a benchmark at most, evenly spread over its file."""
+    shots: int = Field(default=0, ge=0)
+    """Solved examples before each item, from the same file and none of the items ("few-shot")."""
+    classifier: Annotated[str, NameOrPath()] = "alt-profanity-check"
+    """What says how toxic a text is: alt-profanity-check (pip install 'rayward[eval]'), the folder of a Hugging Face
+    classifier, or module:function, (list[str]) -> list[float]."""
+    chat: bool = False
+    """Ask in the model's chat format. Otherwise prompts are plain text for every model, as in the paper."""
+
+
+class BenchmarksConfig(_Section):
+    """Files of the benchmarks, or hub ids of data sets; docs/evaluation.md says how to get each."""
+
+    hellaswag: Annotated[str | None, NameOrPath()] = None
+    """{"ctx", "endings", "label"}: which sentence follows (common sense)."""
+    squad: Annotated[str | None, NameOrPath()] = None
+    """SQuAD v2 or v1.1: questions on a paragraph, some of which it does not answer; for hallucinations as well."""
+    drop: Annotated[str | None, NameOrPath()] = None
+    """DROP: questions on a paragraph that take reckoning."""
+    translation: Annotated[str | None, NameOrPath()] = None
+    """{"fr": text, "en": text}: French to be translated into English."""
+    truthfulqa: Annotated[str | None, NameOrPath()] = None
+    """TruthfulQA.csv: questions that people often answer wrongly."""
+    toxicity: Annotated[str | None, NameOrPath()] = None
+    """RealToxicityPrompts: beginnings of sentences."""
+    winogender: Annotated[str | None, NameOrPath()] = None
+    """all_sentences.tsv of the Winogender schemas."""
+    crows_pairs: Annotated[str | None, NameOrPath()] = None
+    """crows_pairs_anonymized.csv: sentences that differ in the group they speak of."""
 
 
 class QuickstartConfig(_Section):
@@ -327,6 +369,7 @@ class Config(_Section):
     generator: GeneratorConfig = GeneratorConfig()
     publish: PublishConfig = PublishConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
     tracking: TrackingConfig = TrackingConfig()
     quickstart: QuickstartConfig = QuickstartConfig()
     plan: PlanConfig = PlanConfig()

@@ -65,9 +65,12 @@ class ProcessPool:
         assert self._fleet is not None
         return self._fleet
 
-    async def fresh_generators(self, model: Path) -> Fleet:
-        """The generators with the weights of `model`, started anew unless they have them."""
-        await self._start(self._no_generators(model, fresh=True))
+    async def fresh_generators(self, model: Path, max_model_len: int | None = None) -> Fleet:
+        """The generators with the weights of `model`, started anew unless they have them.
+
+        `max_model_len`: longest sequence of those that start, in tokens, in place of the configured one.
+        """
+        await self._start(self._no_generators(model, fresh=True, max_model_len=max_model_len))
         assert self._fleet is not None
         return self._fleet
 
@@ -118,14 +121,16 @@ class ProcessPool:
 
         return {} if self._learner else {"the learner": start}
 
-    def _no_generators(self, model: Path, fresh: bool = False) -> Missing:
+    def _no_generators(self, model: Path, fresh: bool = False, max_model_len: int | None = None) -> Missing:
         async def start() -> None:
             async with self._generators_lock:
                 if self._fleet is not None and fresh and self.weights != model:
                     await self._generators_stack.aclose()
                     self._fleet = None
                 if self._fleet is None:
-                    starting = self._processes.generators(self._config.generator, model)
+                    own = {} if max_model_len is None else {"max_model_len": max_model_len}
+                    config = self._config.generator.model_copy(update=own)
+                    starting = self._processes.generators(config, model)
                     self._fleet = await self._generators_stack.enter_async_context(starting)
                     self.weights = model
 

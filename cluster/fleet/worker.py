@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
 
 from actors import sampling
 from actors.engine import GeneratorError
@@ -16,6 +16,7 @@ from learner.weights.publish import Receiver
 
 _STOP_S = 15.0  # a generator that leaves has so long to end its engine before it is killed
 _CHECK_S = 5.0
+T = TypeVar("T")
 
 
 class GeneratorHandle(sampling.Generator, Receiver, Protocol):
@@ -65,16 +66,23 @@ class Worker:
         self, query_ids: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
         """Sample. Raises GeneratorFailed as soon as the generator is gone, whether it answers or not."""
-        call = asyncio.ensure_future(self.handle.generate(query_ids, seeds, max_new_tokens, temperature))
+        return await self._answer(self.handle.generate(query_ids, seeds, max_new_tokens, temperature))
+
+    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of the tokens of sequences. Raises as `generate` does."""
+        return await self._answer(self.handle.logprobs(sequences))
+
+    async def _answer(self, asking: Coroutine[Any, Any, T]) -> T:
+        call = asyncio.ensure_future(asking)
         call.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may come after the end
         self._calls += 1
         try:
             await asyncio.wait({call, self._departure}, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
                 raise GeneratorFailed(f"{self.name} is gone: {self._departure.result()}")
-            completions = call.result()
+            answer = call.result()
             self.answers += 1
-            return completions
+            return answer
         except (ActorDied, GeneratorError) as error:
             self.give_up(str(error))
             raise GeneratorFailed(f"{self.name} is gone: {error}") from error

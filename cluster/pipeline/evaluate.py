@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from actors.prompts import Prompt, fitting, read_prompts
 from actors.trajectory import Completion, SampleKey, Trajectory
 from actors.waits import together
+from cluster.config.schema import Config
+from cluster.pipeline.evaluation.suite import Suite, read_suite, run_suite
 from cluster.pipeline.job import Job
 from cluster.pipeline.sft import packed_text
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
@@ -39,23 +41,45 @@ log = logging.getLogger(__name__)
 
 
 class Evaluate(Stage):
-    """Answers held-out prompts with a model and scores the answers; writes RUN/evaluations/<model>.jsonl."""
+    """Answers held-out prompts with a model and scores the answers, or measures models on benchmarks."""
 
     name = "evaluate"
-    purpose = "Answer held-out prompts with a model, and score the answers."
-    files = "Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/."
-    example = "rayward evaluate --run runs/mine --data.prompts_heldout heldout.jsonl"
-    sections = (*(*SECTIONS, "evaluation", *SAMPLING, "scoring", "labeler", "tracking"),)
+    purpose = "Answer held-out prompts with a model, and score the answers; or measure the paper's claims on models."
+    files = (
+        "Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/. With evaluation.suite, "
+        "reads benchmarks and the models of the run (or evaluation.models) instead."
+    )
+    example = "rayward evaluate --run runs/mine --evaluation.suite paper --benchmarks.truthfulqa TruthfulQA.csv"
+    sections = (*(*SECTIONS, "evaluation", "benchmarks", *SAMPLING, "scoring", "labeler", "tracking"),)
     reads = ("models.policy", "models.sft", "models.reward", "data.prompts_heldout", "data.pretraining_valid")
     processes = KINDS
     resumes = False
 
-    def check(self) -> "EvaluationSet":
+    @classmethod
+    def models(cls, config: Config) -> tuple[str, ...]:
+        return () if config.evaluation.suite else super().models(config)
+
+    @classmethod
+    def data(cls, config: Config) -> tuple[str, ...]:
+        return () if config.evaluation.suite else super().data(config)
+
+    @classmethod
+    def looked_at(cls, config: Config) -> tuple[str, ...]:
+        return () if config.evaluation.suite else super().looked_at(config)
+
+    def check(self) -> "EvaluationSet | Suite":
+        if self.job.config.evaluation.suite:
+            return read_suite(self.job)
         self.job.model("policy")
         return read_evaluation_set(self.job)
 
-    async def run(self, processes: "ProcessPool", inputs: "EvaluationSet") -> None:
-        """Responses, their scores and KL to the SFT model; the loss of held-out text."""
+    async def run(self, processes: "ProcessPool", inputs: "EvaluationSet | Suite") -> None:
+        """Responses, their scores and KL to the SFT model; the loss of held-out text. Or the suite."""
+        if isinstance(inputs, Suite):
+            from cluster.pipeline.evaluation.results import tell
+
+            tell(self.job, inputs, await run_suite(self.job, processes, inputs))
+            return
         job, config = self.job, self.job.config.ppo
         policy = job.model("policy")
         learner, fleet, rewards = await processes.all(policy, job.reward_to_serve, fresh=True)

@@ -1,10 +1,13 @@
 """95 % confidence intervals of shares and means."""
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -39,3 +42,25 @@ def bootstrap_interval(
         means[i] = sums[drawn].sum() / counts[drawn].sum()
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def resampled_totals(
+    vectors: NDArray[np.float64],
+    total: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Bootstrap of a figure that is a function of a sum over n independent units: its value on each resample, [R].
+
+    vectors: [n, k], what each unit adds; total: sums [.., k] -> figures [..]. The units drawn depend on n, resamples
+    and seed alone, so that the difference of two results for the same units is a paired bootstrap (Efron 1979).
+    """
+    assert len(vectors), "a bootstrap over no units"
+    times = np.random.default_rng(seed).multinomial(len(vectors), np.full(len(vectors), 1 / len(vectors)), resamples)
+    return total(times @ vectors)
+
+
+def percentile_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The middle 95 % of resampled values, those that are not numbers left out."""
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -45,6 +45,7 @@ def read_records(
     path: str | Path,
     parse: Callable[[dict[str, Any], int], Row],
     max_bad_rows: int = 0,
+    *,
     skipped: Callable[[int, str], object] = lambda number, reason: None,
     source: Callable[[Path], Found] = file_rows,
 ) -> list[Row]:

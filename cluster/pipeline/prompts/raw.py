@@ -83,7 +83,7 @@ def read_raw(
             )
         return prompts
 
-    return [prompt for row in read_records(path, parse, max_bad_rows, skipped) for prompt in row]
+    return [prompt for row in read_records(path, parse, max_bad_rows, skipped=skipped) for prompt in row]
 
 
 def _of_pairs(row: dict[str, Any], config: PromptsConfig) -> Iterator[tuple[dict[str, Any], str, str]]:

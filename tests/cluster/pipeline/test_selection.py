@@ -73,7 +73,7 @@ class Pool(FakePool):
         super().__init__(rewards=judge)
         self.opened = []
 
-    async def fresh_generators(self, model):
+    async def fresh_generators(self, model, max_model_len=None):
         self.opened.append((model.name, Recorder()))
         return FakeFleet(self.opened[-1][1])
 

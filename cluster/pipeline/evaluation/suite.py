@@ -1,0 +1,216 @@
+"""The suite: benchmarks asked of several models, item by item, and the figures that come of it.
+
+Every answer is a line of RUN/evaluations/<model>/<task>.jsonl, written when its item is judged; a second command asks
+only what is not there yet, of the same weights in the same words.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.evaluation.task import Item, Task, Verdict
+from cluster.pipeline.job import Job
+from cluster.rundir.files import read_rows
+from cluster.rundir.lineage import digest
+from reward_server.preferences.records import read_all, write_whole
+
+if TYPE_CHECKING:
+    from actors.evaluation.asking import Asked
+    from cluster.fleet.pool import ProcessPool
+    from reward_server.encoding import ChatEncoding
+
+PAPER = "paper"
+"""Stands for every task whose data is there."""
+_OWN = ("sft", "baseline", "policy", "policy-noptx")  # the models of a run, after its base
+_OF_OTHERS = {"truthfulqa_generation": "truthfulqa", "hallucination": "squad"}  # tasks on the data of others
+log = logging.getLogger(__name__)
+
+Verdicts = Mapping[str, Verdict]
+"""by item id, in the order of the items"""
+Results = Mapping[str, Mapping[str, Verdicts]]
+"""by model and task"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """What is asked of whom."""
+
+    tasks: Sequence[Task[Any]]
+    models: Mapping[str, Path]
+    """folders by label; others are compared with the first"""
+    encodings: "Mapping[str, ChatEncoding]"
+    """by label"""
+    longest: int
+    """tokens of the longest request with its answer"""
+
+
+def read_suite(job: Job) -> Suite:
+    """Read and check all items, for every model. Raises ValueError that says all that is wrong."""
+    from reward_server.encoding import ChatEncoding
+
+    tasks: list[Task[Any]] = read_all(*(partial(_load, job, *one) for one in _chosen(job)))
+    models = labels(job.run_dir, job.config.evaluation.models or _models_of_run(job))
+    encodings = {label: ChatEncoding.load(path, job.config.models) for label, path in models.items()}
+    lengths = read_all(*(partial(_longest, tasks, encoding, job) for encoding in encodings.values()))
+    return Suite(tasks=tasks, models=models, encodings=encodings, longest=max(lengths))
+
+
+def labels(run_dir: Path, folders: Sequence[Path]) -> dict[str, Path]:
+    """A name for each folder: its path in the run directory, else its last parts, as many as tell it from the others.
+
+    Raises ValueError for a folder that is there twice.
+    """
+    found: dict[str, Path] = {}
+    for folder in map(Path, folders):
+        names = [str(folder.relative_to(run_dir))] if folder.is_relative_to(run_dir) else []
+        names += ["/".join(folder.parts[-count:]).strip("/") for count in range(1, len(folder.parts) + 1)]
+        name = next((name for name in names if name not in found), None)
+        if name is None or folder in found.values():
+            raise ValueError(f"{folder} is to be measured twice: name it once in evaluation.models")
+        found[name] = folder
+    return found
+
+
+async def run_suite(job: Job, processes: "ProcessPool", suite: Suite) -> Results:
+    """Ask every model what it was not asked yet; the engine is loaded once a model."""
+    return {label: await _measure(job, processes, suite, label) for label in suite.models}
+
+
+def answers_file(job: Job, label: str, task: Task[Any]) -> Path:
+    """Where a model's answers are."""
+    return job.run_dir / "evaluations" / label / f"{task.name}.jsonl"
+
+
+async def _measure(job: Job, processes: "ProcessPool", suite: Suite, label: str) -> dict[str, dict[str, Verdict]]:
+    from actors.evaluation.asking import ask
+    from learner.data.journal import Journal
+
+    config, model = job.config.evaluation, suite.models[label]
+    settings = {"model": digest(model), "chat": config.chat, "seed": config.seed}
+    verdicts: dict[str, dict[str, Verdict]] = {task.name: {} for task in suite.tasks}
+    left: list[tuple[Task[Any], Item]] = []
+    journals: dict[str, Journal] = {}
+    keys: dict[tuple[str, str], str] = {}
+    for task in suite.tasks:
+        path = answers_file(job, label, task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        journals[task.name] = Journal(path, job.monitor.disk)
+        keys |= {(task.name, item.id): _key(task, item, settings) for item in task.items}
+        verdicts[task.name] = _known(path, {item.id: keys[task.name, item.id] for item in task.items})
+        left += [(task, item) for item in task.items if item.id not in verdicts[task.name]]
+
+    def took(one: "Asked") -> None:
+        name, item = one.task.name, one.item.id
+        verdicts[name][item] = one.verdict
+        journals[name].append(
+            {
+                "id": item,
+                "key": keys[name, item],
+                "requests": [asdict(request) for request in one.requests],
+                "answers": [one if isinstance(one, str) else asdict(one) for one in one.answers],
+                "verdict": one.verdict,
+            }
+        )
+        advance()
+
+    try:
+        if left:
+            title = f"{label}: {len(left)} items of {len({task.name for task, _ in left})} benchmarks"
+            fleet = await processes.fresh_generators(model, suite.longest)
+            with job.tracker.phase(title, "evaluate"), job.tracker.console.progress(label, len(left)) as advance:
+                rollout = job.config.rollout
+                await ask(fleet, suite.encodings[label], left, rollout, took, chat=config.chat, seed=config.seed)
+    finally:
+        for journal in journals.values():
+            journal.close()
+    await job.monitor.disk.ready()
+    return {task.name: {item.id: verdicts[task.name][item.id] for item in task.items} for task in suite.tasks}
+
+
+def _known(path: Path, keys: Mapping[str, str]) -> dict[str, Verdict]:
+    """The verdicts that are there already; what else is in the file is taken out of it."""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept = {row["id"]: row for row in read_rows(path) if "key" in row and keys.get(str(row.get("id"))) == row["key"]}
+    if len(kept) < len(lines):
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept.values()))
+    return {item: {name: tuple(vector) for name, vector in row["verdict"].items()} for item, row in kept.items()}
+
+
+def _key(task: Task[Any], item: Item, settings: Mapping[str, Any]) -> str:
+    """What an answer depends on, as a hash."""
+    from actors.prompts import stable_hash
+
+    asked = (task.name, task.version, task.judged_by, *task.requests(item))
+    return f"{stable_hash(sorted(settings.items()), *asked):016x}"
+
+
+def _chosen(job: Job) -> Iterator[tuple[str, str]]:
+    """The tasks that are wanted, with their data. Raises ValueError for one without."""
+    from actors.evaluation.tasks import TASKS
+
+    asked, missing = job.config.evaluation.suite, list[str]()
+    if unknown := [name for name in asked if name not in (PAPER, *TASKS)]:
+        names = ", ".join((PAPER, *TASKS))
+        raise ValueError(f"evaluation.suite: there is no benchmark {unknown[0]!r}; those that there are: {names}")
+    for name in TASKS if PAPER in asked else asked:
+        if name == "bits_per_byte":
+            key, data = "data.pretraining_valid", next(iter(job.files("pretraining_valid").values()), None)
+        else:
+            own = _OF_OTHERS.get(name, name)
+            key, data = f"benchmarks.{own}", getattr(job.config.benchmarks, own)
+        if data is not None:
+            yield name, str(data)
+        elif name in asked:
+            raise ValueError(f"evaluation.suite has {name}, but {key} is not set: docs/evaluation.md has its source")
+        else:
+            missing.append(f"{name} ({key})")
+    if len(missing) == len(TASKS):
+        raise ValueError("evaluation.suite: no benchmark has its data; docs/evaluation.md says where to get each")
+    if missing:
+        log.warning("not measured, as their data is not set: %s", ", ".join(missing))
+
+
+def _load(job: Job, name: str, data: str) -> Task[Any]:
+    from actors.evaluation.classifiers import load_classifier
+    from actors.evaluation.tasks import TASKS, data_file
+
+    config, kind, settings = job.config.evaluation, TASKS[name], dict[str, Any]()
+    if name == "toxicity":
+        settings["classifier"] = load_classifier(config.classifier, loading=job.config.models)
+    shots = config.shots if kind.paper_shots else 0
+    return kind.load(data_file(data), config.items, shots, job.max_bad_rows, **settings)
+
+
+def _models_of_run(job: Job) -> list[Path]:
+    base = [Path(job.config.models.base)] if job.config.models.base else []
+    own = [job.run_dir / name for name in ("base", *_OWN)]
+    found = [path for path in (*base, *own) if (path / "config.json").is_file()]
+    if not found:
+        raise ValueError(f"{job.run_dir} holds no model to measure: set evaluation.models to Hugging Face folders")
+    return list(dict.fromkeys(found))
+
+
+def _longest(tasks: Sequence[Task[Any]], encoding: "ChatEncoding", job: Job) -> int:
+    """Tokens of the longest request with its answer. Raises ValueError for one that the model cannot read."""
+    from actors.evaluation.asking import encode
+
+    longest, where = 0, ""
+    for task in tasks:
+        for item in task.items:
+            for request in task.requests(item):
+                try:
+                    one = encode(request, encoding, job.config.evaluation.chat)
+                except ValueError as error:
+                    raise ValueError(f"{task.name}/{item.id}: {error}") from error
+                if (length := len(one.ids) + max(one.room, 1)) > longest:
+                    longest, where = length, f"{task.name}/{item.id}"
+    if encoding.positions is not None and longest > encoding.positions:
+        raise ValueError(
+            f"{where} takes {longest} tokens, and {encoding.name} has {encoding.positions} positions: lower "
+            "evaluation.shots, or leave that benchmark out of evaluation.suite"
+        )
+    return longest
