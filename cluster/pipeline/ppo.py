@@ -145,7 +145,9 @@ class PPO(Stage):
                 evaluator.summarise(start, before)
         iterations = f"{name}: {config.iterations - progress.done} iterations"
         with tracker.phase(iterations, name):
-            await self._train(evaluator, inputs, progress, plan.scores_beside)
+            # A score is rounded by the batch it is computed in: what is complete at the same time is no function of
+            # the weights, and a synchronous run that was stopped goes on bit for bit as one that was not.
+            await self._train(evaluator, inputs, progress, plan.scores_beside and config.max_staleness > 0)
         with tracker.phase(f"{name}: held-out responses after", name):
             last = self._measure(evaluator, name, config.iterations)
             after, policy = await together(last, self._export(learner, fleet), at_once=plan.apart)
