@@ -72,7 +72,7 @@ async def rollout(
 
 @dataclass(slots=True, kw_only=True)
 class _Rollout(PromptWaves):
-    """Waves whose responses are scored and put into the buffer as they are complete."""
+    """Waves whose responses are scored and put into the buffer."""
 
     scorer: Scorer
     stream: PromptStream

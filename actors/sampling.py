@@ -283,8 +283,8 @@ async def sample(
     """
     answers: Answers[list[Completion]] = Answers(len(prompts), advance)
 
-    async def work(generator: Generator, leave: asyncio.Event) -> None:
-        waves = _Sampling(
+    def waves(generator: Generator, leave: asyncio.Event) -> _Sampling:
+        return _Sampling(
             generator=generator,
             tickets=answers,
             encoding=encoding,
@@ -295,12 +295,8 @@ async def sample(
             samples=samples,
             seed=seed,
         )
-        for error in await waves.work(lanes=1):
-            raise error
 
-    if prompts:
-        async with fleet.joining(), fleet.working(work, answers.fail):
-            await answers.complete
+    await answers.collect(fleet, waves)
     return [answers.found[number] for number in range(len(prompts))]
 
 
@@ -316,6 +312,22 @@ class Answers(Generic[AnswerT]):
         self._waiting: asyncio.PriorityQueue[Ticket] = asyncio.PriorityQueue()
         for number in range(count):
             self._waiting.put_nowait(Ticket(number=number, attempt=0))
+
+    async def collect(
+        self, fleet: Fleet, waves: Callable[[Any, asyncio.Event], Waves[AnswerT]], lanes: int = 1
+    ) -> None:
+        """Have the generators of a fleet work, each with its `waves` in so many lanes, until all is answered.
+
+        Raises what they and the fleet fail with.
+        """
+
+        async def work(generator: Generator, leave: asyncio.Event) -> None:
+            for error in await waves(generator, leave).work(lanes):
+                raise error
+
+        if self._count:
+            async with fleet.joining(), fleet.working(work, self.fail):
+                await self.complete
 
     async def admit(self, n: int, holder: str) -> list[Ticket]:
         tickets = [await self._waiting.get()]

@@ -68,9 +68,8 @@ def encode(request: Request, encoding: Encoding, chat: bool) -> Encoded:
         return Encoded(
             ids=[*given, *encoding.response(request.continuation.strip(), ended=False)], given=len(given), room=0
         )
-    context = request.context.rstrip()
-    ids = encoding.plain(context + request.context[len(context) :] + request.continuation)
-    given = encoding.plain(context)
+    ids = encoding.plain(request.context + request.continuation)
+    given = encoding.plain(request.context.rstrip())
     return Encoded(ids=ids, given=min(len(given), len(ids) - 1), room=0)
 
 
@@ -108,8 +107,8 @@ async def ask(
     """
     answers: Answers[Asked] = Answers(len(items), lambda done: None)
 
-    async def work(generator: Any, leave: asyncio.Event) -> None:
-        waves = _Asking(
+    def waves(generator: Reader, leave: asyncio.Event) -> _Asking:
+        return _Asking(
             generator=generator,
             tickets=answers,
             encoding=encoding,
@@ -121,12 +120,8 @@ async def ask(
             chat=chat,
             seed=seed,
         )
-        for error in await waves.work(lanes=_LANES):
-            raise error
 
-    if items:
-        async with fleet.joining(), fleet.working(work, answers.fail):
-            await answers.complete
+    await answers.collect(fleet, waves, _LANES)
 
 
 @dataclass(slots=True, kw_only=True)

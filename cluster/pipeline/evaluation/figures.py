@@ -57,7 +57,8 @@ def differences(task: Task[Any], ours: Mapping[str, Verdict], theirs: Mapping[st
 
 def taxes(task: Task[Any], gaps: Mapping[str, Figure]) -> dict[str, Figure]:
     """What differences to the base model cost: positive where the model is worse."""
-    return {name: gap if task.metrics[name].better == "lower" else _negative(gap) for name, gap in gaps.items()}
+    metrics = task.metrics  # which goes over the items
+    return {name: gap if metrics[name].better == "lower" else _negative(gap) for name, gap in gaps.items()}
 
 
 def _negative(figure: Figure) -> Figure:
