@@ -202,7 +202,7 @@ def bare_torch(folder: Path, threads: int) -> Figures:
 
 
 SIDES: dict[str, Callable[[Path], Figures]] = {
-    "ppo": lambda folder: ppo(folder, **{"cluster.generators": 2}),
+    "ppo": lambda folder: ppo(folder, **{"cluster.generators": 2, "cluster.reward_replicas": 2}),
     "ppo_async": lambda folder: ppo(folder, **{"ppo.max_staleness": 1, "rollout.prompts_per_wave": EPISODES}),
     "ppo_half": lambda folder: ppo(
         folder, cores=(0,), **{"ppo.prompts_per_batch": EPISODES // 2, "ppo.minibatch_size": EPISODES // 2}

@@ -27,12 +27,11 @@ from reward_server.client import RewardClient
 from reward_server.config import UNTRUSTED, LoadingConfig, SourceConfig
 from reward_server.service import RewardService
 
-# glibc returns freed tensors and faults their pages in again. One arena for all threads: one of its own, which the
-# thread that computes would have, gives back what is free whatever the thresholds are.
+_JEMALLOC = Path(ray.__file__).with_name("core") / "libjemalloc.so"  # comes with Ray
+# glibc returns freed tensors and faults their pages in again; this keeps them.
 KEEPS_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "LD_PRELOAD": str(_JEMALLOC),
+    "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1",
 }
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"  # what torch.compile compiled: for all ranks, and for who resumes
 
@@ -125,10 +124,10 @@ class Processes:
     @contextlib.asynccontextmanager
     async def _process(self, cls: type, name: str, *args: Any) -> AsyncIterator[Handle]:
         variables = dict[str, str]()
-        if cls is LearnerWorker:
-            variables |= {name: os.environ.get(name, value) for name, value in KEEPS_MEMORY.items()}
-        if cls is not Generator:  # vLLM has a cache of its own; importing torch has set this process's, unasked
-            variables[_CACHE] = str(self.log_dir.resolve().with_name("cache"))
+        if cls is not Generator:  # vLLM chooses its own allocator and cache
+            if _JEMALLOC.exists():
+                variables |= {name: os.environ.get(name, value) for name, value in KEEPS_MEMORY.items()}
+            variables[_CACHE] = str(self.log_dir.resolve().with_name("cache"))  # torch's import has set this process's
         handle = remote(
             cls,
             *args,
