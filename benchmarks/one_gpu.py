@@ -69,6 +69,8 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 ATTENTION = "flash_attention_2" if CUDA and is_flash_attn_2_available() else "sdpa"
 VARIANTS: dict[str, dict[str, Any]] = {"LoRA": {"lora_rank": 16}}
 """What the learner is told beside the defaults, whose rows are called packed and padded."""
+if CUDA:  # on a CPU compiling takes minutes and gains nothing, and Liger has no kernels
+    VARIANTS |= {"compiled": {"compile": True}, "Liger": {"liger": True}}
 Micro = tuple[Tensor, Tensor, Tensor, Tensor]
 """ids [1, N] and positions [1, N] of packed sequences; places in them [n] that are read, and the tokens after these."""
 Piece = tuple[str, Callable[[], Iterator["Row"]]]

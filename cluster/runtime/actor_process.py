@@ -13,6 +13,7 @@ run the constructor on another thread than the calls; and no async method can be
 import asyncio
 import ctypes
 import dataclasses
+import gc
 import logging
 import os
 import pickle
@@ -180,8 +181,13 @@ def recipe(cls: type, args: tuple[Any, ...]) -> bytes:
 
 
 def _construct(construction: bytes) -> Any:
-    cls, args = pickle.loads(construction)
-    return cls(*args)
+    gc.disable()  # what is imported here is no garbage, and looking for some takes as long as a quarter of the imports
+    try:
+        cls, args = pickle.loads(construction)
+        return cls(*args)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _awaited(coroutine: Any) -> _Frames:
