@@ -9,6 +9,9 @@ TOKEN_VARIABLE = "RAYWARD_REWARD_TOKEN"
 FILE_VARIABLE = "RAYWARD_REWARD_TOKEN_FILE"
 """Environment variable that names a file with the token instead, such as a mounted secret."""
 
+JUDGE_VARIABLE = "RAYWARD_JUDGE_TOKEN"
+"""Environment variable with the bearer token for the endpoint of a judge, which is sent to no other host."""
+
 
 def bearer_token() -> str | None:
     """Return the token that this machine knows, None where there is none.
@@ -31,6 +34,12 @@ def token_of(variable: str) -> str:
     if (token := os.environ.get(variable)) is None:
         raise ValueError(f"{variable}, which scoring.parts names as the token of a url, is not set; export it")
     return _checked(token, variable)
+
+
+def judge_token() -> str | None:
+    """The token for a judge's endpoint, None where there is none. Raises ValueError for what is no token."""
+    token = os.environ.get(JUDGE_VARIABLE)
+    return None if token is None else _checked(token, JUDGE_VARIABLE)
 
 
 def _read(path: Path) -> str:

@@ -40,6 +40,7 @@ class RewardClient:
         ask_s: float = 10.0,
         batch_requests: int = 512,
         max_in_flight: int = 4,
+        called: str = "the reward server",
     ) -> None:
         """Remember the settings; the first call connects.
 
@@ -47,7 +48,7 @@ class RewardClient:
         way at once. An attempt takes at most `attempt_s` seconds; it goes to the replica with the fewest posts. One
         post is tried again for `retry_s` seconds, with delays that double from 0.2 to 5 s, times a random 0.5 to 1.
         Then it is paused, for at most `pause_s` seconds: each `ask_s`, times a random 0.5 to 1, it is tried once more
-        if the service is healthy.
+        if the service is healthy. Errors say `called` of the service.
         """
         self.urls = (urls,) if isinstance(urls, str) else tuple(urls)
         self.retry_s = retry_s
@@ -57,7 +58,7 @@ class RewardClient:
         self.batch_requests = batch_requests
         self.paused: Pause | None = None
         """Why and since when the oldest paused post waits; None while there is none."""
-        self._replicas = Replicas(self.urls, token)
+        self._replicas = Replicas(self.urls, token, called)
         self._in_flight = asyncio.Semaphore(max_in_flight * len(self.urls))
         self._paused: dict[object, Pause] = {}
         self._working = asyncio.Event()
@@ -77,6 +78,23 @@ class RewardClient:
         ]
         replies = await _together([self._score_chunk(chunk) for chunk in chunks])
         return [reply for chunk in replies for reply in chunk]
+
+    async def post(self, path: str, body: bytes, read: Callable[[bytes], Answer]) -> Answer:
+        """What `read` makes of the answer to any other post; it raises ValueError for one that is not valid.
+
+        Retried as `score` is, but not paused. Raises as `score` does.
+        """
+
+        async def ask(seconds: float) -> Answer:
+            replica = self._replicas.next()
+            answer = await self._replicas.ask(replica, path, body, _REPLY_BYTES + _REPLY_BYTES_PER_REQUEST, seconds)
+            try:
+                return read(answer)
+            except ValueError as error:
+                raise self._replicas.failed(replica, str(error)) from error
+
+        async with self._in_flight:
+            return await self._answered(f"POST {path}", ask, 0.0)
 
     async def healthy(self) -> None:
         """Return once every replica has scored a probe; raises like `score`, without a pause, when one does not."""
@@ -164,8 +182,8 @@ class RewardClient:
             raise RewardUnavailable(f"no replica of the reward server is left: {self._ended}")
         spent = f"{self.retry_s:g} s" + (f" and a pause of {pause_s:g} s" if pause_s else "")
         raise RewardUnavailable(
-            f"the reward server {' and '.join(self.urls)} gave no valid answer to {what} in {attempts} attempts within "
-            f"{spent}; the last reason: {reason or 'no time was left for an attempt'}"
+            f"{self._replicas.called} {' and '.join(self.urls)} gave no valid answer to {what} in {attempts} attempts "
+            f"within {spent}; the last reason: {reason or 'no time was left for an attempt'}"
         )
 
     def _pause(self, mark: object, reason: str) -> None:

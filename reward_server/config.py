@@ -74,6 +74,8 @@ class PartConfig(Section):
     token_variable: str | None = None
     """Environment variable, where the service runs, with the bearer token of a url. RAYWARD_REWARD_TOKEN is this
     service's own, and goes nowhere else."""
+    raw: bool = False
+    """Take a model's output as it is: its folder then needs no normalisation."""
     weight: FiniteFloat = 1.0
     """Factor of its score in the sum."""
     gate: GateConfig | None = None
@@ -85,6 +87,10 @@ class PartConfig(Section):
             raise ValueError(f"the reward source {self.name!r} is a {self.kind} without a target; set target")
         if self.kind == "length" and self.target:
             raise ValueError(f"the reward source {self.name!r} counts words and takes no target; remove it")
+        if self.raw and self.kind != "model":
+            raise ValueError(
+                f"the reward source {self.name!r} is a {self.kind}, whose scores are raw anyway; remove raw"
+            )
         variable = self.token_variable
         if variable is not None and (
             self.kind != "url" or variable == TOKEN_VARIABLE or not SECRET_NAME.search(variable.upper())

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 import httpx
 
 _RETRIED_STATUS = frozenset({408, 425, 429})
+_OF_ONE_REQUEST = frozenset({400, 413, 422})
 _REST_S = 5.0  # for which a replica that failed is left alone, as long as there is another one
 
 
 class RewardRefused(ValueError):
     """The server refuses the request itself (token, size, text), so asking again cannot help."""
+
+
+class RequestRefused(RewardRefused):
+    """The server refuses this one request, such as a text that is too long for it; it may answer others."""
 
 
 class Unanswered(Exception):
@@ -34,8 +39,9 @@ class Replica:
 class Replicas:
     """The copies of one service, and the connections to them. For use in one event loop."""
 
-    def __init__(self, urls: Sequence[str], token: str | None) -> None:
-        """Remember where they are; the first attempt connects."""
+    def __init__(self, urls: Sequence[str], token: str | None, called: str = "the reward server") -> None:
+        """Remember where they are, and what errors call them; the first attempt connects."""
+        self.called = called
         self.all = tuple(Replica(url.rstrip("/")) for url in urls)
         self._headers = {"content-type": "application/json"}
         if token is not None:
@@ -73,7 +79,8 @@ class Replicas:
         reason = f"HTTP {status}: {said[:500].decode(errors='replace')}"
         if status >= 500 or status in _RETRIED_STATUS:
             raise self.failed(replica, reason)
-        raise RewardRefused(f"the reward server {replica.url} refuses {path}: {reason}")
+        refused = RequestRefused if status in _OF_ONE_REQUEST else RewardRefused
+        raise refused(f"{self.called} {replica.url} refuses {path}: {reason}")
 
     def failed(self, replica: Replica, reason: str) -> Unanswered:
         """Leave a replica alone for a moment; the error to raise."""

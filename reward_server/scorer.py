@@ -99,10 +99,12 @@ class RewardModelSource:
         truncate_prompt: bool = False,
         loading: LoadingConfig = UNTRUSTED,
         compiled: bool = False,
+        raw: bool = False,
     ) -> None:
         """Remember what to load; `load`, or else the first score, does it.
 
-        `max_tokens` bounds one sequence, by default by the positions that the model has.
+        `max_tokens` bounds one sequence, by default by the positions that the model has. With `raw` the score is the
+        head's output, whatever normalisation the folder has.
         """
         self.path = str(path)
         self.dtype = dtype
@@ -111,6 +113,7 @@ class RewardModelSource:
         self.truncate_prompt = truncate_prompt
         self.loading = loading
         self.compiled = compiled
+        self.raw = raw
         self._loaded: tuple[PreTrainedModel, ChatEncoding, Normalisation] | None = None
         self._encoded: WeakKeyDictionary[ScoreRequest, list[int]] = WeakKeyDictionary()
 
@@ -125,7 +128,7 @@ class RewardModelSource:
         model = pack(load_reward_model(self.path, getattr(torch, self.dtype), self.loading))
         if self.compiled:
             compile_pieces(model)
-        normalise = normalisation(model)
+        normalise = Normalisation(gain=1.0, bias=0.0) if self.raw else normalisation(model)
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None:

@@ -177,4 +177,5 @@ def _part_source(
                 config.truncate_prompt,
                 loading,
                 config.compile,
+                part.raw,
             )

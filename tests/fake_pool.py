@@ -32,7 +32,7 @@ class FakePool:
             self.weights = None
         return await self.generators(model)
 
-    async def rewards(self, model: Path | None) -> Any:
+    async def rewards(self, model: Path | None, scoring: Any = None) -> Any:
         return self._rewards
 
     async def all(self, model: Path, scored_by: Path | None, fresh: bool = False) -> tuple[Any, Any, Any]:

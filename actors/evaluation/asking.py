@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from actors.chat import TextEncoding
 from actors.config import RolloutConfig
-from actors.evaluation.task import Answer, Generation, Item, Likelihood, Logprob, Request, Task, Verdict
+from actors.evaluation.task import Answer, Generation, Item, Likelihood, Logprob, Reply, Request, Task, Verdict
 from actors.prompts import stable_hash
 from actors.sampling import Answers, Fleet, Generator, Waves
-from actors.trajectory import Ticket
+from actors.trajectory import Completion, Ticket
 from reward_server.schema import Message
 
 _LANES = 2  # waves under way at a generator, so that it never waits for a verdict
@@ -153,7 +153,7 @@ class _Asking(Waves[Asked]):
             for (room, temperature), some in _alike(requests).items():
                 seeds = [stable_hash(self.seed, self.name(ticket), n) for n in some]
                 sampled = await self.generator.generate([encoded[n].ids for n in some], seeds, room, temperature)
-                said |= {n: _cut(one.text, requests[n]) for n, one in zip(some, sampled, strict=True)}
+                said |= {n: _said(one, requests[n]) for n, one in zip(some, sampled, strict=True)}
         answers = [said[n] for n in range(len(requests))]
         verdict = await task.judge(item, answers)
         return Asked(task=task, item=item, requests=requests, answers=answers, verdict=verdict)
@@ -174,7 +174,8 @@ def _alike(requests: Sequence[Request]) -> dict[tuple[int, float], list[int]]:
     return found
 
 
-def _cut(text: str, request: Request) -> str:
+def _said(completion: Completion, request: Request) -> Reply | str:
     """The answer up to its stop, without spaces around it."""
-    stop = request.stop if isinstance(request, Generation) else None
-    return (text if stop is None else text.partition(stop)[0]).strip()
+    assert isinstance(request, Generation)
+    text = (completion.text if request.stop is None else completion.text.partition(request.stop)[0]).strip()
+    return text if isinstance(request.prompt, str) else Reply(text=text, ended=completion.ended)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.evaluation.task import Answer, Likelihood, Metric, Request, Task, Verdict
+from actors.evaluation.task import Answer, Likelihood, Logprob, Metric, Request, Task, Verdict
 from reward_server.preferences.forms import row_text
 from reward_server.preferences.records import read_records, row_names
 
@@ -54,7 +54,7 @@ class BitsPerByte(Task[Document]):
         return [Likelihood(context="", continuation=one) for one in windows(item.text, self._window_bytes)]
 
     async def judge(self, item: Document, answers: Sequence[Answer]) -> Verdict:
-        nats = -sum(answer.total for answer in answers if not isinstance(answer, str))
+        nats = -sum(answer.total for answer in answers if isinstance(answer, Logprob))
         return {"bits_per_byte": (nats / math.log(2), float(len(item.text.encode())))}
 
 

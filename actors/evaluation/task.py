@@ -48,8 +48,19 @@ class Logprob:
     """of the continuation, at least 1"""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """The answer to a `Generation` of a conversation."""
+
+    text: str
+    """without spaces around it"""
+    ended: bool
+    """it ended by itself; False: it was cut at `max_tokens`"""
+
+
 Request = Likelihood | Generation
-Answer = Logprob | str
+Answer = Logprob | Reply | str
+"""A generation's is a text, that of a conversation a `Reply`."""
 Verdict = Mapping[str, tuple[float, ...]]
 """metric -> what the item adds to it"""
 

@@ -1,6 +1,7 @@
 """The tasks of the suite, in the order of the paper's tables, and where their files come from."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,50 @@ from actors.evaluation.hallucination import Hallucination, TruthfulQAGeneration
 from actors.evaluation.multiple_choice import HellaSwag, TruthfulQA
 from actors.evaluation.perplexity import BitsPerByte
 from actors.evaluation.reading import Drop, Squad
-from actors.evaluation.task import Task
+from actors.evaluation.task import Answer, Generation, Metric, Reply, Request, Task, Verdict
 from actors.evaluation.toxicity import Toxicity
 from actors.evaluation.translation import Translation
+from actors.prompts import Prompt, read_prompts
 from reward_server.preferences.records import RecordError
 
+
+class WinRate(Task[Prompt]):
+    """Replies to held-out prompts, which judges compare model by model, see cluster/pipeline/evaluation/win_rate.py.
+
+    Of a model by itself there is `characters`, the mean length of its replies, and `ended`, the share that ended by
+    themselves: what is longer is often preferred.
+    """
+
+    name = "win_rate"
+    claim = "preference"
+
+    def __init__(
+        self, items: Sequence[Prompt], examples: Sequence[Prompt] = (), *, max_tokens: int, temperature: float
+    ) -> None:
+        """Replies have `max_tokens` at most, sampled at a temperature."""
+        super().__init__(items, examples)
+        self._max_tokens, self._temperature = max_tokens, temperature
+
+    @classmethod
+    def read(cls, path: Path, max_bad_rows: int = 0) -> list[Prompt]:
+        return read_prompts(path, max_bad_rows)
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        return {"characters": Metric(better="neither"), "ended": Metric()}
+
+    def requests(self, item: Prompt) -> Sequence[Request]:
+        asked, limit = item.messages, self._max_tokens
+        return [Generation(prompt=asked, max_tokens=limit, stop=None, temperature=self._temperature)]
+
+    async def judge(self, item: Prompt, answers: Sequence[Answer]) -> Verdict:
+        (reply,) = answers
+        assert isinstance(reply, Reply)
+        return {"characters": (float(len(reply.text)), 1.0), "ended": (float(reply.ended), 1.0)}
+
+
 _KINDS: tuple[type[Task[Any]], ...] = (
+    WinRate,
     *(HellaSwag, Squad, Drop, Translation, BitsPerByte),
     *(TruthfulQA, TruthfulQAGeneration, Hallucination),
     *(Toxicity, Winogender, CrowSPairs),

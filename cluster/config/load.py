@@ -237,11 +237,11 @@ def _from(folder: Path) -> Callable[[str, bool], str]:
 def _moved(field: FieldInfo, value: Any, move: Callable[[str, bool], str], kind: str | None = None) -> Any:
     """A value of a field, with its paths moved; `kind` is that of the row that it is in."""
     parts = get_args(field.annotation)
-    if get_origin(field.annotation) is tuple and Path in parts:
+    named = any(isinstance(one, NameOrPath) and one.kind == kind for one in field.metadata)
+    if get_origin(field.annotation) is tuple and (named or Path in parts):
         each = value.split(",") if isinstance(value, str) else value
-        return [move(one, False) if isinstance(one, str) else one for one in each] if isinstance(each, list) else each
+        return [move(one, named) if isinstance(one, str) else one for one in each] if isinstance(each, list) else each
     if isinstance(value, str) and value != "none":
-        named = any(isinstance(one, NameOrPath) and one.kind == kind for one in field.metadata)
         return move(value, named) if named or Path in (field.annotation, *parts) else value
     if isinstance(value, list) and (row := next(filter(None, map(_section_of, parts)), None)):
         return [_moved_row(row, one, move) if isinstance(one, dict) else one for one in value]

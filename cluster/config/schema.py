@@ -259,6 +259,10 @@ class EvaluationConfig(_Section):
     classifier: Annotated[str, NameOrPath()] = "alt-profanity-check"
     """What says how toxic a text is: alt-profanity-check (pip install 'rayward[eval]'), the folder of a Hugging Face
     classifier, or module:function, (list[str]) -> list[float]."""
+    judges: Annotated[CommaSeparated[str], NameOrPath()] = ("labeler",)
+    """Who compares the answers of win_rate, separated by commas: "labeler" (the simulated one), the folder of a reward
+    model that PPO did not train on, http(s)://HOST/v1#MODEL (a chat model behind an OpenAI-compatible endpoint, which
+    judges truthfulqa_generation and hallucination as well), or a file of people's verdicts (docs/evaluation.md)."""
     chat: bool = False
     """Ask in the model's chat format. Otherwise prompts are plain text for every model, as in the paper."""
 

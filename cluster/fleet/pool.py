@@ -13,6 +13,7 @@ from cluster.fleet.fleet import Fleet
 from cluster.fleet.processes import Processes
 from learner.worker.group import LearnerGroup
 from reward_server.client import RewardClient
+from reward_server.config import SourceConfig
 
 Announce = Callable[[str], AbstractContextManager[Any]]
 """Shows that something is under way while a block lasts."""
@@ -34,7 +35,7 @@ class ProcessPool:
         self._learner: LearnerGroup | None = None
         self._fleet: Fleet | None = None
         self._rewards: RewardClient | None = None
-        self._scored_by: Path | None = None
+        self._scored_by: tuple[Path | None, SourceConfig] | None = None
         self._stack = AsyncExitStack()
         self._generators_stack = AsyncExitStack()
         self._rewards_stack = AsyncExitStack()
@@ -74,9 +75,12 @@ class ProcessPool:
         assert self._fleet is not None
         return self._fleet
 
-    async def rewards(self, model: Path | None) -> RewardClient:
-        """The reward service with this model where one is used, started anew for another one."""
-        await self._start(self._no_rewards(model))
+    async def rewards(self, model: Path | None, scoring: SourceConfig | None = None) -> RewardClient:
+        """The reward service with this model where one is used, started anew for another one.
+
+        `scoring`: what scores, in place of what is configured.
+        """
+        await self._start(self._no_rewards(model, scoring))
         assert self._rewards is not None
         return self._rewards
 
@@ -137,10 +141,12 @@ class ProcessPool:
         there = self._fleet and (self.weights == model or not fresh)
         return {} if there else {"the vLLM actors": start}
 
-    def _no_rewards(self, model: Path | None) -> Missing:
+    def _no_rewards(self, model: Path | None, scoring: SourceConfig | None = None) -> Missing:
+        wanted = model, scoring or self._config.scoring
+
         async def start() -> None:
             await self._rewards_stack.aclose()
-            starting = self._processes.reward(self._config.scoring, model)
-            self._rewards, self._scored_by = await self._rewards_stack.enter_async_context(starting), model
+            starting = self._processes.reward(wanted[1], model)
+            self._rewards, self._scored_by = await self._rewards_stack.enter_async_context(starting), wanted
 
-        return {} if self._rewards and self._scored_by == model else {"the reward service": start}
+        return {} if self._rewards and self._scored_by == wanted else {"the reward service": start}

@@ -17,6 +17,7 @@ from actors.trajectory import Completion, SampleKey, Trajectory
 from actors.waits import together
 from cluster.config.schema import Config
 from cluster.pipeline.evaluation.suite import Suite, read_suite, run_suite
+from cluster.pipeline.evaluation.win_rate import win_rate
 from cluster.pipeline.job import Job
 from cluster.pipeline.sft import packed_text
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
@@ -76,9 +77,13 @@ class Evaluate(Stage):
     async def run(self, processes: "ProcessPool", inputs: "EvaluationSet | Suite") -> None:
         """Responses, their scores and KL to the SFT model; the loss of held-out text. Or the suite."""
         if isinstance(inputs, Suite):
+            from cluster.pipeline.evaluation.comparison import compare
+            from cluster.pipeline.evaluation.judges import attending
             from cluster.pipeline.evaluation.results import tell
 
-            tell(self.job, inputs, await run_suite(self.job, processes, inputs))
+            async with attending(inputs.judges):
+                tell(self.job, inputs, await run_suite(self.job, processes, inputs))
+                await compare(self.job, processes, inputs)
             return
         job, config = self.job, self.job.config.ppo
         policy = job.model("policy")
@@ -307,39 +312,6 @@ def by_use_case(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         figures = {"n": len(samples), "gold": fmean(golds), "score": fmean(row["score"] for row in samples)}
         found[case] = figures | ({"gold_ci": interval} if interval else {})
     return found
-
-
-Verdicts = Mapping[str, float]
-"""the labeler's verdict on a model's response, by prompt id"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WinRate:
-    """How often the labeler prefers one model's response to the other's; a tie is half a win."""
-
-    rate: float
-    """(wins + ties / 2) / prompts"""
-    ci: tuple[float, float]
-    """95 % interval of the rate (Wilson)"""
-    wins: int
-    """prompts"""
-    losses: int
-    """prompts"""
-    ties: int
-    """prompts on which the verdicts are at most the labeler's tie margin apart"""
-
-
-def win_rate(ours: Verdicts, theirs: Verdicts, tie_margin: float) -> WinRate | None:
-    """Compare verdicts on the prompts that both answered; None without any."""
-    gaps = [ours[key] - theirs[key] for key in ours.keys() & theirs.keys()]
-    wins, losses = sum(gap > tie_margin for gap in gaps), sum(gap < -tie_margin for gap in gaps)
-    ties = len(gaps) - wins - losses
-    if not gaps:
-        return None
-    from learner.maths.intervals import wilson_interval
-
-    won = wins + ties / 2
-    return WinRate(rate=won / len(gaps), ci=wilson_interval(won, len(gaps)), wins=wins, losses=losses, ties=ties)
 
 
 def round_figures(job: Job, round_number: int) -> dict[str, Any]:

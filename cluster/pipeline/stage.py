@@ -117,7 +117,7 @@ class Stage:
             yield f"models.{name}", path, Model(name=name, path=path).kind
         for part in config.scoring.parts if "scoring" in self.sections else ():
             if part.kind == "model" and part.target:
-                yield f"scoring.parts ({part.name})", part.target, "value"
+                yield f"scoring.parts ({part.name})", part.target, "raw_value" if part.raw else "value"
 
     @property
     def reach(self) -> Mapping[str, float]:

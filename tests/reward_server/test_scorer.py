@@ -131,6 +131,16 @@ def test_a_model_without_normalisation_is_refused(tmp_path: Path) -> None:
         RewardModelSource(tmp_path).load()
 
 
+def test_a_raw_score_is_the_head_s_and_needs_no_normalisation(tmp_path: Path) -> None:
+    model = tiny_reward_model(tmp_path)
+    (raw,) = RewardModelSource(tmp_path).score([asking("hello", "good")])
+    for stored in (None, {"gain": 2.0, "bias": -1.0}):
+        model.config.rayward_normalisation = stored
+        model.save_pretrained(str(tmp_path))
+        (found,) = RewardModelSource(tmp_path, raw=True).score([asking("hello", "good")])
+        assert found.score == found.parts["raw"] == pytest.approx(raw.parts["raw"], abs=1e-5)
+
+
 def test_a_tokenizer_of_another_model_is_detected(tmp_path: Path) -> None:
     tiny_reward_model(tmp_path)
     tokenizer = tiny_tokenizer()

@@ -107,6 +107,7 @@ def test_the_first_gate_that_fails_decides_and_all_parts_are_told() -> None:
         ({"kind": "regex"}, "is a regex without a target"),
         ({"kind": "regex", "target": "("}, "is no pattern"),
         ({"kind": "length", "target": "5"}, "takes no target"),
+        ({"kind": "length", "raw": True}, "whose scores are raw anyway"),
         ({"kind": "length", "gate": {}}, "a gate without a bound lets everything pass"),
     ],
 )

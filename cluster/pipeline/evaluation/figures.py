@@ -106,8 +106,8 @@ def tables(
             yield table(f"{title}: {task.name}", shown, notes)
 
 
-def table(title: str, rows: Mapping[str, Mapping[str, Figure]], note: str = "") -> Table:
-    """A row a model, a column a figure with its 95 % interval."""
+def table(title: str, rows: Mapping[str, Mapping[str, Figure | int]], note: str = "") -> Table:
+    """A row a model, a column a figure with its 95 % interval, or a count."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     found = Table("", title=title, title_justify="left", box=None, header_style="dim", caption=note or None)
     for name in names:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.evaluation.task import Item, Task, Verdict
+from actors.evaluation.task import Item, Request, Task, Verdict
 from cluster.pipeline.job import Job
 from cluster.rundir.files import read_rows
 from cluster.rundir.lineage import digest
@@ -21,12 +21,16 @@ from reward_server.preferences.records import read_all, write_whole
 if TYPE_CHECKING:
     from actors.evaluation.asking import Asked
     from cluster.fleet.pool import ProcessPool
+    from cluster.pipeline.evaluation.judges import Judge
     from reward_server.encoding import ChatEncoding
+    from reward_server.preferences.judges import ChatJudge
 
 PAPER = "paper"
 """Stands for every task whose data is there."""
 _OWN = ("sft", "baseline", "policy", "policy-noptx")  # the models of a run, after its base
+_OWN_DATA = {"win_rate": "prompts_heldout", "bits_per_byte": "pretraining_valid"}  # of the run
 _OF_OTHERS = {"truthfulqa_generation": "truthfulqa", "hallucination": "squad"}  # tasks on the data of others
+_JUDGED = ("truthfulqa_generation", "hallucination")  # by a chat model, where one is a judge
 log = logging.getLogger(__name__)
 
 Verdicts = Mapping[str, Verdict]
@@ -46,17 +50,32 @@ class Suite:
     """by label"""
     longest: int
     """tokens of the longest request with its answer"""
+    judges: "Sequence[Judge]" = ()
+    """who compare the replies of win_rate, and judge other tasks"""
 
 
 def read_suite(job: Job) -> Suite:
     """Read and check all items, for every model. Raises ValueError that says all that is wrong."""
+    from cluster.pipeline.evaluation.judges import chat_model, read_judges, ready
     from reward_server.encoding import ChatEncoding
 
-    tasks: list[Task[Any]] = read_all(*(partial(_load, job, *one) for one in _chosen(job)))
+    chosen = dict(_chosen(job))
+    judges = read_judges(job) if chosen.keys() & {"win_rate", *_JUDGED} else []
+    tasks: list[Task[Any]] = read_all(*(partial(_load, job, *one, chat_model(judges)) for one in chosen.items()))
     models = labels(job.run_dir, job.config.evaluation.models or _models_of_run(job))
+    for task in [task for task in tasks if task.name == "win_rate"]:
+        if len(models) > 1:
+            ready(judges, job, task.items, models)
+        elif PAPER in job.config.evaluation.suite:
+            log.warning("not measured, as there is one model only: %s", task.name)
+            tasks.remove(task)
+        else:
+            raise ValueError(
+                f"win_rate compares models, and {next(iter(models))} is alone: name others too (evaluation.models)"
+            )
     encodings = {label: ChatEncoding.load(path, job.config.models) for label, path in models.items()}
     lengths = read_all(*(partial(_longest, tasks, encoding, job) for encoding in encodings.values()))
-    return Suite(tasks=tasks, models=models, encodings=encodings, longest=max(lengths))
+    return Suite(tasks=tasks, models=models, encodings=encodings, longest=max(lengths), judges=judges)
 
 
 def labels(run_dir: Path, folders: Sequence[Path]) -> dict[str, Path]:
@@ -110,7 +129,7 @@ async def _measure(job: Job, processes: "ProcessPool", suite: Suite, label: str)
             {
                 "id": item,
                 "key": keys[name, item],
-                "requests": [asdict(request) for request in one.requests],
+                "requests": [_row(request) for request in one.requests],
                 "answers": [one if isinstance(one, str) else asdict(one) for one in one.answers],
                 "verdict": one.verdict,
             }
@@ -129,6 +148,13 @@ async def _measure(job: Job, processes: "ProcessPool", suite: Suite, label: str)
             journal.close()
     await job.monitor.disk.ready()
     return {task.name: {item.id: verdicts[task.name][item.id] for item in task.items} for task in suite.tasks}
+
+
+def _row(request: Request) -> dict[str, Any]:
+    row = asdict(request)
+    if isinstance(messages := row.get("prompt"), tuple):
+        row["prompt"] = [message.model_dump() for message in messages]
+    return row
 
 
 def _known(path: Path, keys: Mapping[str, str]) -> dict[str, Verdict]:
@@ -157,8 +183,8 @@ def _chosen(job: Job) -> Iterator[tuple[str, str]]:
         names = ", ".join((PAPER, *TASKS))
         raise ValueError(f"evaluation.suite: there is no benchmark {unknown[0]!r}; those that there are: {names}")
     for name in TASKS if PAPER in asked else asked:
-        if name == "bits_per_byte":
-            key, data = "data.pretraining_valid", next(iter(job.files("pretraining_valid").values()), None)
+        if own := _OWN_DATA.get(name):
+            key, data = f"data.{own}", next(iter(job.files(own).values()), None)
         else:
             own = _OF_OTHERS.get(name, name)
             key, data = f"benchmarks.{own}", getattr(job.config.benchmarks, own)
@@ -174,13 +200,18 @@ def _chosen(job: Job) -> Iterator[tuple[str, str]]:
         log.warning("not measured, as their data is not set: %s", ", ".join(missing))
 
 
-def _load(job: Job, name: str, data: str) -> Task[Any]:
+def _load(job: Job, name: str, data: str, judge: "ChatJudge | None") -> Task[Any]:
     from actors.evaluation.classifiers import load_classifier
     from actors.evaluation.tasks import TASKS, data_file
 
     config, kind, settings = job.config.evaluation, TASKS[name], dict[str, Any]()
     if name == "toxicity":
         settings["classifier"] = load_classifier(config.classifier, loading=job.config.models)
+    if name in _JUDGED:
+        settings["judge"] = judge
+    if name == "win_rate":
+        rollout = job.config.rollout
+        settings |= {"max_tokens": rollout.max_new_tokens, "temperature": rollout.temperature}
     shots = config.shots if kind.paper_shots else 0
     return kind.load(data_file(data), config.items, shots, job.max_bad_rows, **settings)
 

@@ -7,7 +7,7 @@ import pytest
 
 from actors.config import RolloutConfig
 from actors.evaluation.asking import ask, encode
-from actors.evaluation.task import Generation, Likelihood, Logprob, Metric, Task
+from actors.evaluation.task import Generation, Likelihood, Logprob, Metric, Reply, Task
 from actors.sampling import GeneratorFailed, PromptFailed
 from reward_server.schema import Message
 from tests.fakes import ASSISTANT, EOS, USER, FakeEncoding, FakeFleet, FakeGenerator
@@ -157,3 +157,29 @@ def test_an_item_that_nobody_can_answer_is_named():
     broken = Reader(fault=lambda sequences: RuntimeError("no") if [4, 5, 7] in [list(s) for s in sequences] else None)
     with pytest.raises(PromptFailed, match="spelling/d could not be sampled in 3 attempts"):
         asked_of(FakeFleet(broken, spares=[broken] * 9), list("abcdef"))
+
+
+class Talking(Spelling):
+    """Asks for a reply to a conversation."""
+
+    def requests(self, item):
+        asked = (Message(role="user", content=item.id),)
+        return [Generation(prompt=asked, max_tokens=room, stop=None) for room in (9, 1)]
+
+    async def judge(self, item, answers):
+        return {}
+
+
+def test_a_conversation_s_answer_is_a_reply_that_ended_or_was_cut():
+    found = []
+
+    async def run():
+        fleet, items = FakeFleet(Reader()), [(Talking([]), Word(letter)) for letter in "abcdef"]
+        await ask(fleet, Plain(), items, RolloutConfig(), found.append, chat=False, seed=7)
+
+    asyncio.run(run())
+    whole, cut = zip(*(one.answers for one in found), strict=True)
+    assert all(isinstance(one, Reply) and one.ended and len(one.text) <= 5 for one in whole)
+    assert {one.ended for one in cut} <= {True, False}
+    assert all(one.ended == (one.text == "") for one in cut), "the one token was a letter, or the end"
+    assert any(not one.ended for one in cut)

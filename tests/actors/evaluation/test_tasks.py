@@ -2,18 +2,21 @@ from pathlib import Path
 
 import pytest
 
-from actors.evaluation.tasks import TASKS, data_file
+from actors.evaluation.task import Generation, Reply
+from actors.evaluation.tasks import TASKS, WinRate, data_file
 from reward_server.preferences.records import RecordError
+from reward_server.schema import Message
+from tests.actors.evaluation.verdicts import figures, file
 
 
 def test_the_tasks_are_in_the_order_of_the_paper() -> None:
     assert list(TASKS) == [
-        *("hellaswag", "squad", "drop", "translation", "bits_per_byte"),
+        *("win_rate", "hellaswag", "squad", "drop", "translation", "bits_per_byte"),
         *("truthfulqa", "truthfulqa_generation", "hallucination"),
         *("toxicity", "winogender", "crows_pairs"),
     ]
     assert {task.claim for task in TASKS.values()} == {
-        *("alignment tax", "truthfulness", "hallucination", "toxicity", "bias")
+        *("preference", "alignment tax", "truthfulness", "hallucination", "toxicity", "bias")
     }
 
 
@@ -50,3 +53,14 @@ def test_files_of_the_hub_are_fetched_by_their_address(monkeypatch: pytest.Monke
         data_file("hf://datasets/o/n/none.csv")
     with pytest.raises(RecordError, match="names no file of the hub"):
         data_file("hf://datasets/hellaswag")
+
+
+def test_held_out_prompts_are_asked_as_conversations_and_sampled(tmp_path: Path) -> None:
+    path = file(tmp_path, *({"id": f"p{n}", "prompt": f"hello {n}"} for n in range(6)))
+    task = WinRate.load(path, 2, max_tokens=8, temperature=0.7)
+    assert [item.id for item in task.items] == ["p0", "p3"]
+    asked = (Message(role="user", content="hello 3"),)
+    (request,) = task.requests(task.items[1])
+    assert request == Generation(prompt=asked, max_tokens=8, stop=None, temperature=0.7)
+    replies = [[Reply(text="four", ended=True)], [Reply(text="", ended=False)]]
+    assert figures(task, *replies) == {"characters": 2.0, "ended": 0.5}

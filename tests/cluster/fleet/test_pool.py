@@ -11,6 +11,7 @@ import pytest
 from cluster.config.schema import Config
 from cluster.fleet.pool import ProcessPool
 from cluster.runtime.health import Monitor
+from reward_server.config import PartConfig, SourceConfig
 
 
 class FakeProcesses:
@@ -94,12 +95,13 @@ def test_generators_and_rewards_are_started_anew_for_other_models():
         pool.weights = Path("trained")  # as PPO leaves them
         await pool.fresh_generators(Path("trained"))
         await pool.rewards(None)
+        await pool.rewards(None, SourceConfig(parts=(PartConfig(kind="length"),)))
         await pool.rewards(Path("reward"))
 
     assert happened(work) == [
         *("fleet starts with 1", "fleet stops", "fleet starts with 2"),
-        *("rewards start with None", "rewards stop", "rewards start with reward"),
-        *("rewards stop", "fleet stops"),
+        *("rewards start with None", "rewards stop") * 2,
+        *("rewards start with reward", "rewards stop", "fleet stops"),
     ]
 
 

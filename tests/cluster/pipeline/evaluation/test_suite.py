@@ -122,7 +122,7 @@ def test_models_have_the_shortest_name_that_tells_them_apart(tmp_path):
 
 
 def test_every_task_has_a_setting_for_its_data():
-    own = TASKS.keys() - {"bits_per_byte", "truthfulqa_generation", "hallucination"}
+    own = TASKS.keys() - {"win_rate", "bits_per_byte", "truthfulqa_generation", "hallucination"}
     assert own == BenchmarksConfig.model_fields.keys()
 
 
