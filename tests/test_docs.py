@@ -38,7 +38,7 @@ def blocks(language: str) -> list[str]:
 
 
 def command_lines() -> list[str]:
-    return re.findall(r"rayward ([a-z]+ .*)", "\n".join(blocks("sh")))
+    return re.findall(r"rayward ([a-z-]+ .*)", "\n".join(blocks("sh")))
 
 
 def test_every_fault_has_tests_that_exist():

@@ -46,7 +46,7 @@ OFTEN = (
     *("sft.epochs", "sft.optimizer.lr", "baseline.epochs", "reward.epochs", "sample.completions_per_prompt"),
     *("ppo.iterations", "ppo.prompts_per_batch", "ppo.kl.coef", "ppo.max_staleness", "rollout.max_new_tokens"),
     *("labeler.name", "rounds.count", "rounds.labelers", "scoring.parts", "serve.host", "serve.port"),
-    *("evaluation.prompts", "tracking.mode", "plan.nodes"),
+    *("evaluation.prompts", "best_of_n.n", "best_of_n.file", "tracking.mode", "plan.nodes"),
 )
 """Settings that people give most, which the help of a command shows first."""
 _HINT = """--KEY VALUE gives a setting, e.g. --tracking.mode disabled; in TOML: [tracking] mode = "disabled". A list: \
@@ -128,7 +128,7 @@ def parse(command: Command, words: Sequence[str]) -> Call:
         if name not in _OPTIONS:
             if "." not in name and (near := nearest(name, (*_OPTIONS, *known), likeness=0.75)):
                 raise ConfigError(f"there is no option --{name}. Did you mean --{near}?")
-            own = f"{command.name}.{name}"
+            own = f"{command.name.replace('-', '_')}.{name}"
             overrides.append((own if own in keys else name, value))
         elif value is None:
             raise ConfigError(f"--{name} needs a value")

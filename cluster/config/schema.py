@@ -265,6 +265,24 @@ class EvaluationConfig(_Section):
     judges truthfulqa_generation and hallucination as well), or a file of people's verdicts (docs/evaluation.md)."""
     chat: bool = False
     """Ask in the model's chat format. Otherwise prompts are plain text for every model, as in the paper."""
+    keep_best: bool = True
+    """Keep the policy of the best measurement in RUN/policy_best: of the largest mean gold, of equal ones that of the
+    smaller KL. It takes the disk of one model, and the time to write it whenever there is a better one."""
+
+
+class BestOfNConfig(_Section):
+    """Best of n: of several responses to a prompt, the one of the highest score."""
+
+    n: int = Field(default=16, ge=2)
+    """Responses to each prompt. The best of k is told for k = 1, 2, 4, .. and n."""
+    model: Literal["sft", "policy"] = "sft"
+    """Which model samples: models.sft or models.policy."""
+    file: Literal["prompts_heldout", "prompts"] = "prompts_heldout"
+    """Which data file has the prompts. Take data.prompts for demonstrations: held-out ones are not to be learnt."""
+    prompts: int = Field(default=128, ge=1)
+    """Prompts of it at most, from its beginning."""
+    seed: int = 0
+    """Seed of the samples."""
 
 
 class BenchmarksConfig(_Section):
@@ -374,6 +392,7 @@ class Config(_Section):
     publish: PublishConfig = PublishConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     benchmarks: BenchmarksConfig = BenchmarksConfig()
+    best_of_n: BestOfNConfig = BestOfNConfig()
     tracking: TrackingConfig = TrackingConfig()
     quickstart: QuickstartConfig = QuickstartConfig()
     plan: PlanConfig = PlanConfig()

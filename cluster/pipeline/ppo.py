@@ -12,6 +12,7 @@ from actors.prompts import Prompt, PromptStream, fitting, read_prompts
 from actors.waits import together
 from cluster.config.schema import Config
 from cluster.pipeline.evaluate import Evaluation, EvaluationSet, Evaluator, read_evaluation_set
+from cluster.pipeline.evaluation.best_policy import BestPolicy
 from cluster.pipeline.preferences import sampling_settings
 from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage, Trained
 from cluster.rundir.inputs import Model
@@ -44,14 +45,17 @@ class Inputs:
 
 
 class PPO(Stage):
-    """Trains the SFT model against the reward model; writes RUN/policy and RUN/policy_ema.
+    """Trains the SFT model against the reward model; writes RUN/policy, RUN/policy_ema and RUN/policy_best.
 
     It measures held-out prompts before, on the way and after. One that was stopped goes on from its newest checkpoint.
     """
 
     name = "ppo"
     purpose = "Step 3: train the SFT model against the reward model by PPO-ptx."
-    files = "Reads RUN/sft, RUN/reward, data.prompts, data.pretraining. Writes RUN/policy, RUN/policy_ema."
+    files = (
+        "Reads RUN/sft, RUN/reward, data.prompts, data.pretraining. Writes RUN/policy, its moving average "
+        "RUN/policy_ema and, of the held-out measurement with the most gold, RUN/policy_best."
+    )
     example = "rayward ppo --run runs/mine --data.prompts prompts.jsonl --ppo.kl.coef 0.05"
     sections = (*(*SECTIONS, "ppo", *SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),)
     reads = (
@@ -59,7 +63,7 @@ class PPO(Stage):
         *("data.prompts", "data.prompts_heldout", "data.pretraining", "data.pretraining_valid"),
     )
     processes = KINDS
-    writes = ("policy", "policy_ema")
+    writes = ("policy", "policy_ema", "policy_best")
     results = ("policy", "policy_ema", "evaluations/ppo.jsonl")
     traces = ("ledger-ppo.jsonl",)
 
@@ -107,7 +111,7 @@ class PPO(Stage):
             "rollout": sampling_settings(config),
             "scoring": config.scoring.model_dump(mode="json", include={"parts"}),
             "labeler": config.labeler.model_dump(mode="json"),
-            "evaluation": config.evaluation.model_dump(mode="json", exclude={"every"}),
+            "evaluation": config.evaluation.model_dump(mode="json", exclude={"every", "keep_best"}),
             "order of prompts": PromptStream(inputs.prompts, self.config.seed).fingerprint,
             "order of pretraining": inputs.text.fingerprint if inputs.text else None,
         }
@@ -143,19 +147,23 @@ class PPO(Stage):
                 before = await self._measure(evaluator, start, 0)
                 job.summarise("ppo", name, **_figures(before, "before"))
                 evaluator.summarise(start, before)
+        keeps, folder = job.config.evaluation.keep_best, job.run_dir / f"{self.results[0]}_best"
+        best = BestPolicy(job, name, folder, progress.done) if keeps else None
         iterations = f"{name}: {config.iterations - progress.done} iterations"
         with tracker.phase(iterations, name):
             # A score is rounded by the batch it is computed in: what is complete at the same time is no function of
             # the weights, and a synchronous run that was stopped goes on bit for bit as one that was not.
-            await self._train(evaluator, inputs, progress, plan.scores_beside and config.max_staleness > 0)
+            await self._train(evaluator, inputs, progress, best, plan.scores_beside and config.max_staleness > 0)
         with tracker.phase(f"{name}: held-out responses after", name):
             last = self._measure(evaluator, name, config.iterations)
             after, policy = await together(last, self._export(learner, fleet), at_once=plan.apart)
+            if best:
+                await best.offer(config.iterations, after, lambda to: asyncio.to_thread(job.install, policy, to.name))
         await learner.unload()
         processes.weights = policy
         job.summarise("ppo", name, iterations=config.iterations, kl=after.kl, **_figures(after, "after"))
         evaluator.summarise(name, after)
-        self._record_lineage(start)
+        self._record_lineage(start, best)
         return {"iterations": config.iterations}
 
     async def _load(self, learner: "LearnerGroup") -> None:
@@ -179,19 +187,23 @@ class PPO(Stage):
             await self.job.export(learner, "policy", ema, ema=True)
         return policy
 
-    def _record_lineage(self, start: str) -> None:
+    def _record_lineage(self, start: str, best: BestPolicy | None) -> None:
         """What the policy was made of, and what was measured on."""
         job, run_dir = self.job, self.job.run_dir
         scores = [part.target or job.model("reward") for part in job.config.scoring.parts if part.kind == "model"]
         models = [job.model("init"), job.model("sft"), job.model("critic"), *scores]
         texts = [job.file("prompts"), *([job.file("pretraining")] if self.inputs.text else [])]
+        heldout = job.file("prompts_heldout")
         for kind, folder in zip(("policy", "policy_ema"), self.results, strict=False):
             job.made(kind, run_dir / folder, *dict.fromkeys(models), *texts)
-        heldout = job.file("prompts_heldout")
+        if best:
+            job.made("policy_best", best.folder, *dict.fromkeys(models), *texts, heldout)
         for label, model in ((start, job.model("init")), (self.name, run_dir / self.results[0])):
             job.made("evaluation", run_dir / "evaluations" / f"{label}.jsonl", model, heldout)
 
-    async def _train(self, evaluator: Evaluator, inputs: Inputs, progress: "Progress", beside: bool) -> None:
+    async def _train(
+        self, evaluator: Evaluator, inputs: Inputs, progress: "Progress", best: BestPolicy | None, beside: bool
+    ) -> None:
         """The loop of `learner/ppo.py`, with actors that sample for it."""
         from actors.rollout import rollout
         from cluster.fleet.scale import obeying
@@ -224,7 +236,11 @@ class PPO(Stage):
             every = job.config.evaluation.every
             if not every or version % every or version == config.iterations:  # the last one is measured after PPO
                 return {}
-            return (await evaluator.measure(f"{name}-{version:06d}", config, name, version)).metrics()
+            found = await evaluator.measure(f"{name}-{version:06d}", config, name, version)
+            if best:
+                async with fleet.occupied():
+                    await best.offer(version, found, lambda to: job.export(evaluator.learner, "policy", to))
+            return found.metrics()
 
         parts = Parts(
             buffer=buffer,

@@ -1,6 +1,7 @@
 """The stages, in the order in which the help lists them."""
 
 from cluster.pipeline.evaluate import Evaluate
+from cluster.pipeline.evaluation.best_of_n import BestOfN
 from cluster.pipeline.ppo import PPO
 from cluster.pipeline.preferences import Rank, Sample
 from cluster.pipeline.prompts.stage import Prompts
@@ -24,6 +25,7 @@ _ALL: tuple[type[Stage], ...] = (
     PPO,
     Rounds,
     Evaluate,
+    BestOfN,
     Serve,
 )
 STAGES = {stage.name: stage for stage in _ALL}

@@ -179,13 +179,13 @@ def _too_large(config: Config, stage: type[Stage], run_dir: Path, models: Mappin
     start = models.get("base", models.get("sft"))
     if start is None:
         return
-    if stage.writes:
+    if writes := [name for name in stage.writes if name != "policy_best" or config.evaluation.keep_best]:
         network, _ = next(iter(stage.trained(config).values()))
-        need = len(stage.writes) * start.parameters * width(network.dtype)
+        need = len(writes) * start.parameters * width(network.dtype)
         there = next(folder for folder in (run_dir.resolve(), *run_dir.resolve().parents) if folder.exists())
         if need > (free := shutil.disk_usage(there).free):
             yield (
-                f"{' and '.join(stage.writes)} take {need / GIB:.1f} GiB in {run_dir}, and that disk has "
+                f"{' and '.join(writes)} take {need / GIB:.1f} GiB in {run_dir}, and that disk has "
                 f"{free / GIB:.1f} GiB free. Make room, or name a --run DIR on another disk"
             )
     needs = _least_memory(config, stage, start.parameters)

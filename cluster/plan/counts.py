@@ -136,6 +136,9 @@ def _rows(config: Config, stage: type[Stage], run_dir: Path, rounds: bool) -> tu
 
     if "ppo.policy_optimizer" in stage.trained(config):
         return config.ppo.prompts_per_batch, config.rollout.samples_per_prompt, config.ppo.iterations
+    if "best_of_n" in stage.sections:
+        own = config.best_of_n
+        return min(own.prompts, there(own.file) or own.prompts), own.n, 1
     if "comparisons" in read or "preference_prompts" in read:
         growing = "comparisons" in read and config.rounds.comparisons == "all"
         rows = there("comparisons") or rows_of(config, "preference_prompts", run_dir) or plan.ranked_prompts

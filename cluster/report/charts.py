@@ -44,7 +44,8 @@ def lines(
 ) -> Plot:
     """Curves with bands, and a dotted line at a `level` of a name.
 
-    smooth: draw a running mean over the values themselves, which become faint. path: mark every point, and the last.
+    smooth: draw a running mean over the values themselves, which become faint. path: mark every point, and the
+    last.
     """
 
     def draw(axes: Axes) -> None:
@@ -55,7 +56,7 @@ def lines(
                 kernel = np.full(len(y) // 15, 1 / (len(y) // 15))
                 x, y = np.convolve(x, kernel, "valid"), np.convolve(y, kernel, "valid")
             axes.plot(x, y, color=colour, linestyle=dashes, marker="o" if few else None, label=curve.name)
-            if curve.low and few:
+            if curve.low and (few or path):
                 axes.vlines(x, curve.low, curve.high, color=colour, linewidth=6, alpha=0.3)
             elif curve.low:
                 axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.2 / (1 + len(curves)), linewidth=0)

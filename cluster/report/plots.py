@@ -3,7 +3,8 @@
 import math
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice, product
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,8 @@ def plots(run: Run) -> dict[str, list[Plot]]:
     """Every plot of a run, by what it is about: the names of the functions below, and of the parts of plots.toml."""
     found = {part: list(_by_arm(run, part)) for part in _BY_ARM}
     kinds = (rounds, tax, gold_by_kl, gold_histogram, reward_model, supervised, selection)
-    return found | {kind.__name__: list(kind(run)) for kind in kinds}
+    found |= {kind.__name__: list(kind(run)) for kind in kinds}
+    return found | {"over_optimisation": list(over_optimisation([run]))}
 
 
 def overview(run: Run) -> list[Plot]:
@@ -139,6 +141,30 @@ def gold_by_kl(run: Run) -> Iterator[Plot]:
     if curves:
         title, xlabel = f"Gold bought with KL, {run.labeler}", "KL to the SFT model (nats a response)"
         yield charts.lines(title, xlabel, curves, path=True)
+
+
+def over_optimisation(runs: Sequence[Run]) -> Iterator[Plot]:
+    """Gold and score against how far policies went, runs in the same axes: where gold falls, and the score does not.
+
+    A point is a held-out measurement of PPO, or the best of k of the SFT model's responses to the same prompts. How far
+    is the square root of the KL, in which gold has a simple form (Gao et al. 2023). None without a curve of 3 points.
+    """
+    xlabel = "square root of the KL to the SFT model (nats a response)"
+    judges = ", ".join(dict.fromkeys(run.labeler for run in runs))
+    for figure, title in (("gold", f"Gold by distance, {judges}; 95% CI"), ("score", "Score by distance")):
+        curves: list[Curve] = []
+        for run in runs:
+            named = f"{visible(run.path.name)}: " if len(runs) > 1 else ""
+            sources = [(arm, "heldout", name) for arm, name, _ in arms(run)]
+            if run.figures("best_of_n").items() >= {"model": "sft", "file": "prompts_heldout"}.items():
+                sources.append(("best-of-n", "best_of_n", "best of n"))
+            for stage, area, name in sources:
+                kl, colour = run.series(stage, f"{area}/kl"), SERIES[len(curves) % len(SERIES)]
+                for curve in _curve(run, stage, f"{area}/{figure}", named + name, colour):
+                    if kl.keys() >= {*curve.x}:
+                        curves.append(replace(curve, x=tuple(math.sqrt(max(0.0, kl[int(step)])) for step in curve.x)))
+        if any(len(curve.x) > 2 for curve in curves):
+            yield charts.lines(title, xlabel, curves, path=True)
 
 
 def gold_histogram(run: Run) -> Iterator[Plot]:

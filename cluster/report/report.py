@@ -151,6 +151,11 @@ def _results(run: Run) -> Iterator[Result]:
         if tax := run.change(arm, "pretraining_loss"):
             detail = f"{_moved(tax)} nats a token of pretraining text"
             yield Result("Alignment tax", f"{tax.difference:+.3f}", detail, name)
+        best = run.figures("ppo", arm, "best")
+        after, gold, kl = (number(best.get(key)) for key in ("iteration", "gold", "kl"))
+        if after is not None and gold is not None and kl is not None:
+            detail = f"most gold: {gold:.2f}{_ci(best.get('gold_ci'))}, {kl:.1f} nats of KL"
+            yield Result("Policy to keep", f"iteration {after:.0f}", detail, name)
     for index, row in round_table(run).items():
         for key, name in (("win_rate_sft", "the SFT model"), ("win_rate_previous", f"round {index - 1}")):
             found = row.get(key)

@@ -45,7 +45,8 @@ class Artefact:
     name: str
     """what the file or folder is called, without an ending"""
     kind: str
-    """what it is: data, completions, sheet, comparisons, sft, baseline, reward, policy, policy_ema, evaluation"""
+    """what it is: data, demonstrations, completions, sheet, comparisons, sft, baseline, reward, policy, policy_ema,
+    policy_best, evaluation"""
     path: str
     """relative to the run directory"""
     sha256: str

@@ -19,10 +19,11 @@ KEYS = {setting.key for setting in settings(Config)}
 def test_the_section_that_is_called_as_the_command_may_be_left_out_of_a_key():
     given = parse(COMMANDS["reward"], ["--normalise", "folder", "--sft.epochs=3"]).overrides
     assert given == [("reward.normalise", "folder"), ("sft.epochs", "3")]
+    assert parse(COMMANDS["best-of-n"], ["--n", "16"]).overrides == [("best_of_n.n", "16")]
 
 
 def test_the_overview_has_every_command_once_under_what_it_is_for():
-    shown = re.findall(r"^  ([a-z]+) {2,}[A-Z]", overview(), re.MULTILINE)
+    shown = re.findall(r"^  ([a-z-]+) {2,}[A-Z]", overview(), re.MULTILINE)
     assert sorted(shown) == sorted(COMMANDS)
     assert {command.group for command in COMMANDS.values()} == GROUPS.keys()
 

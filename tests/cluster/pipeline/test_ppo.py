@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 
 from actors.trajectory import Ticket
 from cluster.config.schema import Config, TrackingConfig
+from cluster.pipeline.evaluate import Evaluation, Evaluator
 from cluster.pipeline.job import Job
 from cluster.pipeline.ppo import PPO
 from cluster.pipeline.stage import advance
+from cluster.rundir.lineage import latest, read_lineage, state
 from cluster.rundir.record import ResumeRefused, Start
 from cluster.runtime.health import ActorDied, Monitor
 from cluster.tracking.console import Console
@@ -54,6 +57,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+PUBLISHED: dict[int, dict[str, torch.Tensor]] = {}
+"""the newest weights of each version"""
 _TIMES = ("time", "checkpoint/", "heldout/seconds")
 
 
@@ -74,6 +79,7 @@ class OneGenerator(FakeFleet):
     async def publish(self, version: int) -> dict[str, float]:
         self.generator.receive(self.worker, version)
         self.versions.append(version)
+        PUBLISHED[version] = {name: one.detach().clone() for name, one in self.generator.model.named_parameters()}
         if version == self.killed_at:
             raise Killed
         return {}
@@ -187,6 +193,52 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(
     assert align(worker, made, parts, "restart", iterations=1, clip=0.3)[0] == [0, 1]
     counts = audit(parts / "ledger-ppo.jsonl")
     assert (counts.trained, counts.resumed, counts.committed) == (6, 0, 1)
+
+
+def golds(monkeypatch: pytest.MonkeyPatch, *by_version: float) -> None:
+    """Have held-out measurements say these golds, whatever they find."""
+    measure = Evaluator.measure
+
+    async def told(self: Evaluator, name: str, config: Any, stage: str, step: int) -> Evaluation:
+        return replace(await measure(self, name, config, stage, step), gold=by_version[step])
+
+    monkeypatch.setattr(Evaluator, "measure", told)
+
+
+def kept(run: Path) -> int:
+    """The version that policy_best is of, whose weights it has."""
+    version = json.loads((run / "summary.json").read_text())["ppo"]["ppo"]["best"]["iteration"]
+    weights = load_file(run / "policy_best" / "model.safetensors")
+    assert all(torch.equal(weights[name], PUBLISHED[version][name]) for name in weights)
+    return version
+
+
+def test_the_policy_with_the_most_gold_is_kept_over_stops(
+    worker: LearnerWorker, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    golds(monkeypatch, 0.9, 0.1, 0.5, 0.3, 0.2, 0.8)
+    align(worker, made, tmp_path, "new", killed_at=4)
+    assert kept(tmp_path) == 2  # 0 is the SFT model
+    align(worker, made, tmp_path, "resume")
+    assert kept(tmp_path) == 2
+    assert (tmp_path / "policy_best" / "tokenizer.json").is_file()
+    best = latest(read_lineage(tmp_path))["policy_best"]
+    assert state(tmp_path, best) == "whole"
+    align(worker, made, tmp_path, "resume", iterations=5)
+    assert kept(tmp_path) == 5  # the last one, which is also the policy
+    assert load_file(tmp_path / "policy" / "model.safetensors").keys() == PUBLISHED[5].keys()
+
+
+def test_no_policy_is_kept_where_that_is_not_wanted(
+    worker: LearnerWorker, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(SETTINGS["evaluation"], "keep_best", False)
+    align(worker, made, tmp_path, "new", iterations=2)
+    assert not (tmp_path / "policy_best").exists()
+    assert "best" not in json.loads((tmp_path / "summary.json").read_text())["ppo"]["ppo"]
+    monkeypatch.setitem(SETTINGS["evaluation"], "keep_best", True)
+    align(worker, made, tmp_path, "resume", iterations=3)  # it may be wanted later on
+    assert kept(tmp_path) == 3
 
 
 def test_a_stage_reaches_the_loop_in_two_calls(

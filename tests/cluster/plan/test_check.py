@@ -217,11 +217,12 @@ def test_what_keeps_ray_from_starting_is_told_of_a_local_run(run: Path, monkeypa
 def test_a_disk_too_small_for_the_models(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = str(model_folder(tmp_path / "large", parameters=2**20))
     monkeypatch.setattr(checks, "ray_obstacles", list)
-    for free, wrong in ((2 * 2 * 2**20, False), (2 * 2 * 2**20 - 1, True)):
-        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        assert bool(found(run, models__sft=large).problems) == wrong
+    for keep_best, models in ((True, 3), (False, 2)):
+        for free, wrong in ((models * 2 * 2**20, False), (models * 2 * 2**20 - 1, True)):
+            monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+            assert bool(found(run, models__sft=large, evaluation__keep_best=keep_best).problems) == wrong
     text = problem(run, models__sft=large)
-    assert text.startswith(f"policy and policy_ema take 0.0 GiB in {run}, and that disk has 0.0 GiB free. Make room")
+    assert text.startswith(f"policy and policy_ema and policy_best take 0.0 GiB in {run}, and that disk has 0.0 GiB fr")
 
 
 def test_everything_that_is_wrong_is_told_at_once_before_anything_is_made(

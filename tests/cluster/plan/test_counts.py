@@ -86,6 +86,8 @@ def test_sampling_of_each_kind(tmp_path: Path):
     sample = counted("sample", values)
     assert (sample.numbers["episodes"], sample.waves) == (400, 3)
     assert counted("evaluate", values).rows == 128
+    best = counted("best-of-n", {"best_of_n.n": 8, "best_of_n.prompts": 50, "rollout.prompts_per_wave": 10})
+    assert (best.rows, best.samples, best.waves) == (50, 8, 5)
     assert count(Config(), STAGES["select"], LENGTHS, NOWHERE) is None  # nobody knows how many prompts there are
     assert count(Config(), STAGES["sft"], LENGTHS, NOWHERE) is None
     rounds = {"rounds.count": 3, "rounds.prompts": 100}

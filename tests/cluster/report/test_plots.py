@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from cluster.report import plots
-from cluster.report.plot import BEFORE, SERIES, svg
+from cluster.report.plot import BEFORE, SERIES, Plot, svg
 from cluster.report.report import summary, write_report
 from cluster.rundir.files import Run, read_run
 from tests.cluster.report.test_report import Page
@@ -68,6 +69,7 @@ def test_a_run_with_one_arm_gives_every_section(one: Run):
             "Loss on held-out pretraining text, nats a token",
         ],
         "What it cost": ["Alignment tax: loss on pretraining text", f"Gold bought with KL, {CAPTION}"],
+        "Over-optimisation": [f"Gold by distance, {CAPTION}; 95% CI", "Score by distance"],
         "Held-out responses": [f"Gold score of responses, {CAPTION}"],
         "The reward model": ["Loss of the reward model, nats a pair"],
         "Supervised training": ["SFT loss, nats a token", "Score of each epoch: baseline"],
@@ -107,6 +109,56 @@ def test_held_out_curves_go_from_before_to_after_and_two_points_are_no_curve(one
     assert "PPO-ptx from 0 to 6.40 over 5 points" in kl.alt
     write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": n, "heldout/gold": 0.5} for n in (0, 8)])
     assert plots.plots(read_run(tmp_path))["held_out"] == []
+
+
+def best_of_n(run: Path, model: str) -> Run:
+    """The run with best of n of a model beside."""
+    with (run / "metrics.jsonl").open("a") as file:
+        for k, kl, gold in ((1, 0.0, 0.1), (2, 0.25, 0.3), (4, 0.64, 0.4)):
+            row = {"kl": kl, "gold": gold, "score": 2 * gold}
+            figures = {f"best_of_n/{name}": value for name, value in row.items()}
+            file.write(json.dumps({"stage": "best-of-n", "step": k, **figures}) + "\n")
+    summary = json.loads((run / "summary.json").read_text())
+    table = {"model": model, "file": "prompts_heldout"}
+    (run / "summary.json").write_text(json.dumps(summary | {"best_of_n": table}))
+    return read_run(run)
+
+
+def drawn(plot: Plot) -> dict[str, list[tuple[float, float]]]:
+    """The points of each curve by its name."""
+    axes = Figure().add_subplot()
+    plot.draw(axes)
+    names = axes.get_legend_handles_labels()[1]
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    return {name: list(zip(*map(list, lines[name].get_data()), strict=True)) for name in names}
+
+
+def test_gold_and_score_are_drawn_by_the_root_of_the_kl_of_ppo_and_best_of_n(tmp_path: Path):
+    run = best_of_n(write_run(tmp_path), "sft")
+    gold, score = plots.over_optimisation([run])
+    found = drawn(gold)
+    assert found.keys() == {"PPO-ptx", "best of n"}
+    assert found["best of n"] == [(0.0, 0.1), (0.5, 0.3), (0.8, 0.4)]
+    assert found["PPO-ptx"] == pytest.approx([((6.4 * n / 24) ** 0.5, 0.12 + 0.5 * n / 24) for n in (0, 6, 12, 18, 24)])
+    assert [y for _, y in drawn(score)["best of n"]] == pytest.approx([0.2, 0.6, 0.8])
+    assert plots.plots(run)["over_optimisation"][0].alt == gold.alt
+
+
+def test_the_curves_of_several_runs_are_in_the_same_axes_by_their_names(tmp_path: Path):
+    runs = [read_run(write_run(tmp_path / name)) for name in ("beta-0.02", "beta-0.2")]
+    gold, _ = plots.over_optimisation(runs)
+    assert drawn(gold).keys() == {"beta-0.02: PPO-ptx", "beta-0.2: PPO-ptx"}
+
+
+def test_best_of_n_of_the_policy_is_not_measured_from_the_sft_model(tmp_path: Path):
+    gold, _ = plots.over_optimisation([best_of_n(write_run(tmp_path), "policy")])
+    assert "best of n" not in gold.alt
+
+
+def test_before_and_after_alone_are_no_curve_of_over_optimisation(tmp_path: Path):
+    measured = {"heldout/gold": 0.5, "heldout/score": 1.0, "heldout/kl": 1.0}
+    write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": n, **measured} for n in (0, 8)])
+    assert list(plots.over_optimisation([read_run(tmp_path)])) == []
 
 
 def test_two_arms_are_compared_first_in_the_same_axes(one: Run, two: Run):

@@ -81,7 +81,7 @@ def test_the_page_can_be_read_without_seeing_it(page: Page):
     assert page.all("html") == [{"lang": "en"}]
     assert len(page.all("h1")) == 1
     figures = page.all("figure")
-    assert len(figures) == len(page.all("svg")) == 24
+    assert len(figures) == len(page.all("svg")) == 26
     assert all(len(figure["aria-label"] or "") > 30 and figure["role"] == "img" for figure in figures)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -97,6 +97,7 @@ def test_the_figures_stand_at_the_top_and_verdicts_name_the_labeler(page: Page):
         "Alignment tax +0.040 3.97 → 4.01 nats a token of pretraining text",
         f"Reward-model accuracy 0.807 held-out pairs, 95% CI 0.78 to 0.84; mean of prompts: 0.796; "
         f"longer wins: 0.548 · {CAPTION}",
+        "Policy to keep iteration 18 most gold: 0.63, 95% CI 0.55 to 0.70, 5.1 nats of KL",
         "SFT loss 4.21 → 3.34",
         "Time 11 min 32 s",
         f"96 held-out prompts · {CAPTION}",
