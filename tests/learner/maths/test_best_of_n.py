@@ -39,5 +39,5 @@ def test_of_equal_scores_the_best_of_all_is_the_first() -> None:
 
 def test_a_large_pool_does_not_overflow() -> None:
     """Of evenly spaced scores 0 .. n - 1 the expected maximum of k is k (n + 1) / (k + 1) - 1."""
-    scores = np.arange(2000.0)[None]
+    scores = np.array([[float(score) for score in range(2000)]])
     assert best_of_k(scores, scores, 1000) == pytest.approx([1000 * 2001 / 1001 - 1])
