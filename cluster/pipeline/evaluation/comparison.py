@@ -162,7 +162,11 @@ def _tell(
         mine = [n for n, pair in enumerate(pairs) if pair.models == (one, other)]
         figures = compared([pairs[n] for n in mine], [said[n] for n in mine])
         if figures is None:
-            console.line(f"{by}: no verdict on {other} and {one}, so there is no win rate")
+            unparsed = sum(said[n] is not None for n in mine)
+            console.line(
+                f"{by}: no verdict on {other} and {one}, so there is no win rate ({unparsed} pairs were asked)"
+            )
+            job.summarise("suite", other, "win_rate", judge.name, **{one: {"win_rate": None, "unparsed": unparsed}})
             continue
         found[one, other] = figures
         job.summarise("suite", other, "win_rate", judge.name, **{one: asdict(figures)})

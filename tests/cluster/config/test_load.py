@@ -67,6 +67,8 @@ class Training(Section):
     """Whether."""
     name: Annotated[str, NameOrPath()] = "x"
     """A name."""
+    names: Annotated[tuple[str, ...], NameOrPath()] = ()
+    """Names."""
     limit: float = math.inf
     """A limit."""
 
@@ -156,9 +158,11 @@ def test_paths_count_from_where_they_are_given_and_names_stay_names(tmp_path: Pa
     assert config.folder == here / ".." / "there" / "data"
     assert config.name == "hub/id"
     assert [one.target for one in config.parts] == [f"{here}/../there/rm", "./.*", None]
-    file.write_text('folder = "~/data"\nname = "hub/local"\nparts = [{name = "a", target = "/rm"}]\n')
+    names = 'names = ["labeler", "hub/local", "./a"]\n'
+    file.write_text(f'folder = "~/data"\nname = "hub/local"\n{names}parts = [{{name = "a", target = "/rm"}}]\n')
     config = compose(Training, read_toml(Training, file))
     assert (config.folder, config.name) == (home / "data", str(there / "hub" / "local"))
+    assert config.names == ("labeler", str(there / "hub" / "local"), str(there / "a"))
     assert config.parts[0].target == "/rm"
     config = given(("folder", "data"), ("name", "hub/local"), ("parts", '[{name = "a", target = "~/rm"}]'))
     assert (config.folder, config.name, config.parts[0].target) == (here / "data", "hub/local", str(home / "rm"))

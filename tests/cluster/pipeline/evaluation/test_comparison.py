@@ -178,6 +178,15 @@ def test_a_chat_model_that_prefers_what_stands_first_lets_everybody_win_half(job
     assert f"strength (Bradley-Terry), judged by {by}" in " ".join(shown.split())
 
 
+def test_a_judge_without_one_verdict_makes_no_figure_and_is_counted(job, capsys):
+    with serving(lambda question: "Hm.") as server:
+        run_stage(Evaluate(one := job(f"{server.url}#m")), generators=[Different()])
+    (found,) = summary(one)["suite"]["sft"]["win_rate"].values()
+    assert found == {"base": {"win_rate": None, "unparsed": 4}}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no verdict on sft and base, so there is no win rate (4 pairs were asked)" in shown
+
+
 def test_win_rates_take_two_models(job, caplog):
     with pytest.raises(ValueError, match="win_rate compares models, and base is alone"):
         read_suite(job(models=("base",)))
