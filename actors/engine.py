@@ -195,6 +195,23 @@ class Engine:
         outputs = await self._run(prompts, [params] * len(prompts))
         return [_flat(output.prompt_logprobs) for output in outputs]
 
+    async def echo(self, prompts: Sequence[Sequence[int]]) -> list[tuple[list[float], list[float]]]:
+        """(log p(x_j | x_<j), that of the likeliest token there), j = 1 .. len of each prompt, at temperature 1.
+
+        Past the prompt, at j = len, the token is the likeliest.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=1, logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        outputs = await self._run(prompts, [params] * len(prompts))
+        found = []
+        for output in outputs:
+            both, last = _flat(output.prompt_logprobs), _flat(output.outputs[0].logprobs)
+            found.append((both[::2] + last, both[1::2] + last))  # of each token: its own, and the first by rank
+        return found
+
     def _load(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -107,6 +107,14 @@ class Generator:
             self._check(f"sequence {index}", sequence, 1)
         return await self._engine.prompt_logprobs(sequences)
 
+    async def echo(self, sequences: Sequence[Sequence[int]]) -> list[tuple[list[float], list[float]]]:
+        """As `logprobs`, with one more for the likeliest token that may follow, and beside each that of the likeliest
+        token in its place: a sequence is what greedy sampling says where the two agree.
+        """
+        for index, sequence in enumerate(sequences):
+            self._check(f"sequence {index}", sequence, 1)
+        return await self._engine.echo(sequences)
+
     async def join(self, rendezvous: Rendezvous, rank: int) -> None:
         """Become member `rank` (and the next, one a worker) of a transfer group; leaves an earlier one."""
         self._transfer_deadline_s = rendezvous.deadline_s + _MARGIN_S

@@ -100,6 +100,10 @@ class FakeWorker:
         await self._do("logprobs")
         return self.answer
 
+    async def echo(self, sequences: Sequence[Sequence[int]]) -> list[tuple[list[float], list[float]]]:
+        await self._do("echo")
+        return [(row, row) for row in self.answer]
+
     async def stop(self) -> None:
         self.stopped = True
 

@@ -51,6 +51,23 @@ class HfGenerator:
         return (await asyncio.shield(sampled))[place]
 
     @torch.no_grad()
+    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log p(x_j | x_<j), j = 1 .. len-1 of each sequence."""
+        rows = [self.model(torch.tensor([list(ids)])).logits[0, :-1].log_softmax(-1) for ids in sequences]
+        return [row[torch.arange(len(row)), list(ids[1:])].tolist() for row, ids in zip(rows, sequences, strict=True)]
+
+    @torch.no_grad()
+    async def echo(self, sequences: Sequence[Sequence[int]]) -> list[tuple[list[float], list[float]]]:
+        """As `logprobs`, with the likeliest token's beside them, and that after the end."""
+        found = []
+        for ids in sequences:
+            rows = self.model(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
+            likeliest = rows.max(-1).values.tolist()
+            own = rows[torch.arange(len(rows) - 1), list(ids[1:])].tolist()
+            found.append(([*own, likeliest[-1]], likeliest))
+        return found
+
+    @torch.no_grad()
     def _sample(
         self, queries: Sequence[list[int]], seeds: Sequence[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:

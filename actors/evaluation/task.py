@@ -90,6 +90,7 @@ class Item(Protocol):
 
 
 ItemT = TypeVar("ItemT", bound=Item)
+RowT = TypeVar("RowT")
 
 
 class Task(ABC, Generic[ItemT]):
@@ -151,7 +152,7 @@ class Task(ABC, Generic[ItemT]):
         """What the answers, in the order of the requests, add to each metric; a metric may be left out."""
 
 
-def spread(rows: Sequence[ItemT], count: int) -> Sequence[ItemT]:
+def spread(rows: Sequence[RowT], count: int) -> Sequence[RowT]:
     """`count` of the rows at even distances, in order, or all when there are fewer: files are often sorted by kind."""
     if count >= len(rows):
         return rows

@@ -249,13 +249,20 @@ class EvaluationConfig(_Section):
     suite: CommaSeparated[str] = ()
     """What `rayward evaluate` measures instead of the held-out prompts: names of benchmarks separated by commas, or
     "paper" for all of which the data is there (docs/evaluation.md)."""
+    suite_every: int = Field(default=0, ge=0)
+    """PPO iterations between two measurements of the suite, before and after PPO as well; 0 leaves it to `rayward
+    evaluate`."""
+    lm_eval: CommaSeparated[str] = ()
+    """Tasks of lm-evaluation-harness (pip install 'rayward[eval]') that `rayward evaluate` runs, alone or beside the
+    suite: its names of tasks, groups or tags, separated by commas."""
     models: CommaSeparated[Path] = ()
     """Folders of the models to measure, the one that others are compared with first. By default those of the run: the
     base model, RUN/sft, RUN/baseline and the policies of its PPO arms."""
     items: int = Field(default=100, ge=1)
     """Items of a benchmark at most, evenly spread over its file."""
     shots: int = Field(default=0, ge=0)
-    """Solved examples before each item, from the same file and none of the items ("few-shot")."""
+    """Solved examples before each item, from the same file and none of the items ("few-shot"); 0 leaves it to a task
+    of lm_eval how many it has."""
     classifier: Annotated[str, NameOrPath()] = "alt-profanity-check"
     """What says how toxic a text is: alt-profanity-check (pip install 'rayward[eval]'), the folder of a Hugging Face
     classifier, or module:function, (list[str]) -> list[float]."""
@@ -268,6 +275,19 @@ class EvaluationConfig(_Section):
     keep_best: bool = True
     """Keep the policy of the best measurement in RUN/policy_best: of the largest mean gold, of equal ones that of the
     smaller KL. It takes the disk of one model, and the time to write it whenever there is a better one."""
+
+    @property
+    def on_benchmarks(self) -> bool:
+        """Whether `rayward evaluate` measures benchmarks, and no held-out prompts."""
+        return bool(self.suite or self.lm_eval)
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> Self:
+        if self.suite_every and not self.suite:
+            raise ValueError(
+                "suite_every needs benchmarks to measure: name them in evaluation.suite, or set suite_every to 0"
+            )
+        return self
 
 
 class BestOfNConfig(_Section):

@@ -26,6 +26,10 @@ class GeneratorHandle(sampling.Generator, Receiver, Protocol):
         """Tokens sampled so far. Raises when it is dead."""
         ...
 
+    async def echo(self, sequences: Sequence[Sequence[int]]) -> list[tuple[list[float], list[float]]]:
+        """Log-probs of the tokens of sequences, and of the likeliest in their places."""
+        ...
+
     async def stop(self) -> None:
         """End the engine."""
 
@@ -71,6 +75,10 @@ class Worker:
     async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of the tokens of sequences. Raises as `generate` does."""
         return await self._answer(self.handle.logprobs(sequences))
+
+    async def echo(self, sequences: Sequence[Sequence[int]]) -> list[tuple[list[float], list[float]]]:
+        """Log-probs of the tokens of sequences and of the likeliest in their places. Raises as `generate` does."""
+        return await self._answer(self.handle.echo(sequences))
 
     async def _answer(self, asking: Coroutine[Any, Any, T]) -> T:
         call = asyncio.ensure_future(asking)

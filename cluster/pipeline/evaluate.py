@@ -47,8 +47,8 @@ class Evaluate(Stage):
     name = "evaluate"
     purpose = "Answer held-out prompts with a model, and score the answers; or measure the paper's claims on models."
     files = (
-        "Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/. With evaluation.suite, "
-        "reads benchmarks and the models of the run (or evaluation.models) instead."
+        "Reads RUN/policy (or models.policy) and data.prompts_heldout. Writes RUN/evaluations/. With evaluation.suite "
+        "or evaluation.lm_eval, reads benchmarks and the models of the run (or evaluation.models) instead."
     )
     example = "rayward evaluate --run runs/mine --evaluation.suite paper --benchmarks.truthfulqa TruthfulQA.csv"
     sections = (*(*SECTIONS, "evaluation", "benchmarks", *SAMPLING, "scoring", "labeler", "tracking"),)
@@ -58,18 +58,18 @@ class Evaluate(Stage):
 
     @classmethod
     def models(cls, config: Config) -> tuple[str, ...]:
-        return () if config.evaluation.suite else super().models(config)
+        return () if config.evaluation.on_benchmarks else super().models(config)
 
     @classmethod
     def data(cls, config: Config) -> tuple[str, ...]:
-        return () if config.evaluation.suite else super().data(config)
+        return () if config.evaluation.on_benchmarks else super().data(config)
 
     @classmethod
     def looked_at(cls, config: Config) -> tuple[str, ...]:
-        return () if config.evaluation.suite else super().looked_at(config)
+        return () if config.evaluation.on_benchmarks else super().looked_at(config)
 
     def check(self) -> "EvaluationSet | Suite":
-        if self.job.config.evaluation.suite:
+        if self.job.config.evaluation.on_benchmarks:
             return read_suite(self.job)
         self.job.model("policy")
         return read_evaluation_set(self.job)

@@ -13,6 +13,7 @@ from actors.waits import together
 from cluster.config.schema import Config
 from cluster.pipeline.evaluate import Evaluation, EvaluationSet, Evaluator, read_evaluation_set
 from cluster.pipeline.evaluation.best_policy import BestPolicy
+from cluster.pipeline.evaluation.suite import measure_on_the_way, read_suite_on_the_way
 from cluster.pipeline.preferences import sampling_settings
 from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage, Trained
 from cluster.rundir.inputs import Model
@@ -22,6 +23,7 @@ from learner.config import PPOConfig
 from reward_server.preferences.records import read_all
 
 if TYPE_CHECKING:
+    from actors.evaluation.task import Task
     from actors.sampling import Generator
     from actors.trajectory import Trajectory
     from cluster.fleet.fleet import Fleet
@@ -42,6 +44,8 @@ class Inputs:
     """what it samples from"""
     text: "TextStream | None"
     """the pretraining mix; None without one"""
+    suite: "Sequence[Task[Any]]"
+    """benchmarks that are measured on the way"""
 
 
 class PPO(Stage):
@@ -57,7 +61,9 @@ class PPO(Stage):
         "RUN/policy_ema and, of the held-out measurement with the most gold, RUN/policy_best."
     )
     example = "rayward ppo --run runs/mine --data.prompts prompts.jsonl --ppo.kl.coef 0.05"
-    sections = (*(*SECTIONS, "ppo", *SAMPLING, "scoring", "publish", "evaluation", "labeler", "tracking"),)
+    sections = (
+        *(*SECTIONS, "ppo", *SAMPLING, "scoring", "publish", "evaluation", "benchmarks", "labeler", "tracking"),
+    )
     reads = (
         *("models.sft", "models.critic", "models.reward"),
         *("data.prompts", "data.prompts_heldout", "data.pretraining", "data.pretraining_valid"),
@@ -87,15 +93,17 @@ class PPO(Stage):
         from reward_server.encoding import ChatEncoding
 
         job, mix, bad = self.job, self.job.config.ppo.pretraining, self.job.max_bad_rows
-        fits = fitting(ChatEncoding.load(job.model("sft"), job.config.models), job.config.rollout.max_prompt_tokens)
-        held_out, prompts, texts = read_all(
+        encoding = ChatEncoding.load(job.model("sft"), job.config.models)
+        fits = fitting(encoding, job.config.rollout.max_prompt_tokens)
+        held_out, prompts, texts, suite = read_all(
             lambda: read_evaluation_set(job),
             lambda: read_prompts(job.file("prompts"), bad, fits),
             lambda: read_texts(job.file("pretraining"), bad) if mix.coef else [],
+            lambda: read_suite_on_the_way(job, encoding),
         )
         packed = pack(texts, held_out.encoding, mix.sequence_tokens) if mix.coef else None
         text = None if packed is None else TextStream(packed, job.config.ppo.seed)
-        return Inputs(held_out=held_out, prompts=prompts, text=text)
+        return Inputs(held_out=held_out, prompts=prompts, text=text, suite=suite)
 
     def check(self) -> Inputs:
         return self.inputs
@@ -111,7 +119,7 @@ class PPO(Stage):
             "rollout": sampling_settings(config),
             "scoring": config.scoring.model_dump(mode="json", include={"parts"}),
             "labeler": config.labeler.model_dump(mode="json"),
-            "evaluation": config.evaluation.model_dump(mode="json", exclude={"every", "keep_best"}),
+            "evaluation": config.evaluation.model_dump(mode="json", include={"prompts", "seed", "shown"}),
             "order of prompts": PromptStream(inputs.prompts, self.config.seed).fingerprint,
             "order of pretraining": inputs.text.fingerprint if inputs.text else None,
         }
@@ -176,8 +184,19 @@ class PPO(Stage):
     async def _measure(self, evaluator: Evaluator, label: str, version: int) -> Evaluation:
         """A point of the held-out curves."""
         found = await evaluator.measure(label, self.config, self.name, version)
-        self.job.tracker.log(self.name, version, found.metrics())
+        suite = await self._suite(evaluator.fleet, version)
+        self.job.tracker.log(self.name, version, found.metrics() | suite)
         return found
+
+    async def _suite(self, fleet: "Fleet", version: int) -> dict[str, float]:
+        """A point of the curves of the suite, where there is one."""
+        if not (tasks := self.inputs.suite):
+            return {}
+        from cluster.pipeline.evaluation.figures import figures
+        from cluster.pipeline.evaluation.results import curves
+
+        found = await measure_on_the_way(self.job, tasks, self.inputs.held_out.encoding, self.name, version, fleet)
+        return curves({task.name: figures(task, found[task.name]) for task in tasks})
 
     async def _export(self, learner: "LearnerGroup", fleet: "Fleet") -> Path:
         """Write the policy and its moving average; the folder of the former."""
@@ -233,14 +252,19 @@ class PPO(Stage):
             return rollout(generator, rewards, stream, buffer, encoding, sampling, config.seed, leave, waits, beside)
 
         async def measure(version: int) -> dict[str, float]:
-            every = job.config.evaluation.every
-            if not every or version % every or version == config.iterations:  # the last one is measured after PPO
-                return {}
-            found = await evaluator.measure(f"{name}-{version:06d}", config, name, version)
-            if best:
-                async with fleet.occupied():
-                    await best.offer(version, found, lambda to: job.export(evaluator.learner, "policy", to))
-            return found.metrics()
+            every, suite_every = job.config.evaluation.every, job.config.evaluation.suite_every
+            metrics: dict[str, float] = {}
+            if version == config.iterations:  # measured after PPO
+                return metrics
+            if every and not version % every:
+                found = await evaluator.measure(f"{name}-{version:06d}", config, name, version)
+                if best:
+                    async with fleet.occupied():
+                        await best.offer(version, found, lambda to: job.export(evaluator.learner, "policy", to))
+                metrics |= found.metrics()
+            if suite_every and not version % suite_every:
+                metrics |= await self._suite(fleet, version)
+            return metrics
 
         parts = Parts(
             buffer=buffer,

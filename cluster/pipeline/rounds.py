@@ -46,7 +46,7 @@ class Rounds(Stage):
     example = "rayward rounds --run runs/mine --rounds.count 3 --rounds.labelers people"
     sections = (
         *(*SECTIONS, "rounds", "sample", "labeler", "reward", "ppo", *SAMPLING),
-        *("scoring", "publish", "evaluation", "tracking"),
+        *("scoring", "publish", "evaluation", "benchmarks", "tracking"),
     )
     reads = ("models.sft",)
     processes = KINDS

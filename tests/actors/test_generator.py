@@ -107,6 +107,32 @@ def test_teacher_forced_logprobs_are_the_models(served: Served) -> None:
         assert answer == pytest.approx(token_logprobs(served.model, sequence).tolist(), abs=CLOSE)
 
 
+def test_teacher_forced_logprobs_depend_on_neither_batch_nor_order(served: Served) -> None:
+    sequences = [[*query, *range(40, 40 + 3 * number)] for number, query in enumerate(QUERIES[:16])]
+    crowd = served.runner.run(served.generator.logprobs(sequences))
+    backwards = served.runner.run(served.generator.logprobs(sequences[::-1]))[::-1]
+    for sequence, one, other in zip(sequences, crowd, backwards, strict=True):
+        (alone,) = served.runner.run(served.generator.logprobs([sequence]))
+        assert one == pytest.approx(alone, abs=1e-4)
+        assert other == pytest.approx(alone, abs=1e-4)
+
+
+def test_an_echo_tells_the_likeliest_token_s_logprob_beside_each_own_one(served: Served) -> None:
+    (said,) = sample(served, QUERIES[:1], 12, temperature=0.0)
+    greedy = [*said.query_ids, *said.response_ids]
+    sequences = [PROBES[0].ids, greedy]
+    answers = served.runner.run(served.generator.echo(sequences))
+    for sequence, (own, likeliest) in zip(sequences, answers, strict=True):
+        with torch.no_grad():
+            rows = served.model(torch.tensor([sequence])).logits[0].float().log_softmax(-1)
+        assert own[:-1] == pytest.approx(token_logprobs(served.model, sequence).tolist(), abs=CLOSE)
+        assert likeliest == pytest.approx(rows.max(-1).values.tolist(), abs=CLOSE)
+        assert own[-1] == likeliest[-1]
+    (own, likeliest), begin = answers[1], len(said.query_ids) - 1
+    assert own[begin:] == likeliest[begin:], "what was sampled greedily is the likeliest, to the bit"
+    assert own[:begin] != likeliest[:begin]
+
+
 @pytest.mark.parametrize(
     ("query", "tokens", "text"),
     [

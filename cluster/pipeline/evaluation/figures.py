@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from actors.evaluation.task import Task, Verdict
+from actors.evaluation.task import Verdict
+from cluster.pipeline.evaluation.harness.tasks import Measured
 from learner.maths.intervals import percentile_interval, resampled_totals
 
 TAX = "alignment tax"
@@ -29,7 +29,7 @@ class Figure:
         return f"{self.value:.3f} [{self.ci[0]:.3f}, {self.ci[1]:.3f}]"
 
 
-def figures(task: Task[Any], verdicts: Mapping[str, Verdict]) -> dict[str, Figure]:
+def figures(task: Measured, verdicts: Mapping[str, Verdict]) -> dict[str, Figure]:
     """A model's figures on a task; one that no item has is left out."""
     found = {}
     for name, metric in task.metrics.items():
@@ -42,7 +42,7 @@ def figures(task: Task[Any], verdicts: Mapping[str, Verdict]) -> dict[str, Figur
     return found
 
 
-def differences(task: Task[Any], ours: Mapping[str, Verdict], theirs: Mapping[str, Verdict]) -> dict[str, Figure]:
+def differences(task: Measured, ours: Mapping[str, Verdict], theirs: Mapping[str, Verdict]) -> dict[str, Figure]:
     """What one model has more than another on the items that both answered, by metric: a paired bootstrap."""
     found, both = {}, [item for item in ours if item in theirs]
     for name, metric in task.metrics.items():
@@ -55,7 +55,7 @@ def differences(task: Task[Any], ours: Mapping[str, Verdict], theirs: Mapping[st
     return found
 
 
-def taxes(task: Task[Any], gaps: Mapping[str, Figure]) -> dict[str, Figure]:
+def taxes(task: Measured, gaps: Mapping[str, Figure]) -> dict[str, Figure]:
     """What differences to the base model cost: positive where the model is worse."""
     metrics = task.metrics  # which goes over the items
     return {name: gap if metrics[name].better == "lower" else _negative(gap) for name, gap in gaps.items()}
@@ -72,7 +72,7 @@ def _vectors(name: str, verdicts: Sequence[Verdict]) -> NDArray[np.float64] | No
 
 
 def saved(
-    task: Task[Any], base: Mapping[str, Verdict], without: Mapping[str, Verdict], mixed: Mapping[str, Verdict]
+    task: Measured, base: Mapping[str, Verdict], without: Mapping[str, Verdict], mixed: Mapping[str, Verdict]
 ) -> Figure | None:
     """Share of the tax of PPO that the pretraining mix saved, by the task's first metric; None where PPO cost nothing.
 
@@ -93,7 +93,7 @@ def _share(base: float, without: float, mixed: float) -> float | None:
 
 
 def tables(
-    title: str, tasks: Sequence[Task[Any]], rows: Mapping[str, Mapping[str, Mapping[str, Figure]]]
+    title: str, tasks: Sequence[Measured], rows: Mapping[str, Mapping[str, Mapping[str, Figure]]]
 ) -> Iterator[Table]:
     """A table a task with a row a model, of the figures that are no part of another one (such as one type of bias)."""
     for task in tasks:

@@ -21,20 +21,23 @@ def tell(job: Job, suite: Suite, results: Results) -> None:
     """The figures of all models: in RUN/summary.json, W&B and the lineage, and on the console."""
     base, *others = suite.models
     rows = {
-        label: {task.name: figures(task, found[task.name]) for task in suite.tasks} for label, found in results.items()
+        label: {task.name: figures(task, found[task.name]) for task in suite.measured}
+        for label, found in results.items()
     }
     gaps = {
         label: {
-            task.name: differences(task, results[label][task.name], results[base][task.name]) for task in suite.tasks
+            task.name: differences(task, results[label][task.name], results[base][task.name]) for task in suite.measured
         }
         for label in others
     }
     shares = list(_shares(suite, results))
     for label, path in suite.models.items():
         _record(job, label, rows[label])
+        if suite.harness:
+            job.summarise("suite", label, versions={task.name: task.version for task in suite.harness})
         if label in gaps:
             job.summarise("suite", label, to=base, difference=_plain(gaps[label]))
-        for task in suite.tasks:
+        for task in suite.measured:
             job.made("evaluation", answers_file(job, label, task), path, task.path)
     for mixed, without, row in shares:
         job.summarise("suite", mixed, saved={name: asdict(one) for name, one in row.items()}, saved_of=without)
@@ -43,10 +46,14 @@ def tell(job: Job, suite: Suite, results: Results) -> None:
 
 def _record(job: Job, label: str, row: _ByTask) -> None:
     job.summarise("suite", label, figures=_plain(row))
-    metrics = {
+    job.tracker.log(f"suite-{label.replace('/', '-')}", 0, curves(row))
+
+
+def curves(row: _ByTask) -> dict[str, float]:
+    """The figures as metrics, suite/<task>.<metric>."""
+    return {
         f"suite/{name}.{key.replace('/', '.')}": one.value for name, found in row.items() for key, one in found.items()
     }
-    job.tracker.log(f"suite-{label.replace('/', '-')}", 0, metrics)
 
 
 def _plain(row: _ByTask) -> dict[str, dict[str, Any]]:
@@ -57,8 +64,8 @@ def _show(
     job: Job, suite: Suite, rows: Mapping[str, _ByTask], gaps: Mapping[str, _ByTask], shares: list[_Share]
 ) -> None:
     console, base = job.tracker.console, next(iter(suite.models))
-    for claim in dict.fromkeys(task.claim for task in suite.tasks):
-        tasks = [task for task in suite.tasks if task.claim == claim]
+    for claim in dict.fromkeys(task.claim for task in suite.measured):
+        tasks = [task for task in suite.measured if task.claim == claim]
         if claim == TAX:
             lost = {label: {one.name: taxes(one, row[one.name]) for one in tasks} for label, row in gaps.items()}
             beside = f"{claim}, lost of {base}", lost

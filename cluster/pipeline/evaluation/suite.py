@@ -6,7 +6,8 @@ only what is not there yet, of the same weights in the same words.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from reward_server.preferences.records import read_all, write_whole
 
 if TYPE_CHECKING:
     from actors.evaluation.asking import Asked
+    from actors.sampling import Fleet
     from cluster.fleet.pool import ProcessPool
+    from cluster.pipeline.evaluation.harness.tasks import HarnessTask, Measured
     from cluster.pipeline.evaluation.judges import Judge
     from reward_server.encoding import ChatEncoding
     from reward_server.preferences.judges import ChatJudge
@@ -48,20 +51,28 @@ class Suite:
     """folders by label; others are compared with the first"""
     encodings: "Mapping[str, ChatEncoding]"
     """by label"""
+    harness: "Sequence[HarnessTask]"
+    """tasks of lm-evaluation-harness"""
     longest: int
     """tokens of the longest request with its answer"""
     judges: "Sequence[Judge]" = ()
     """who compare the replies of win_rate, and judge other tasks"""
 
+    @property
+    def measured(self) -> "Sequence[Measured]":
+        """All that has figures."""
+        return [*self.tasks, *self.harness]
+
 
 def read_suite(job: Job) -> Suite:
     """Read and check all items, for every model. Raises ValueError that says all that is wrong."""
+    from cluster.pipeline.evaluation.harness.tasks import read_harness
     from cluster.pipeline.evaluation.judges import chat_model, read_judges, ready
     from reward_server.encoding import ChatEncoding
 
     chosen = dict(_chosen(job))
     judges = read_judges(job) if chosen.keys() & {"win_rate", *_JUDGED} else []
-    tasks: list[Task[Any]] = read_all(*(partial(_load, job, *one, chat_model(judges)) for one in chosen.items()))
+    tasks, harness = read_all(lambda: _tasks(job, chosen, chat_model(judges)), lambda: read_harness(job))
     models = labels(job.run_dir, job.config.evaluation.models or _models_of_run(job))
     for task in [task for task in tasks if task.name == "win_rate"]:
         if len(models) > 1:
@@ -75,7 +86,35 @@ def read_suite(job: Job) -> Suite:
             )
     encodings = {label: ChatEncoding.load(path, job.config.models) for label, path in models.items()}
     lengths = read_all(*(partial(_longest, tasks, encoding, job) for encoding in encodings.values()))
-    return Suite(tasks=tasks, models=models, encodings=encodings, longest=max(lengths), judges=judges)
+    longest, _ = max(lengths)
+    if harness:
+        longest = max(longest, _room(job, encodings))
+    return Suite(tasks=tasks, harness=harness, models=models, encodings=encodings, longest=longest, judges=judges)
+
+
+def _room(job: Job, encodings: "Mapping[str, ChatEncoding]") -> int:
+    """Tokens that lm-evaluation-harness may ask about at once: what it asks is known to it alone."""
+    return min([job.config.generator.max_model_len, *(one.positions for one in encodings.values() if one.positions)])
+
+
+def read_suite_on_the_way(job: Job, encoding: "ChatEncoding") -> Sequence[Task[Any]]:
+    """Read and check what PPO measures on the way, () for nothing: of one model, and nothing that a judge is asked.
+
+    Raises ValueError that says all that is wrong.
+    """
+    if not job.config.evaluation.suite_every:
+        return ()
+    chosen, room = dict(_chosen(job)), job.config.generator.max_model_len
+    if chosen.pop("win_rate", None) and "win_rate" in job.config.evaluation.suite:
+        raise ValueError("evaluation.suite has win_rate, which compares models, and PPO measures one: leave it out")
+    tasks = _tasks(job, chosen, None)
+    longest, where = _longest(tasks, encoding, job)
+    if longest > room:
+        raise ValueError(
+            f"{where} takes {longest} tokens, and generator.max_model_len is {room}: raise it to {longest}, lower "
+            "evaluation.shots, or leave that benchmark out of evaluation.suite"
+        )
+    return tasks
 
 
 def labels(run_dir: Path, folders: Sequence[Path]) -> dict[str, Path]:
@@ -96,30 +135,62 @@ def labels(run_dir: Path, folders: Sequence[Path]) -> dict[str, Path]:
 
 async def run_suite(job: Job, processes: "ProcessPool", suite: Suite) -> Results:
     """Ask every model what it was not asked yet; the engine is loaded once a model."""
-    return {label: await _measure(job, processes, suite, label) for label in suite.models}
+    found = {}
+    for label, model in suite.models.items():
+        fleet = partial(processes.fresh_generators, model, suite.longest)
+        encoding = suite.encodings[label]
+        found[label] = await _measure(job, suite.tasks, encoding, label, digest(model), fleet)
+        if suite.harness:
+            from cluster.pipeline.evaluation.harness.run import run_harness
+
+            room = _room(job, suite.encodings)
+            found[label] |= await run_harness(job, suite.harness, encoding, label, model, room, fleet)
+    return found
 
 
-def answers_file(job: Job, label: str, task: Task[Any]) -> Path:
+async def measure_on_the_way(
+    job: Job, tasks: Sequence[Task[Any]], encoding: "ChatEncoding", stage: str, version: int, fleet: "Fleet"
+) -> dict[str, Verdicts]:
+    """Ask a fleet everything, whatever weights it has; writes RUN/evaluations/<stage>-<version>/ anew."""
+    label = f"{stage}-{version:06d}"
+    shutil.rmtree(job.run_dir / "evaluations" / label, ignore_errors=True)  # of a version that is trained once more
+
+    async def ready() -> "Fleet":
+        return fleet
+
+    return await _measure(job, tasks, encoding, label, label, ready, stage)
+
+
+def answers_file(job: Job, label: str, task: "Measured") -> Path:
     """Where a model's answers are."""
     return job.run_dir / "evaluations" / label / f"{task.name}.jsonl"
 
 
-async def _measure(job: Job, processes: "ProcessPool", suite: Suite, label: str) -> dict[str, dict[str, Verdict]]:
+async def _measure(
+    job: Job,
+    tasks: Sequence[Task[Any]],
+    encoding: "ChatEncoding",
+    label: str,
+    weights: str,
+    ready: "Callable[[], Awaitable[Fleet]]",
+    stage: str = "evaluate",
+) -> dict[str, Verdicts]:
+    """Ask the fleet that is `ready` what is not answered yet by these `weights`."""
     from actors.evaluation.asking import ask
     from learner.data.journal import Journal
 
-    config, model = job.config.evaluation, suite.models[label]
-    settings = {"model": digest(model), "chat": config.chat, "seed": config.seed}
-    verdicts: dict[str, dict[str, Verdict]] = {task.name: {} for task in suite.tasks}
+    config = job.config.evaluation
+    settings = {"model": weights, "chat": config.chat, "seed": config.seed}
+    verdicts: dict[str, dict[str, Verdict]] = {task.name: {} for task in tasks}
     left: list[tuple[Task[Any], Item]] = []
     journals: dict[str, Journal] = {}
     keys: dict[tuple[str, str], str] = {}
-    for task in suite.tasks:
+    for task in tasks:
         path = answers_file(job, label, task)
         path.parent.mkdir(parents=True, exist_ok=True)
         journals[task.name] = Journal(path, job.monitor.disk)
         keys |= {(task.name, item.id): _key(task, item, settings) for item in task.items}
-        verdicts[task.name] = _known(path, {item.id: keys[task.name, item.id] for item in task.items})
+        verdicts[task.name] = known(path, {item.id: keys[task.name, item.id] for item in task.items})
         left += [(task, item) for item in task.items if item.id not in verdicts[task.name]]
 
     def took(one: "Asked") -> None:
@@ -139,15 +210,15 @@ async def _measure(job: Job, processes: "ProcessPool", suite: Suite, label: str)
     try:
         if left:
             title = f"{label}: {len(left)} items of {len({task.name for task, _ in left})} benchmarks"
-            fleet = await processes.fresh_generators(model, suite.longest)
-            with job.tracker.phase(title, "evaluate"), job.tracker.console.progress(label, len(left)) as advance:
+            fleet = await ready()
+            with job.tracker.phase(title, stage), job.tracker.console.progress(label, len(left)) as advance:
                 rollout = job.config.rollout
-                await ask(fleet, suite.encodings[label], left, rollout, took, chat=config.chat, seed=config.seed)
+                await ask(fleet, encoding, left, rollout, took, chat=config.chat, seed=config.seed)
     finally:
         for journal in journals.values():
             journal.close()
     await job.monitor.disk.ready()
-    return {task.name: {item.id: verdicts[task.name][item.id] for item in task.items} for task in suite.tasks}
+    return {task.name: {item.id: verdicts[task.name][item.id] for item in task.items} for task in tasks}
 
 
 def _row(request: Request) -> dict[str, Any]:
@@ -157,7 +228,7 @@ def _row(request: Request) -> dict[str, Any]:
     return row
 
 
-def _known(path: Path, keys: Mapping[str, str]) -> dict[str, Verdict]:
+def known(path: Path, keys: Mapping[str, str]) -> dict[str, Verdict]:
     """The verdicts that are there already; what else is in the file is taken out of it."""
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     kept = {row["id"]: row for row in read_rows(path) if "key" in row and keys.get(str(row.get("id"))) == row["key"]}
@@ -178,7 +249,9 @@ def _chosen(job: Job) -> Iterator[tuple[str, str]]:
     """The tasks that are wanted, with their data. Raises ValueError for one without."""
     from actors.evaluation.tasks import TASKS
 
-    asked, missing = job.config.evaluation.suite, list[str]()
+    if not (asked := job.config.evaluation.suite):
+        return
+    missing = list[str]()
     if unknown := [name for name in asked if name not in (PAPER, *TASKS)]:
         names = ", ".join((PAPER, *TASKS))
         raise ValueError(f"evaluation.suite: there is no benchmark {unknown[0]!r}; those that there are: {names}")
@@ -198,6 +271,10 @@ def _chosen(job: Job) -> Iterator[tuple[str, str]]:
         raise ValueError("evaluation.suite: no benchmark has its data; docs/evaluation.md says where to get each")
     if missing:
         log.warning("not measured, as their data is not set: %s", ", ".join(missing))
+
+
+def _tasks(job: Job, chosen: Mapping[str, str], judge: "ChatJudge | None") -> list[Task[Any]]:
+    return read_all(*(partial(_load, job, *one, judge) for one in chosen.items()))
 
 
 def _load(job: Job, name: str, data: str, judge: "ChatJudge | None") -> Task[Any]:
@@ -225,8 +302,8 @@ def _models_of_run(job: Job) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _longest(tasks: Sequence[Task[Any]], encoding: "ChatEncoding", job: Job) -> int:
-    """Tokens of the longest request with its answer. Raises ValueError for one that the model cannot read."""
+def _longest(tasks: Sequence[Task[Any]], encoding: "ChatEncoding", job: Job) -> tuple[int, str]:
+    """Tokens of the longest request with its answer, and whose it is. Raises ValueError for one beyond the model."""
     from actors.evaluation.asking import encode
 
     longest, where = 0, ""
@@ -244,4 +321,4 @@ def _longest(tasks: Sequence[Task[Any]], encoding: "ChatEncoding", job: Job) -> 
             f"{where} takes {longest} tokens, and {encoding.name} has {encoding.positions} positions: lower "
             "evaluation.shots, or leave that benchmark out of evaluation.suite"
         )
-    return longest
+    return longest, where

@@ -33,7 +33,7 @@ class Quickstart(Stage):
     example = "rayward quickstart --tiny"
     sections = (
         *(*SECTIONS, "sft", "sample", "labeler", "reward", "ppo", *SAMPLING),
-        *("scoring", "publish", "evaluation", "tracking", "quickstart"),
+        *("scoring", "publish", "evaluation", "benchmarks", "tracking", "quickstart"),
     )
     processes = KINDS
     parts = ("sft", "sample", "reward", "ppo")

@@ -4,13 +4,17 @@ import asyncio
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from actors.config import RolloutConfig
 from actors.evaluation.asking import ask, encode
 from actors.evaluation.task import Generation, Likelihood, Logprob, Metric, Reply, Task
 from actors.sampling import GeneratorFailed, PromptFailed
+from reward_server.encoding import ChatEncoding
 from reward_server.schema import Message
 from tests.fakes import ASSISTANT, EOS, USER, FakeEncoding, FakeFleet, FakeGenerator
+from tests.hf_generator import HfGenerator
+from tests.tiny_models import tiny_causal_lm
 
 
 class Plain(FakeEncoding):
@@ -139,6 +143,50 @@ def test_answers_depend_on_neither_order_nor_batch_nor_generator():
     other = asked_of(FakeFleet(Reader(), Reader(turns=lambda: 3)), words[::-1])
     assert {name: one[name].answers for name in words} == {name: other[name].answers for name in words}
     assert len({answers.answers[0] for answers in one.values()}) > 1, "each item has seeds of its own"
+
+
+class Sayings(Task):
+    """Asks how likely two continuations are."""
+
+    name, claim = "sayings", "none"
+    asked = (
+        Likelihood(context="the quick brown", continuation=" fox jumps"),
+        Likelihood(context="", continuation="hello world"),
+    )
+
+    @classmethod
+    def read(cls, path, max_bad_rows=0):
+        return []
+
+    @property
+    def metrics(self):
+        return {}
+
+    def requests(self, item):
+        return self.asked
+
+    async def judge(self, item, answers):
+        return {}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_likelihoods_are_those_of_transformers_on_the_same_tokens(tmp_path, chat):
+    tiny_causal_lm(tmp_path)
+    encoding, generator, found = ChatEncoding.load(tmp_path), HfGenerator(tmp_path), []
+
+    async def run():
+        items = [(Sayings([]), Word("one"))]
+        await ask(FakeFleet(generator), encoding, items, RolloutConfig(), found.append, chat=chat, seed=0)
+
+    asyncio.run(run())
+    (one,) = found
+    for request, answer in zip(Sayings.asked, one.answers, strict=True):
+        encoded = encode(request, encoding, chat)
+        labels = torch.tensor([[-100] * encoded.given + encoded.ids[encoded.given :]])
+        with torch.no_grad():
+            loss = generator.model(torch.tensor([encoded.ids]), labels=labels).loss  # the mean over what is labelled
+        assert answer.tokens == (labels >= 0).sum() > 1
+        assert answer.total == pytest.approx(-float(loss) * answer.tokens, rel=1e-5)
 
 
 def test_what_a_lost_generator_owed_is_asked_of_another():

@@ -37,6 +37,7 @@ from tests.fakes import FakeFleet
 from tests.full_disk import FullDisk
 from tests.hf_generator import HfGenerator, SourceScorer
 from tests.ranks import InProcess
+from tests.stage_runs import make_job
 from tests.tiny_models import tiny_causal_lm, tiny_reward_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -94,7 +95,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [{"id": f"p{i}", "prompt": f"say {chr(ord('a') + i)}"} for i in range(8)]
     texts = [{"text": f"the quick brown fox number {i} jumps over the lazy dog"} for i in range(30)]
     heldout = [{**row, "user": f"u{i}", "use_case": "say"} if i else row for i, row in enumerate(prompts[:4])]
+    items = [{"ctx": "the quick brown fox", "endings": ["jumps", "the dog", "a fox"], "label": n} for n in range(3)]
     rows = {"prompts": prompts, "prompts_heldout": heldout, "pretraining": texts, "pretraining_valid": texts[:6]}
+    rows |= {"hellaswag": items}
     for name, values in rows.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     return root
@@ -108,6 +111,7 @@ def align(
     killed_at: int | None = None,
     critic: Path | None = None,
     apart: bool = False,
+    suite_every: int = 0,
     **ppo: Any,
 ) -> tuple[list[int], str]:
     """One command; (versions that were published, what it printed)."""
@@ -116,6 +120,10 @@ def align(
     }
     models = {"sft": made / "sft", "reward": made / "reward", "critic": critic}
     settings = SETTINGS | {"ppo": SETTINGS["ppo"] | ppo, "models": models, "data": files}
+    if suite_every:
+        suite = {"suite": "hellaswag,bits_per_byte", "suite_every": suite_every, "items": 2}
+        benchmarks = {"hellaswag": str(made / "hellaswag.jsonl")}
+        settings |= {"evaluation": SETTINGS["evaluation"] | suite, "benchmarks": benchmarks}
     shown, monitor = io.StringIO(), Monitor()
     tracker = Tracker(run, TrackingConfig(mode="disabled"), "ppo", console=Console(stream=shown), monitor=monitor)
     config = Config.model_validate(settings)
@@ -142,7 +150,7 @@ def results(run: Path) -> dict[str, Any]:
         row = json.loads(line)
         kept = {name: value for name, value in row.items() if not name.startswith(_TIMES)}
         steps.setdefault(row["step"], {}).update(kept)
-    files = [*run.glob("policy*/model.safetensors"), *run.glob("evaluations/*"), run / "summary.json"]
+    files = [*run.glob("policy*/model.safetensors"), *run.glob("evaluations/**/*.jsonl"), run / "summary.json"]
     return {"steps": steps} | {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
@@ -239,6 +247,67 @@ def test_no_policy_is_kept_where_that_is_not_wanted(
     monkeypatch.setitem(SETTINGS["evaluation"], "keep_best", True)
     align(worker, made, tmp_path, "resume", iterations=3)  # it may be wanted later on
     assert kept(tmp_path) == 3
+
+
+def test_the_suite_on_the_way_changes_nothing_of_what_ppo_computes(worker: LearnerWorker, made: Path, tmp_path: Path):
+    plain, whole, parts = tmp_path / "plain", tmp_path / "whole", tmp_path / "parts"
+    align(worker, made, plain, "new")
+    align(worker, made, whole, "new", suite_every=3)
+    assert align(worker, made, parts, "new", suite_every=1, killed_at=4)[0] == [0, 1, 2, 3, 4]
+    align(worker, made, parts, "resume", suite_every=3)  # 3 is trained and measured once more
+    expected, found, again = results(plain), results(whole), results(parts)
+    curves = {step: taken(row) for step, row in found["steps"].items()}
+    assert {step: taken(row) for step, row in again["steps"].items() if step in (0, 3, 4)} == {
+        step: row for step, row in curves.items() if row
+    }
+    for version in (1, 2):
+        taken(again["steps"][version])
+    names = {"suite/hellaswag.accuracy", "suite/bits_per_byte.bits_per_byte"}
+    assert {step: row.keys() for step, row in curves.items()} == {
+        step: names if step in (0, 3, 4) else set() for step in range(5)
+    }
+    for version in (0, 3, 4):
+        name = f"evaluations/ppo-{version:06d}/bits_per_byte.jsonl"
+        rows = [json.loads(line) for line in found[name].splitlines()]
+        bits, size = (sum(row["verdict"]["bits_per_byte"][n] for row in rows) for n in (0, 1))
+        assert len(rows) == 2
+        assert curves[version]["suite/bits_per_byte.bits_per_byte"] == pytest.approx(bits / size)
+        assert again[name] == found[name]
+    bits = [curves[version]["suite/bits_per_byte.bits_per_byte"] for version in (0, 3, 4)]
+    assert len({*bits}) == 3, "the weights of the moment are measured"
+    for name, value in expected.items():
+        assert found[name] == again[name] == value, name
+    assert ledger_of(whole) == ledger_of(plain)
+
+
+def taken(row: dict[str, Any]) -> dict[str, Any]:
+    """The suite's metrics, taken out of a row."""
+    return {name: row.pop(name) for name in [*row] if name.startswith("suite/")}
+
+
+def ledger_of(run: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (run / "ledger-ppo.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"evaluation": {"suite_every": 1}}, "suite_every needs benchmarks to measure"),
+        ({"evaluation": {"suite": "drop", "suite_every": 1}}, r"benchmarks\.drop is not set"),
+        ({"evaluation": {"suite": "win_rate", "suite_every": 1}}, "win_rate, which compares models"),
+        ({"evaluation": {"suite": "hellaswag", "suite_every": 1}, "generator": {"max_model_len": 20}}, "raise it to"),
+    ],
+)
+def test_a_suite_that_cannot_be_measured_on_the_way_is_refused_before_ppo_starts(
+    made: Path, tmp_path: Path, settings: dict[str, Any], said: str
+):
+    files = {name: made / f"{name}.jsonl" for name in ("prompts", "prompts_heldout")}
+    given = {"data": files, "models": {"sft": made / "sft"}, "benchmarks": {"hellaswag": str(made / "hellaswag.jsonl")}}
+    with pytest.raises(ValueError, match=said):
+        PPO(
+            make_job(tmp_path, **given, **settings, ppo={"pretraining": {"coef": 0}}, rollout=SETTINGS["rollout"])
+        ).check()
 
 
 def test_a_stage_reaches_the_loop_in_two_calls(
