@@ -120,7 +120,7 @@ def test_a_run_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
     assert main(command(made, parts, "--resume")) == 0
     shown = capfd.readouterr().out
     assert f"goes on after iteration 2, from {parts}/checkpoints/ppo/version-000002" in shown
-    for name in ("policy", "policy_ema"):
+    for name in ("policy", "policy_ema", "policy_best"):
         one, other = ((run / name / "model.safetensors").read_bytes() for run in (whole, parts))
         assert one == other, name
     assert logged(parts) == logged(whole)
