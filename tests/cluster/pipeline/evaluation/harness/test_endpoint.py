@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ from actors.config import RolloutConfig
 from actors.sampling import GeneratorFailed
 from cluster.pipeline.evaluation.harness.endpoint import Endpoint, serving
 from tests.fakes import FakeEncoding, FakeFleet, FakeGenerator, completion
+from tests.tiny_models import tiny_tokenizer
 
 ECHO = {"model": "m", "prompt": [[2, 4, 5], [2, 6]], "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
 SAY = {"model": "m", "prompt": [[2, 4]], "max_tokens": 5, "temperature": 0.5, "seed": 7, "stop": ["z", "cd"]}
@@ -68,6 +70,27 @@ def test_a_text_is_cut_at_the_first_of_its_stops():
     assert [(one["text"], one["finish_reason"]) for one in cut["choices"]] == [("ab", "stop")]
     assert [(one["text"], one["finish_reason"]) for one in whole["choices"]] == [("abc", "length")]
     assert generator.seeds == [7, 7]
+
+
+@pytest.mark.slow
+def test_the_harness_s_own_client_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    client = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    tiny_tokenizer(tmp_path)
+
+    async def ask(endpoint: Endpoint) -> Any:
+        monkeypatch.setenv("OPENAI_API_KEY", endpoint.token)
+        settings = {"tokenizer": str(tmp_path), "tokenizer_backend": "huggingface", "max_length": 64, "max_retries": 1}
+        model = client(model="m", base_url=endpoint.url, num_concurrent=2, **settings)
+        generations = {"until": ["d"], "max_gen_toks": 4, "do_sample": False}
+        texts = [instance("generate_until", {}, (text, generations), n) for n, text in enumerate(("the fox", "a dog"))]
+        pair = [instance("loglikelihood", {}, ("the", " fox"), 0)]
+        said = await asyncio.to_thread(model.generate_until, texts)
+        return said, await asyncio.to_thread(model.loglikelihood, pair), model.tok_encode(" fox")
+
+    said, [(total, greedy)], ids = served(ask, FakeFleet(Echo()))
+    assert said == ["abc", "abc"]
+    assert (total, greedy) == (-float(sum(ids)), False)
 
 
 @pytest.mark.parametrize(
