@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_server.config import UNTRUSTED, LoadingConfig
@@ -142,6 +144,20 @@ class ChatEncoding:
         while end and ids[end - 1] in self.eos_ids:
             end -= 1
         return self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token of a reply adds to its `text`; of a character in several tokens, the last one adds it.
+
+        Empty where they would not add up to the text, or the tokenizer is none of the library tokenizers.
+        """
+        backend, text = getattr(self.tokenizer, "backend_tokenizer", None), self.text(ids)
+        if not isinstance(backend, Tokenizer):
+            return []
+        stream = DecodeStream(skip_special_tokens=True)
+        found = [stream.step(backend, one) or "" for one in ids]
+        if found and text.startswith(whole := "".join(found)):
+            found[-1] += text[len(whole) :]  # of a character that was cut off
+        return found if "".join(found) == text else []
 
     def _encode_chat(self, messages: Sequence[Message], opened: bool = True) -> list[int]:
         return list(self._render(messages, opened, tokenize=True))

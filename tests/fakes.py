@@ -37,6 +37,9 @@ class FakeEncoding:
     def text(self, ids: Sequence[int]) -> str:
         return "".join(chr(i - FIRST_LETTER + ord("a")) for i in ids if i >= FIRST_LETTER)
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self.text([one]) for one in ids]
+
     def _letters(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") + FIRST_LETTER for letter in text]
 

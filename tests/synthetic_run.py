@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,33 @@ REPLIES = (
 QUESTIONS = ("How was your day?", "What do you do for a living?", "Do you have any plans for the summer?")
 
 
+_FIGURE = {"value": 0.5, "ci": [0.25, 0.75], "n": 40}
+SUITE = {
+    "base": {
+        "figures": {"hellaswag": {"accuracy": _FIGURE}, "toxicity": {"mean": _FIGURE, "mean/a/b": _FIGURE}},
+        "judged_by": {"toxicity": "alt-profanity-check"},
+    },
+    "policy": {
+        "figures": {"hellaswag": {"accuracy": _FIGURE | {"value": 0.375, "n": 200}}},
+        "difference": {"hellaswag": {"accuracy": _FIGURE | {"value": -0.125, "ci": [-0.25, 0.0]}}},
+        "saved": {"hellaswag": _FIGURE},
+        "to": "base",
+        "judged_by": {},
+        "win_rate": {
+            "simulated labeler": {
+                "base": {
+                    "win_rate": {"rate": 0.55, "ci": [0.4, 0.7], "wins": 20, "losses": 16, "ties": 4},
+                    "longer_won": _FIGURE,
+                    "position_bias": None,
+                    "unparsed": 2,
+                }
+            }
+        },
+    },
+}
+"""Figures of the suite, as summary.json has them."""
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,23 +60,28 @@ def evaluation(label: str, count: int, gold: float, seed: int) -> list[dict[str,
     rows = []
     for number in range(count):
         verdict = max(-1.0, min(1.0, random_.gauss(gold, 0.35)))
+        response = random_.choice(REPLIES)
         rows.append(
             {
                 "id": f"chat-{number:03d}",
                 "prompt": [{"role": "user", "content": QUESTIONS[number % 3]}],
-                "response": random_.choice(REPLIES),
+                "response": response,
                 "ended": random_.random() < 0.9,
                 "gold": round(verdict, 4),
                 "score": 1.6 * verdict + random_.gauss(0, 0.5),
                 "kl": random_.gauss(6, 2),
                 "label": label,
+                "tokens": [[word, round(random_.gauss(0, 1.5), 3)] for word in re.findall(r"\s*\S+", response)],
             }
         )
     return rows
 
 
-def write_run(path: Path, arms: Sequence[str] = ("ppo",), iterations: int = 24, seed: int = 0) -> Path:
-    """Write every file of a run of SFT, reward model and PPO; the arm "ppo-noptx" has no pretraining mix."""
+def write_run(path: Path, arms: Sequence[str] = ("ppo",), iterations: int = 24, seed: int = 0, **tables: Any) -> Path:
+    """Write every file of a run of SFT, reward model and PPO; the arm "ppo-noptx" has no pretraining mix.
+
+    tables: further ones of summary.json.
+    """
     random_ = random.Random(seed)
     path.mkdir(parents=True, exist_ok=True)
     write_rows(path / "metrics.jsonl", [*_supervised(random_), *_reward(random_), *_ppo(random_, arms, iterations)])
@@ -105,7 +138,7 @@ def write_run(path: Path, arms: Sequence[str] = ("ppo",), iterations: int = 24, 
     }
     sft = {"loss_first": 4.3, "loss_last": 3.2, "valid_before": 4.21, "valid_after": 3.34}
     document = {"model": "SmolLM2-135M-Instruct", "labeler": CAPTION, "seconds": 692.4}
-    (path / "summary.json").write_text(json.dumps({**document, "sft": sft, "reward": agreement, "ppo": ppo}))
+    (path / "summary.json").write_text(json.dumps({**document, "sft": sft, "reward": agreement, "ppo": ppo, **tables}))
     return path
 
 

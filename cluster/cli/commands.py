@@ -117,14 +117,36 @@ def scale(
 
 @_command(
     "look",
-    "Reads nothing but the run directory; a run that is unfinished or was killed will do.",
+    "Reads nothing but the run directory; a run that is unfinished or was killed will do. Writes RUN/report.html, "
+    "RUN/report.png, RUN/card.md and the README.md of its policies; of several runs one page instead.",
     "rayward report runs/mine",
 )
-def report(run: Run = _RLHF, json: Json = False) -> None:
-    """Write RUN/report.html from the files of a run directory."""
+def report(
+    run: Run = _RLHF,
+    others: Positional[Annotated[tuple[Path, ...], arg(help="runs to compare it with", metavar="RUN")]] = (),
+    output: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Write the report and the card of a run, or compare several runs side by side.
+
+    Args:
+        output: file for the page that compares; comparison.html in the first run directory when not named.
+    """
+    runs = [_there(one) for one in (run, *others)]
+    if len({one.resolve() for one in runs}) < len(runs):
+        raise ConfigError("a run is named twice. Remedy: name each run once")
+    if output and not others:
+        raise ConfigError("--output is for the page that compares several runs, not for one. Remedy: leave it out")
+    if output and not output.parent.is_dir():
+        raise ConfigError(f"there is no folder {output.parent} for --output. Remedy: make it, or name another file")
+    if others:
+        from cluster.report.compare import show_comparison
+
+        show_comparison(runs, output, Console(), json)
+        return
     from cluster.report.report import show_report
 
-    show_report(_there(run), Console(), json)
+    show_report(run, Console(), json)
 
 
 @_command(

@@ -97,6 +97,11 @@ class Evaluate(Stage):
         written = job.run_dir / "evaluations" / f"{policy.name}.jsonl"
         job.made("evaluation", written, policy, job.file("prompts_heldout"))
 
+    def conclude(self) -> None:
+        from cluster.report.report import write_report
+
+        write_report(self.job.run_dir)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSet:
@@ -209,6 +214,7 @@ class Evaluator:
         golds = held_out.labeler.verdicts([c.text for c in completions])
         scores = await self._scores(name, completions)
         kls = await self._kl(completions, config)
+        pieces = [held_out.encoding.pieces(completion.response_ids) for completion in completions]
         cases = any(prompt.use_case for prompt in held_out.prompts)
         rows = [
             {
@@ -218,12 +224,13 @@ class Evaluator:
                 "ended": completion.ended,
                 "gold": gold,
                 "score": score,
-                "kl": kl,
+                "kl": sum(kl),
                 "label": name,
+                "tokens": [[text, round(nats, 3)] for text, nats in zip(told, kl, strict=False)],
             }
             | ({"use_case": prompt.use_case} if cases else {})
-            for prompt, completion, gold, score, kl in zip(
-                held_out.prompts, completions, golds, scores, kls, strict=True
+            for prompt, completion, gold, score, kl, told in zip(
+                held_out.prompts, completions, golds, scores, kls, pieces, strict=True
             )
         ]
         path = job.run_dir / "evaluations" / f"{name}.jsonl"
@@ -232,12 +239,15 @@ class Evaluator:
         await job.monitor.disk.saved(lambda: asyncio.to_thread(write_whole, path, text))
         shown = samples_to_show(rows, evaluation.shown, evaluation.seed)
         table = [{**row, "prompt": row["prompt"][-1]["content"]} for row in shown]
-        job.tracker.samples(stage or name, step, table, {"gold": golds, "score": scores, "kl": kls})
+        for row in table:
+            del row["tokens"]  # W&B shows texts and numbers
+        totals = [sum(kl) for kl in kls]
+        job.tracker.samples(stage or name, step, table, {"gold": golds, "score": scores, "kl": totals})
         return Evaluation(
             gold=fmean(golds),
             gold_ci=bootstrap_interval(torch.tensor(golds), torch.ones(len(golds), dtype=torch.long), 1000, seed=0),
             score=fmean(scores),
-            kl=fmean(kls),
+            kl=fmean(totals),
             pretraining_loss=loss,
             length=fmean(len(c.response_ids) for c in completions),
             eos_rate=fmean(c.ended for c in completions),
@@ -275,9 +285,10 @@ class Evaluator:
         replies = await self.rewards.score(requests)
         return [missing_eos.apply(r.score, c.ended) for r, c in zip(replies, completions, strict=True)]
 
-    async def _kl(self, completions: Sequence[Completion], config: PPOConfig) -> list[float]:
+    async def _kl(self, completions: Sequence[Completion], config: PPOConfig) -> list[list[float]]:
+        """The KL to the SFT model of each response token, by the estimator k1, nats."""
         from learner.data.batch import collate
-        from learner.maths.kl import kl_per_response
+        from learner.maths.kl import k1
 
         key = SampleKey(prompt_id="held out", epoch=0, k=0, attempt=0)
         batch = collate(
@@ -287,7 +298,7 @@ class Evaluator:
         policy, reference = [
             await self.learner.response_logprobs(name, batch, budget, temperature) for name in ("policy", "reference")
         ]
-        return kl_per_response(policy, reference, batch.mask).tolist()
+        return [row[keep].tolist() for row, keep in zip(k1(policy, reference), batch.mask, strict=True)]
 
 
 def samples_to_show(rows: Sequence[dict[str, Any]], each: int, seed: int) -> list[dict[str, Any]]:

@@ -174,6 +174,11 @@ class PPO(Stage):
         self._record_lineage(start, best)
         return {"iterations": config.iterations}
 
+    def conclude(self) -> None:
+        from cluster.report.report import write_report
+
+        write_report(self.job.run_dir)
+
     async def _load(self, learner: "LearnerGroup") -> None:
         job, config = self.job, self.config
         init, sft, critic = job.model("init"), job.model("sft"), Model(name="critic", path=job.model("critic"))

@@ -7,7 +7,6 @@ on given axes, so that the same code serves page and overview. Lines also differ
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,8 @@ def lines(
     """
 
     def draw(axes: Axes) -> None:
-        for curve, dashes in zip(curves, cycle(_DASHES), strict=False):
+        for index, curve in enumerate(curves):
+            dashes = _DASHES[(index + index // len(SERIES)) % len(_DASHES)]  # no two of 16 in order look the same
             x, y, few, colour = np.array(curve.x), np.array(curve.y), len(curve.x) <= _FEW, curve.colour
             if smooth and len(y) >= 40:
                 axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)

@@ -3,7 +3,7 @@
 import math
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice, product
 from pathlib import Path
@@ -16,15 +16,16 @@ from cluster.report.plot import BEFORE, SERIES, Plot
 from cluster.rundir.files import Run, number
 from reward_server.redaction import visible
 
-_BY_ARM: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+BY_ARM: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+"""Title of each plot with a curve for each PPO run, by part of the page and metric."""
 
 
 def plots(run: Run) -> dict[str, list[Plot]]:
     """Every plot of a run, by what it is about: the names of the functions below, and of the parts of plots.toml."""
-    found = {part: list(_by_arm(run, part)) for part in _BY_ARM}
+    found = {part: list(_by_arm(run, part)) for part in BY_ARM}
     kinds = (rounds, tax, gold_by_kl, gold_histogram, reward_model, supervised, selection)
     found |= {kind.__name__: list(kind(run)) for kind in kinds}
-    return found | {"over_optimisation": list(over_optimisation([run]))}
+    return found | {"over_optimisation": list(over_optimisation({"": run}))}
 
 
 def overview(run: Run) -> list[Plot]:
@@ -101,7 +102,7 @@ def interval(value: object) -> tuple[float, float] | None:
     return None
 
 
-def _curve(run: Run, stage: str, metric: str, name: str, colour: str) -> list[Curve]:
+def curve(run: Run, stage: str, metric: str, name: str, colour: str) -> list[Curve]:
     """A curve, with a band where the run has logged its ends or a standard deviation; none without the metric."""
     series = run.series(stage, metric)
     ends = [run.series(stage, f"{metric}_{end}") for end in ("low", "high")]
@@ -109,17 +110,17 @@ def _curve(run: Run, stage: str, metric: str, name: str, colour: str) -> list[Cu
         spread = run.series(stage, metric.replace("/mean", "/std"))
         ends = [{at: series[at] + sign * spread[at] for at in series if at in spread} for sign in (-1, 1)]
     low, high = (tuple(end.get(at, math.nan) for at in series) if end else () for end in ends)
-    curve = Curve(name=name, colour=colour, x=tuple(series), y=tuple(series.values()), low=low, high=high)
-    return [curve] if series else []
+    drawn = Curve(name=name, colour=colour, x=tuple(series), y=tuple(series.values()), low=low, high=high)
+    return [drawn] if series else []
 
 
 def _by_arm(run: Run, part: str) -> Iterator[Plot]:
     """A plot for each metric of a part of the page, with a curve for each PPO run."""
     # what was measured before and after is told elsewhere
     xlabel, fewest = ("PPO iterations done", 3) if part == "held_out" else ("PPO iteration", 1)
-    for metric, title in _BY_ARM[part].items():
-        found = chain.from_iterable(_curve(run, arm, metric, name, colour) for arm, name, colour in arms(run))
-        if curves := [curve for curve in found if len(curve.x) >= fewest]:
+    for metric, title in BY_ARM[part].items():
+        found = chain.from_iterable(curve(run, arm, metric, name, colour) for arm, name, colour in arms(run))
+        if curves := [one for one in found if len(one.x) >= fewest]:
             yield charts.lines(title.format(labeler=run.labeler), xlabel, curves)
 
 
@@ -143,27 +144,28 @@ def gold_by_kl(run: Run) -> Iterator[Plot]:
         yield charts.lines(title, xlabel, curves, path=True)
 
 
-def over_optimisation(runs: Sequence[Run]) -> Iterator[Plot]:
+def over_optimisation(runs: Mapping[str, Run]) -> Iterator[Plot]:
     """Gold and score against how far policies went, runs in the same axes: where gold falls, and the score does not.
 
     A point is a held-out measurement of PPO, or the best of k of the SFT model's responses to the same prompts. How far
     is the square root of the KL, in which gold has a simple form (Gao et al. 2023). None without a curve of 3 points.
+    Several runs have names, and each a colour.
     """
     xlabel = "square root of the KL to the SFT model (nats a response)"
-    judges = ", ".join(dict.fromkeys(run.labeler for run in runs))
+    judges = ", ".join(dict.fromkeys(run.labeler for run in runs.values()))
     for figure, title in (("gold", f"Gold by distance, {judges}; 95% CI"), ("score", "Score by distance")):
         curves: list[Curve] = []
-        for run in runs:
-            named = f"{visible(run.path.name)}: " if len(runs) > 1 else ""
+        for index, (label, run) in enumerate(runs.items()):
+            named = f"{label}: " if len(runs) > 1 else ""
             sources = [(arm, "heldout", name) for arm, name, _ in arms(run)]
             if run.figures("best_of_n").items() >= {"model": "sft", "file": "prompts_heldout"}.items():
                 sources.append(("best-of-n", "best_of_n", "best of n"))
             for stage, area, name in sources:
-                kl, colour = run.series(stage, f"{area}/kl"), SERIES[len(curves) % len(SERIES)]
-                for curve in _curve(run, stage, f"{area}/{figure}", named + name, colour):
-                    if kl.keys() >= {*curve.x}:
-                        curves.append(replace(curve, x=tuple(math.sqrt(max(0.0, kl[int(step)])) for step in curve.x)))
-        if any(len(curve.x) > 2 for curve in curves):
+                kl, colour = run.series(stage, f"{area}/kl"), SERIES[(index if named else len(curves)) % len(SERIES)]
+                for one in curve(run, stage, f"{area}/{figure}", named + name, colour):
+                    if kl.keys() >= {*one.x}:
+                        curves.append(replace(one, x=tuple(math.sqrt(max(0.0, kl[int(step)])) for step in one.x)))
+        if any(len(one.x) > 2 for one in curves):
             yield charts.lines(title, xlabel, curves, path=True)
 
 
@@ -180,7 +182,7 @@ def gold_histogram(run: Run) -> Iterator[Plot]:
 
 def reward_model(run: Run) -> Iterator[Plot]:
     """Its training."""
-    if curves := _curve(run, "reward", "reward_model/loss", "training", SERIES[0]):
+    if curves := curve(run, "reward", "reward_model/loss", "training", SERIES[0]):
         yield charts.lines("Loss of the reward model, nats a pair", "step", curves, smooth=True)
 
 
@@ -222,7 +224,7 @@ def supervised(run: Run) -> Iterator[Plot]:
     kinds = (("training", "loss"), ("held out", "valid_loss"), ("held-out pretraining text", "pretraining_valid_loss"))
     for stage in run.metrics:
         named = zip(kinds, SERIES, strict=False)
-        found = (_curve(run, stage, f"{stage}/{metric}", name, colour) for (name, metric), colour in named)
+        found = (curve(run, stage, f"{stage}/{metric}", name, colour) for (name, metric), colour in named)
         if curves := list(chain.from_iterable(found)):
             title = "SFT" if stage == "sft" else stage.capitalize()
             yield charts.lines(f"{title} loss, nats a token", "step", curves, smooth=True)
@@ -231,7 +233,7 @@ def supervised(run: Run) -> Iterator[Plot]:
 def selection(run: Run) -> Iterator[Plot]:
     """The score of each epoch of an SFT model that was to be chosen among."""
     for stage in run.metrics:
-        if curves := _curve(run, stage, "select/score", "mean score, 95% CI", SERIES[0]):
+        if curves := curve(run, stage, "select/score", "mean score, 95% CI", SERIES[0]):
             yield charts.lines(f"Score of each epoch: {stage.removeprefix('select-')}", "epoch", curves)
 
 
@@ -244,3 +246,67 @@ def time_spent(run: Run) -> Iterator[tuple[str, str, str]]:
         if series := run.series(arm, f"time/{part}"):
             spent[arm, f"an iteration's {part}, on average"] = fmean(series.values())
     yield from ((stage, name, charts.rounded(seconds)) for (stage, name), seconds in spent.items())
+
+
+def suite(tables: Mapping[str, Mapping[str, Any]], kind: str) -> Iterator[tuple[str, ...]]:
+    """A head and a row for each figure of the suite, models side by side: those of `kind` of some models' tables.
+
+    kind: "figures", "difference" or "saved", as in summary.json. Of types, such as one of bias, no row is made.
+    """
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    judges: dict[str, set[str]] = defaultdict(set)
+    for model, table in tables.items():
+        for name, figure in _named(table.get(kind)):
+            found.setdefault(name, {})[model] = figure
+            judges[name] |= {judge for task, judge in _pairs(table.get("judged_by")) if task == name.split(".")[0]}
+    models = [model for model in tables if any(model in row for row in found.values())]
+    yield ("figure", *map(visible, models), "n", "judged by")
+    for name, row in found.items():
+        cells = (_with_interval(row[model]) if model in row else "" for model in models)
+        counts = dict.fromkeys(f"{n:.0f}" for one in row.values() if (n := number(one.get("n"))) is not None)
+        yield (name, *cells, ", ".join(counts), ", ".join(sorted(judges[name])))
+
+
+def _named(figures: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Figures by task and metric, "<task>.<metric>"; some have one a task."""
+    for task, found in figures.items() if isinstance(figures, dict) else ():
+        metrics = found if isinstance(found, dict) else {}
+        if number(metrics.get("value")) is not None:
+            yield visible(task), metrics
+        for metric, figure in metrics.items():
+            if metric.count("/") < 2 and isinstance(figure, dict) and number(figure.get("value")) is not None:
+                yield visible(f"{task}.{metric}"), figure
+
+
+def _pairs(table: object) -> Iterator[tuple[str, str]]:
+    yield from (
+        ((name, visible(str(value))) for name, value in table.items() if value) if isinstance(table, dict) else ()
+    )
+
+
+def _with_interval(figure: Mapping[str, Any]) -> str:
+    value, ends = number(figure.get("value")), interval(figure.get("ci"))
+    return "" if value is None else f"{value:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
+
+
+def win_rates(tables: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """A head and a row for each model, the one that it was compared with, and judge, of some models' suite tables."""
+    shares = {"longer reply won": "longer_won", "first reply won": "position_bias"}
+    yield ("model", "over", "win rate", "wins, ties, losses", "no verdict", *shares, "judged by")
+    for model, table in tables.items():
+        for judge, others in _tables(table.get("win_rate")):
+            for other, found in _tables(others):
+                rate = found.get("win_rate")
+                rate = rate if isinstance(rate, dict) else {}
+                counts = [f"{number(rate.get(key)) or 0:.0f}" for key in ("wins", "ties", "losses")]
+                told = [found.get(key) for key in shares.values()]
+                yield (
+                    *(visible(model), visible(other), _with_interval({**rate, "value": rate.get("rate")})),
+                    *(", ".join(counts), f"{number(found.get('unparsed')) or 0:.0f}"),
+                    *(_with_interval(one) if isinstance(one, dict) else "" for one in told),
+                    visible(judge),
+                )
+
+
+def _tables(table: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from ((name, one) for name, one in table.items() if isinstance(one, dict)) if isinstance(table, dict) else ()

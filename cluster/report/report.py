@@ -5,18 +5,20 @@ titles and leads of the page's sections, are in the template, report.html. Means
 held-out samples in evaluations/ where these have them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from json import dumps
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from cluster.report.card.card import card, judged, write_cards
 from cluster.report.plot import png, svg
 from cluster.report.plots import accuracy, arms, interval, labels, overview, plots, round_table, time_spent, use_cases
 from cluster.rundir.files import Change, Run, Sample, number, read_run
@@ -24,7 +26,8 @@ from cluster.tracking.console import Console, duration
 from reward_server.redaction import visible
 
 _FIRST, _EXTREMES, _TERMINAL = 8, 2, 3  # samples: first by id, of each extreme, in the terminal
-_LONGEST = 700  # characters of a sample that are shown
+LONGEST = 700
+"""Characters of a sample that are shown."""
 
 
 class Result(NamedTuple):
@@ -46,35 +49,59 @@ class Exchange(NamedTuple):
     responses: tuple[tuple[str, Sample | None], ...]
     """(model, its sample)"""
 
+    @property
+    def shaded(self) -> bool:
+        """Whether the KL of a response's tokens is shown."""
+        return any(sample and sample.tokens for _, sample in self.responses)
+
 
 def write_report(run_dir: Path) -> Path:
-    """Write RUN/report.html and RUN/report.png and return the first. Raises ValueError when it is no run."""
+    """Write RUN/report.html, RUN/report.png and the cards, and return the first.
+
+    Raises ValueError when it is no run.
+    """
     run = read_run(run_dir)
     if shown := overview(run):
-        caption = f"{_subject(run)}. Verdicts: {run.labeler}." if run.arms else _subject(run)
+        caption = f"{subject(run)}. Verdicts: {run.labeler}." if run.arms else subject(run)
         (run_dir / "report.png").write_bytes(png(shown, caption))
-    results = list(_results(run))
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template.filters |= {"visible": lambda value: visible(str(value)), "svg": svg}
-    page = template.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).render(
+    found = list(results(run))
+    figures = [(f"{one.name}, {one.arm}" if one.arm else one.name, one.value, one.detail) for one in found]
+    write_cards(run, subject(run), parts := card(run, figures))
+    page = render(
+        "report.html",
         run=run,
-        title=_subject(run),
+        title=subject(run),
         date=str(run.environment.get("date", ""))[:10],
         duration=duration(_seconds(run)),
-        results=results,
-        arms=list(dict.fromkeys(result.arm for result in results if result.arm)),
+        results=found,
+        arms=list(dict.fromkeys(result.arm for result in found if result.arm)),
         mixed=len({name.split()[0] for _, name, _ in arms(run)}) > 1,
         plots=plots(run),
         accuracy=list(accuracy(run)),
         time_spent=list(time_spent(run)),
         use_cases=list(use_cases(run)),
         exchanges=exchanges(run),
-        longest=_LONGEST,
+        parts=parts,
+        judged=judged(run),
         environment=dumps(run.environment, indent=2, ensure_ascii=False) if run.environment else "",
     )
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def render(name: str, **values: Any) -> str:
+    """A page of a template in this folder, with every text escaped."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"visible": lambda value: visible(str(value)), "svg": svg, "within": _within}
+    return pages.get_template(name).render(values, longest=LONGEST)
+
+
+def _within(tokens: Sequence[tuple[str, float]], characters: int) -> list[tuple[str, float]]:
+    """The tokens in the first so many characters of a text."""
+    ends = accumulate(len(text) for text, _ in tokens)
+    return [token for token, end in zip(tokens, ends, strict=True) if end <= characters]
 
 
 def show_report(run_dir: Path, console: Console, json: bool = False) -> None:
@@ -90,12 +117,12 @@ def show_report(run_dir: Path, console: Console, json: bool = False) -> None:
 def summary(run_dir: Path) -> RenderableType:
     """The same in short for a terminal. Raises ValueError when it is no run."""
     run = read_run(run_dir)
-    results = list(_results(run))
-    named = len({result.arm for result in results if result.arm}) > 1
+    found = list(results(run))
+    named = len({result.arm for result in found if result.arm}) > 1
     table = Table.grid(padding=(0, 3))
-    for name, value, detail, arm in results:
+    for name, value, detail, arm in found:
         table.add_row(Text(f"{name}, {arm}" if named and arm else name), Text(value, "bold"), Text(detail, "dim"))
-    parts: list[RenderableType] = [Rule(Text(_subject(run), style="bold"), align="left"), Padding(table, (1, 2))]
+    parts: list[RenderableType] = [Rule(Text(subject(run), style="bold"), align="left"), Padding(table, (1, 2))]
     if chosen := exchanges(run)[:_TERMINAL]:
         parts.append(Text(f"  The first prompts by id; the number is gold, by the {run.labeler}", style="dim"))
     for _, prompt, responses in chosen:
@@ -129,7 +156,8 @@ def exchanges(run: Run) -> list[Exchange]:
     ]
 
 
-def _subject(run: Run) -> str:
+def subject(run: Run) -> str:
+    """The model and the steps of a run, in words."""
     model, steps = run.summary.get("model"), ["pretraining"] if "pretraining" in run.metrics else []
     if "sft" in run.metrics or run.figures("sft"):
         steps.append("SFT")
@@ -140,7 +168,8 @@ def _subject(run: Run) -> str:
     return visible(f"{model}: {told}" if model else f"{told[0].upper()}{told[1:]}")
 
 
-def _results(run: Run) -> Iterator[Result]:
+def results(run: Run) -> Iterator[Result]:
+    """The figures of a run, each with its interval, who judged and how many prompts or pairs are behind it."""
     for arm, name, _ in arms(run):
         if gold := run.change(arm, "gold"):
             yield Result("Gold", _moved(gold), f"{_gain(gold)} · {run.labeler}", name)
@@ -160,11 +189,14 @@ def _results(run: Run) -> Iterator[Result]:
         for key, name in (("win_rate_sft", "the SFT model"), ("win_rate_previous", f"round {index - 1}")):
             found = row.get(key)
             if isinstance(found, dict) and (rate := number(found.get("rate"))) is not None:
-                detail = f"against {name}{_ci(found.get('ci'))} · {run.labeler}"
+                counts = [number(found.get(one)) for one in ("wins", "losses", "ties")]
+                prompts = f", {sum(filter(None, counts)):.0f} held-out prompts" if any(counts) else ""
+                detail = f"against {name}{_ci(found.get('ci'))}{prompts} · {run.labeler}"
                 yield Result(f"Win rate of round {index}", f"{rate:.2f}", detail)
     reward = run.figures("reward") | run.calibration
     if (accuracy := number(reward.get("accuracy"))) is not None:
-        detail = f"held-out pairs{_ci(reward.get('accuracy_ci'))}"
+        pairs = number(reward.get("pairs"))
+        detail = f"{f'{pairs:,.0f} ' if pairs else ''}held-out pairs{_ci(reward.get('accuracy_ci'))}"
         for key, name in (("prompt_accuracy", "mean of prompts"), ("longer_wins", "longer wins")):
             if (share := number(reward.get(key))) is not None:
                 detail += f"; {name}: {share:.3f}"

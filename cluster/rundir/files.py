@@ -41,8 +41,12 @@ class Sample:
     """verdict of the labeler"""
     score: float | None
     """verdict of the reward model"""
+    kl: float | None = None
+    """to the SFT model, nats"""
     use_case: str | None = None
     """of the prompt"""
+    tokens: tuple[tuple[str, float], ...] = ()
+    """(text, log-prob minus that of the SFT model, nats) of each token of the response, where that was recorded"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,12 +265,23 @@ def _samples(path: Path, unreadable: list[str]) -> tuple[Sample, ...]:
             ended=row.get("ended") is not False,
             gold=number(row.get("gold")),
             score=number(row.get("score")),
+            kl=number(row.get("kl")),
             use_case=visible(str(row["use_case"])) if row.get("use_case") else None,
+            tokens=_tokens(row),
         )
         for row in _rows(path, unreadable)
         if "id" in row
     ]
     return tuple(sorted(samples, key=lambda sample: sample.id))
+
+
+def _tokens(row: dict[str, Any]) -> tuple[tuple[str, float], ...]:
+    """The tokens of a response with the KL of each; none unless they make up the response."""
+    found = row.get("tokens")
+    pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2] if isinstance(found, list) else []
+    tokens = [(str(text), kl) for text, value in pairs if (kl := number(value)) is not None]
+    whole = "".join(text for text, _ in tokens) == str(row.get("response", ""))
+    return tuple((visible(text), kl) for text, kl in tokens) if whole else ()
 
 
 def _messages(prompt: Any) -> tuple[tuple[str, str], ...]:

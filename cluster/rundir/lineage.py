@@ -23,6 +23,8 @@ from learner.weights.checkpoint import file_sha256
 from reward_server.redaction import visible
 
 FILE = "lineage.jsonl"
+CARD = "README.md"
+"""What is said of a model in its folder, which is no part of the model: of a folder's own files it is not hashed."""
 _DEEPEST = 3  # folders from a run directory down to what is made in it: RUN/round-1/data/comparisons.jsonl
 State = Literal["whole", "changed", "missing"]
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class Artefact:
     path: str
     """relative to the run directory"""
     sha256: str
-    """of the file; of a folder, over the names and hashes of its files"""
+    """of the file; of a folder, over the names and hashes of its files but its card"""
     inputs: tuple[Input, ...]
     """what it was made of"""
     command: str
@@ -151,10 +153,13 @@ def done(run_dir: Path, path: Path) -> bool:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, or of a folder over the sorted "hash  name" lines of all its files. Raises OSError."""
+    """sha256 of a file, or of a folder over the sorted "hash  name" lines of all its files but its card.
+
+    Raises OSError.
+    """
     if path.is_file():
         return _file_digest(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / CARD)
     with ThreadPoolExecutor(4) as pool:
         hashes = pool.map(_file_digest, files)
     lines = (f"{one}  {file.relative_to(path).as_posix()}\n" for file, one in zip(files, hashes, strict=True))

@@ -132,17 +132,18 @@ def clear(run_dir: Path, start: Start) -> None:
 
 def made_of(settings: Mapping[str, Any], contents: Mapping[str, str | Path]) -> dict[str, Any]:
     """What a stage is made of: settings by dotted key, the contents of files and folders by hash (or a hub id)."""
-    found = dict(_flat(settings))
+    found = dict(flat(settings))
     for key, source in contents.items():
         path = Path(source)
         found[key] = _CONTENT + digest(path) if path.exists() else str(source)
     return found
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables by dotted key."""
     for name, value in table.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

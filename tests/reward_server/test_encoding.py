@@ -100,6 +100,15 @@ def test_text_drops_every_kind_of_eos_at_the_end_and_special_tokens_within() -> 
     assert encoding.text([START, *good, END]) == "good"
 
 
+@pytest.mark.parametrize("text", ["hello  world\n", "na\u00efve \U0001f642 and \U0001f642\U0001f642", "", " "])
+def test_pieces_of_a_response_are_those_of_its_tokens_and_add_up_to_its_text(encoding: ChatEncoding, text: str) -> None:
+    ids = encoding.response(text, ended=True)
+    for end in range(len(ids) + 1):  # also in the middle of a character
+        pieces = encoding.pieces(ids[:end])
+        assert len(pieces) == end
+        assert "".join(pieces) == encoding.text(ids[:end])
+
+
 @pytest.mark.parametrize("messages", [[], [Message(role="user", content="a"), Message(role="assistant", content="b")]])
 def test_a_prompt_must_leave_the_turn_to_the_assistant(encoding: ChatEncoding, messages: list[Message]) -> None:
     with pytest.raises(ValueError, match="must end with a user or system message"):

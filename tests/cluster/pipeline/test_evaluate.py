@@ -8,6 +8,7 @@ import torch
 
 from actors.prompts import Prompt
 from cluster.pipeline.evaluate import (
+    Evaluate,
     EvaluationSet,
     Evaluator,
     by_use_case,
@@ -15,6 +16,8 @@ from cluster.pipeline.evaluate import (
     samples_to_show,
     win_rate,
 )
+from cluster.pipeline.ppo import PPO
+from cluster.rundir.files import read_rows
 from reward_server.preferences.labeling import load_labeler
 from reward_server.schema import Message
 from tests.fakes import FakeEncoding, FakeFleet, FakeGenerator, FakeScorer, prompts
@@ -123,6 +126,18 @@ def test_the_loss_of_text_is_computed_while_actors_answer_where_the_learner_has_
     assert notes == [first, *rest, "policy", "reference"]
     assert found.pretraining_loss == 2.5
     assert found.kl == pytest.approx(0.25 * found.length)
+    for row in read_rows(job.run_dir / "evaluations" / "sft.jsonl"):
+        assert row["response"] == "".join(text for text, _ in row["tokens"])
+        assert row["kl"] == sum(kl for _, kl in row["tokens"]) == 0.25 * len(row["tokens"])
+
+
+@pytest.mark.parametrize("kind", [Evaluate, PPO])
+def test_the_report_and_the_card_are_written_at_the_end(tmp_path, kind):
+    job = make_job(tmp_path / "run")
+    job.summarise(labeler="people")
+    kind(job).conclude()
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "card.md").is_file()
 
 
 # --- win rates

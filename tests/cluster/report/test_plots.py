@@ -51,7 +51,7 @@ def titles(run: Run) -> dict[str, list[str]]:
     source = html.unescape(write_report(run.path).read_text(encoding="utf-8"))
     for section, plot in re.findall("<h2[^>]*>(.*?)</h2>|<figcaption>(.*?)</figcaption>", source):
         found[section or [*found][-1]] = [*found[[*found][-1]], plot] if plot else []
-    del found["How it was made"]
+    del found["How it was made"], found["Card"]
     return found
 
 
@@ -136,7 +136,7 @@ def drawn(plot: Plot) -> dict[str, list[list[float]]]:
 
 def test_gold_and_score_are_drawn_by_the_root_of_the_kl_of_ppo_and_best_of_n(tmp_path: Path):
     run = best_of_n(write_run(tmp_path), "sft")
-    gold, score = plots.over_optimisation([run])
+    gold, score = plots.over_optimisation({"": run})
     found = drawn(gold)
     assert found.keys() == {"PPO-ptx", "best of n"}
     assert found["best of n"] == [[0.0, 0.1], [0.5, 0.3], [0.8, 0.4]]
@@ -148,20 +148,20 @@ def test_gold_and_score_are_drawn_by_the_root_of_the_kl_of_ppo_and_best_of_n(tmp
 
 
 def test_the_curves_of_several_runs_are_in_the_same_axes_by_their_names(tmp_path: Path):
-    runs = [read_run(write_run(tmp_path / name)) for name in ("beta-0.02", "beta-0.2")]
+    runs = {name: read_run(write_run(tmp_path / name)) for name in ("beta-0.02", "beta-0.2")}
     gold, _ = plots.over_optimisation(runs)
     assert drawn(gold).keys() == {"beta-0.02: PPO-ptx", "beta-0.2: PPO-ptx"}
 
 
 def test_best_of_n_of_the_policy_is_not_measured_from_the_sft_model(tmp_path: Path):
-    gold, _ = plots.over_optimisation([best_of_n(write_run(tmp_path), "policy")])
+    gold, _ = plots.over_optimisation({"": best_of_n(write_run(tmp_path), "policy")})
     assert "best of n" not in gold.alt
 
 
 def test_before_and_after_alone_are_no_curve_of_over_optimisation(tmp_path: Path):
     measured = {"heldout/gold": 0.5, "heldout/score": 1.0, "heldout/kl": 1.0}
     write_rows(tmp_path / "metrics.jsonl", [{"stage": "ppo", "step": n, **measured} for n in (0, 8)])
-    assert list(plots.over_optimisation([read_run(tmp_path)])) == []
+    assert list(plots.over_optimisation({"": read_run(tmp_path)})) == []
 
 
 def test_two_arms_are_compared_first_in_the_same_axes(one: Run, two: Run):
@@ -254,7 +254,9 @@ def test_rounds_are_drawn_in_order_with_the_labelers_name(rounds: Run):
 def test_the_page_has_rounds_and_win_rates(rounds: Run):
     page = Page(write_report(rounds.path))
     head = page.text[: page.text.index("In each round the newest")]
-    assert f"Win rate of round 1 0.64 against the SFT model, 95% CI 0.54 to 0.73 · {CAPTION}" in head
+    assert (
+        f"Win rate of round 1 0.64 against the SFT model, 95% CI 0.54 to 0.73, 100 held-out prompts · {CAPTION}" in head
+    )
     assert f"Win rate of round 2 0.55 against round 1, 95% CI 0.45 to 0.65 · {CAPTION}" in head
     assert f"Gold scores and win rates on this page are verdicts of the {CAPTION}" in page.text
     assert summary(rounds.path)

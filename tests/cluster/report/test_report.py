@@ -95,7 +95,7 @@ def test_the_figures_stand_at_the_top_and_verdicts_name_the_labeler(page: Page):
     for part in (
         "KL to the SFT model 6.4 nats",
         "Alignment tax +0.040 3.97 → 4.01 nats a token of pretraining text",
-        f"Reward-model accuracy 0.807 held-out pairs, 95% CI 0.78 to 0.84; mean of prompts: 0.796; "
+        f"Reward-model accuracy 0.807 840 held-out pairs, 95% CI 0.78 to 0.84; mean of prompts: 0.796; "
         f"longer wins: 0.548 · {CAPTION}",
         "Policy to keep iteration 18 most gold: 0.63, 95% CI 0.55 to 0.70, 5.1 nats of KL",
         "SFT loss 4.21 → 3.34",
@@ -196,6 +196,26 @@ def test_texts_of_strangers_stay_texts(tmp_path: Path, page: Page):
     shown = terminal(tmp_path)
     assert "[bold]word[/bold]" in shown
     assert "\x1b" not in shown
+
+
+def test_tokens_are_shaded_by_their_kl(tmp_path: Path):
+    attack, long = [["Yes", 1.5], [" <b>\x1b", -9.0]], [["word ", 0.25]] * 200
+    told = {"a": attack, "b": [*attack, ["more", 0.1]], "c": [["Yes", "x"]], "d": long}
+    responses = {"a": "Yes <b>\x1b", "b": "Yes <b>\x1b", "c": "Yes", "d": "word " * 200}
+    rows = [{"id": key, "prompt": "?", "response": responses[key], "tokens": told[key]} for key in told]
+    write_rows(tmp_path / "evaluations" / "sft.jsonl", rows)
+    page = Page(write_report(tmp_path))
+    shown = [span for span in page.all("span") if "kl" in str(span.get("class"))]
+    assert [tuple(span.values()) for span in shown[:2]] == [
+        ("kl more", "--kl: 0.50", "+1.50 nats"),
+        ("kl less", "--kl: 1.00", "\N{MINUS SIGN}9.00 nats"),
+    ]
+    assert len(shown) == 2 + 700 // 5  # neither b, whose tokens are not its response, nor c
+    assert "<b>\\x1b" in page.text
+    assert page.text.count("word") == 140
+    assert "Shading is the KL of each token" in page.text
+    (tmp_path / "evaluations" / "sft.jsonl").write_text(json.dumps(rows[2]))
+    assert "Shading" not in Page(write_report(tmp_path)).text
 
 
 def test_two_arms_have_their_own_figures(tmp_path: Path):
