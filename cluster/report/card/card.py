@@ -167,7 +167,9 @@ def _labelers(run: Run) -> Part | None:
             rows.append((f"two labelers{where}", f"agree on {_between(rate, table.get('labelers_agree_ci'))} of pairs"))
     if not (rows or judged(run)):
         return None
-    return Part("Labelers", f"Rankings: {run.rankings}. Gold: {run.labeler}.", ("who", "what") if rows else (), rows)
+    known = rows or "rankings" in run.summary or run.figures("reward") or run.calibration
+    text = f"Rankings: {run.rankings if known else 'not recorded here'}. Gold: {run.labeler}."
+    return Part("Labelers", text, ("who", "what") if rows else (), rows)
 
 
 def judged(run: Run) -> bool:
@@ -277,6 +279,8 @@ def _limits(run: Run, records: Mapping[str, Artefact], data: Part | None) -> Ite
             yield "The same labeler ranked what the reward model learnt from: it is no independent judge of the policy."
     if run.arms:
         yield "Each policy was trained once, with one seed: intervals are over prompts or items, not over trainings."
+    if any(run.figures("ppo", arm, "best") for arm in run.arms):
+        yield "The policy to keep was chosen by its gold on the held-out prompts, which is therefore too high."
     counts = {len(samples) for samples in run.evaluations.values()}
     if counts and min(counts) < _FEW:
         yield f"The held-out evaluation has {min(counts)} prompts."

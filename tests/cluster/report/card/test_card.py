@@ -122,6 +122,12 @@ def test_labelers_are_counted_and_their_agreement_told(run_dir: Path):
     ]
 
 
+def test_who_ranked_for_a_reward_model_from_elsewhere_is_not_made_up(tmp_path: Path):
+    write_rows(tmp_path / "evaluations" / "ppo.jsonl", [{"id": "a", "gold": 0.5}])
+    (tmp_path / "summary.json").write_text(json.dumps({"labeler": CAPTION}))
+    assert _parts(tmp_path)["Labelers"] == Part("Labelers", f"Rankings: not recorded here. Gold: {CAPTION}.", (), [])
+
+
 def test_settings_are_held_against_the_papers_by_the_records_of_the_stages(run_dir: Path):
     part = _parts(run_dir)["Settings that differ from the paper's"]
     assert part.rows == [("ppo.kl.coef", "0.02", "0.1 (ppo), 0.02 (ppo-x)")]
@@ -198,6 +204,7 @@ def test_limits_are_those_of_the_run(run_dir: Path, tmp_path: Path):
     told = _limits(run_dir)
     assert f"Gold is the verdict of the {CAPTION}, a program: no person judged a response." in told
     assert "The same labeler ranked what the reward model learnt from" in told
+    assert "The policy to keep was chosen by its gold on the held-out prompts" in told
     assert "The held-out evaluation has 96 prompts." in told
     assert "alignment tax (hellaswag, squad, drop, translation, bits_per_byte)" in told
     assert "Perspective" not in told
