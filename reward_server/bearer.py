@@ -38,8 +38,7 @@ def token_of(variable: str) -> str:
 
 def judge_token() -> str | None:
     """The token for a judge's endpoint, None where there is none. Raises ValueError for what is no token."""
-    token = os.environ.get(JUDGE_VARIABLE)
-    return None if token is None else _checked(token, JUDGE_VARIABLE)
+    return token_of(JUDGE_VARIABLE) if JUDGE_VARIABLE in os.environ else None
 
 
 def _read(path: Path) -> str:

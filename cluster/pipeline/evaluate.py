@@ -1,7 +1,6 @@
 """What a model does on prompts and text that it was not trained on: `rayward evaluate`, and the curves of PPO."""
 
 import asyncio
-import json
 import logging
 import math
 import random
@@ -25,7 +24,7 @@ from cluster.rundir.files import Run, number, read_run
 from cluster.runtime.resources import KINDS
 from learner.config import PPOConfig
 from reward_server.preferences.labeling import Labeler, load_labeler
-from reward_server.preferences.records import read_all, write_whole
+from reward_server.preferences.records import json_lines, read_all, write_whole
 from reward_server.schema import ScoreRequest
 
 if TYPE_CHECKING:
@@ -213,7 +212,8 @@ class Evaluator:
         completions, loss = await together(self._answers(), self._text_loss(config), at_once=self.apart)
         golds = held_out.labeler.verdicts([c.text for c in completions])
         scores = await self._scores(name, completions)
-        kls = await self._kl(completions, config)
+        token_kls = await self._kl(completions, config)
+        kls = [sum(nats) for nats in token_kls]
         pieces = [held_out.encoding.pieces(completion.response_ids) for completion in completions]
         cases = any(prompt.use_case for prompt in held_out.prompts)
         rows = [
@@ -224,30 +224,29 @@ class Evaluator:
                 "ended": completion.ended,
                 "gold": gold,
                 "score": score,
-                "kl": sum(kl),
+                "kl": kl,
                 "label": name,
-                "tokens": [[text, round(nats, 3)] for text, nats in zip(told, kl, strict=False)],
+                "tokens": [[text, round(nats, 3)] for text, nats in zip(told, by_token, strict=False)],
             }
             | ({"use_case": prompt.use_case} if cases else {})
-            for prompt, completion, gold, score, kl, told in zip(
-                held_out.prompts, completions, golds, scores, kls, pieces, strict=True
+            for prompt, completion, gold, score, kl, told, by_token in zip(
+                held_out.prompts, completions, golds, scores, kls, pieces, token_kls, strict=True
             )
         ]
         path = job.run_dir / "evaluations" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = json_lines(rows)
         await job.monitor.disk.saved(lambda: asyncio.to_thread(write_whole, path, text))
         shown = samples_to_show(rows, evaluation.shown, evaluation.seed)
         table = [{**row, "prompt": row["prompt"][-1]["content"]} for row in shown]
         for row in table:
             del row["tokens"]  # W&B shows texts and numbers
-        totals = [sum(kl) for kl in kls]
-        job.tracker.samples(stage or name, step, table, {"gold": golds, "score": scores, "kl": totals})
+        job.tracker.samples(stage or name, step, table, {"gold": golds, "score": scores, "kl": kls})
         return Evaluation(
             gold=fmean(golds),
             gold_ci=bootstrap_interval(torch.tensor(golds), torch.ones(len(golds), dtype=torch.long), 1000, seed=0),
             score=fmean(scores),
-            kl=fmean(totals),
+            kl=fmean(kls),
             pretraining_loss=loss,
             length=fmean(len(c.response_ids) for c in completions),
             eos_rate=fmean(c.ended for c in completions),

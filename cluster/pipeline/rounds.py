@@ -5,7 +5,6 @@ best policy, which is used to train a new RM and then a new policy." A round is 
 of the same stages; one whose result is recorded in the lineage, and there as it was made, is not repeated.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from cluster.pipeline.reward_model import RewardModel
 from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage, Trained, advance
 from cluster.runtime.resources import KINDS
 from reward_server.preferences.labeling import Comparison, read_comparisons, write_comparisons
-from reward_server.preferences.records import RecordError
+from reward_server.preferences.records import RecordError, json_lines
 from reward_server.preferences.sheets import Rankings, agreement_credit, merge_rankings, read_rankings, write_sheet
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ class SampleOfRound(Sample):
             for row, prompt in enumerate(chosen, start=1)
         )
         file = job.run_dir / "data" / "preference_prompts.jsonl"
-        job.write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        job.write(file, json_lines(rows))
         job.made("data", file, self.rounds.job.file("preference_prompts"))
         return super().check()
 

@@ -37,7 +37,14 @@ def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Pa
 
     Raises ValueError for a directory that is no run.
     """
-    runs = dict(zip(_names(run_dirs), map(read_run, run_dirs), strict=True))
+    return _write(_read(run_dirs), output or run_dirs[0] / FILE)
+
+
+def _read(run_dirs: Sequence[Path]) -> dict[str, Run]:
+    return dict(zip(_names(run_dirs), map(read_run, run_dirs), strict=True))
+
+
+def _write(runs: Mapping[str, Run], path: Path) -> Path:
     found = [*_arms(runs)]
     page = render(
         "compare.html",
@@ -58,15 +65,14 @@ def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Pa
         exchanges=_exchanges(runs),
         times=list(_times(runs)),
     )
-    path = output or run_dirs[0] / FILE
     path.write_text(page, encoding="utf-8")
     return path
 
 
 def show_comparison(run_dirs: Sequence[Path], output: Path | None, console: Console, as_json: bool = False) -> None:
     """Write the page, and the figures of the runs into the terminal."""
-    path = write_comparison(run_dirs, output)
-    runs = dict(zip(_names(run_dirs), map(read_run, run_dirs), strict=True))
+    runs = _read(run_dirs)
+    path = _write(runs, output or run_dirs[0] / FILE)
     if as_json:
         told = {"report": str(path), "summaries": {name: run.summary for name, run in runs.items()}}
         console.line(json.dumps(told, indent=2))

@@ -6,11 +6,12 @@ before any model is loaded: a bad row found in the third hour of a run costs thr
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -156,6 +157,11 @@ def writing(path: Path) -> Iterator[None]:
         remedy = "make room on its disk" if full else "see to the folder, and who may write there"
         text = f"{path} cannot be written ({reason}). Remedy: {remedy}"
         raise NotWritten(getattr(error, "errno", errno.ENOSPC), text) from error
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as the text of a .jsonl file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ to be read; what is trained on are the texts that the sheet was made of.
 
 import csv
 import io
-import json
 import random
 import re
 import string
@@ -18,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from reward_server.preferences.labeling import Comparison
-from reward_server.preferences.records import RecordError, read_rows, write_whole
+from reward_server.preferences.records import RecordError, json_lines, read_rows, write_whole
 
 COLUMNS: tuple[str, ...] = ("comparison", "letter", "prompt", "completion", "rank")
 _DELIMITERS = ",;\t"  # spreadsheets of some countries save semicolons
@@ -51,7 +50,7 @@ def write_sheet(folder: Path, comparisons: Sequence[Comparison], seed: int) -> t
     writer = csv.DictWriter(table, COLUMNS, quoting=csv.QUOTE_ALL)
     writer.writeheader()
     writer.writerows({name: "" if value is None else _guarded(value) for name, value in row.items()} for row in rows)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = json_lines(rows)
     # The mark at the start tells spreadsheets that it is UTF-8.
     return _write(folder / "sheet.csv", f"\ufeff{table.getvalue()}"), _write(folder / "sheet.jsonl", lines)
 

@@ -1,7 +1,6 @@
 """Best of n: of n responses to a prompt the one of the highest score, beside PPO, and as demonstrations for SFT."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from cluster.pipeline.preferences import sampling_settings
 from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage
 from cluster.rundir.files import read_rows
 from reward_server.preferences.labeling import Labeler, load_labeler
-from reward_server.preferences.records import read_all
+from reward_server.preferences.records import json_lines, read_all
 from reward_server.schema import ScoreRequest
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ class BestOfN(Stage):
             (samples, "evaluation", rows),
             (demonstrations, "demonstrations", _demonstrations(rows)),
         ):
-            job.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
+            job.write(path, json_lines(some))
             job.made(kind, path, *sources, job.file(config.file))
         points = curve(rows, config.n)
         for point in points:

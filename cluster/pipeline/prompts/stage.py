@@ -13,6 +13,7 @@ from rich.text import Text
 from cluster.pipeline.prompts.curation import BAD, REASONS, Curated, Dropped, curate
 from cluster.pipeline.prompts.raw import KINDS, RawPrompt, read_raw
 from cluster.pipeline.stage import MadeOf, Stage
+from reward_server.preferences.records import json_lines
 from reward_server.redaction import visible
 
 _FILES = (
@@ -77,7 +78,7 @@ class Prompts(Stage):
         with job.tracker.phase(f"prompts: sets of {source}", self.name):
             for name, prompts in inputs.files.items():
                 if prompts:
-                    job.write(self._file(name), _lines(_row(name, prompt) for prompt in prompts))
+                    job.write(self._file(name), json_lines(_row(name, prompt) for prompt in prompts))
                     job.made("data", self._file(name), source)
                 else:  # of other shares
                     self._file(name).unlink(missing_ok=True)
@@ -86,7 +87,7 @@ class Prompts(Stage):
                 | ({"id": one.prompt.id} if one.prompt else {})
                 for one in inputs.dropped
             ]
-            job.write(job.run_dir / "data" / "prompts-dropped.jsonl", _lines(dropped))
+            job.write(job.run_dir / "data" / "prompts-dropped.jsonl", json_lines(dropped))
             found = counts(inputs)
             told = {"file": str(source), "settings": job.config.prompts.model_dump(mode="json"), **found}
             job.write(job.run_dir / "prompts.json", json.dumps(told, indent=2, ensure_ascii=False) + "\n")
@@ -163,7 +164,3 @@ def _row(name: str, prompt: RawPrompt) -> dict[str, Any]:
         "group": prompt.group,
     }
     return {key: value for key, value in row.items() if value is not None}
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -18,6 +18,7 @@ from itertools import chain, pairwise, repeat
 from pathlib import Path
 
 from learner.weights.checkpoint import file_sha256
+from reward_server.preferences.records import json_lines
 from reward_server.pretrained import open_with
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -129,8 +130,7 @@ def chat_files(
             raise ValueError(
                 f"chitchat-dataset has {len(rows)} rows left for {name}, and {sizes[name]} were asked for: lower them"
             )
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (out_dir / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (out_dir / f"{name}.jsonl").write_text(json_lines(rows), encoding="utf-8")
     files = ", ".join(f"{name}.jsonl" for name in FILES)
     table = f"| file | source | licence |\n| --- | --- | --- |\n| {files} | chitchat-dataset 0.9.0 | MIT |\n"
     (out_dir / "SOURCES.md").write_text(table, encoding="utf-8")

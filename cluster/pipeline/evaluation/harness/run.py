@@ -16,6 +16,7 @@ from cluster.pipeline.evaluation.suite import Verdicts, answers_file, known
 from cluster.pipeline.job import Job
 from cluster.rundir.files import read_rows
 from cluster.rundir.lineage import digest
+from reward_server.preferences.records import json_lines
 
 if TYPE_CHECKING:
     from actors.sampling import Fleet
@@ -58,7 +59,7 @@ async def run_harness(
                 out = await _ask(job, left, encoding, label, model, room, folder, endpoint)
         for task in left:
             rows = _items(out, task, keys[task.name])
-            job.write(paths[task.name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+            job.write(paths[task.name], json_lines(rows.values()))
             found[task.name] = {item: row["verdict"] for item, row in rows.items()}
         shutil.rmtree(out)
         for cache in folder.glob("cache-*"):
