@@ -139,7 +139,8 @@ def test_a_bundle_without_room_is_named_by_the_deadline_and_nothing_stays_reserv
 def test_ranks_and_reward_service_of_different_machines_meet_at_their_addresses(
     cluster: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    for variable in (TOKEN_VARIABLE, "LD_PRELOAD"):  # vLLM may have set the second in this process; it would be kept
+        monkeypatch.delenv(variable, raising=False)
     made: list[str] = []
     monkeypatch.setattr(build.secrets, "token_urlsafe", lambda size: made.append("canary" * 8) or made[-1])
     tiny_causal_lm(tmp_path / "model")
