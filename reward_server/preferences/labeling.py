@@ -1,6 +1,5 @@
 """Comparisons of completions: reading and writing them, and ranking completions with a simulated labeler."""
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +14,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from reward_server.config import LabelerConfig
 from reward_server.functions import call_function, load_function
 from reward_server.preferences.forms import has_prompt, row_prompt, row_text, side_of_pair
-from reward_server.preferences.records import RecordError, read_records, row_names, write_whole
+from reward_server.preferences.records import RecordError, json_lines, read_records, row_names, write_whole
 from reward_server.preferences.trees import is_tree, sibling_groups
 from reward_server.schema import Message
 
@@ -42,6 +41,20 @@ class Comparison:
     """who ranked them"""
     group: str | None = None
     """what it belongs to, such as a tree of conversations; a group is never split between training and held out"""
+    seconds: float | None = None
+    """how long the labeler worked on it, in seconds"""
+    control: bool | None = None
+    """drawn at random, where others were chosen because reward models are unsure of them; None where nobody chose"""
+    qualities: tuple[int | None, ...] | None = None
+    """K qualities of the completions, each on its own: 1 (worst) to 7 (best), or None"""
+    flags: tuple[tuple[str, ...], ...] | None = None
+    """K lists of names, such as hallucination, of what the labeler found in a completion"""
+    guidelines: str | None = None
+    """version of the instructions that the labeler had"""
+    page: str | None = None
+    """version of the page that the labeler worked on"""
+    use_case: str | None = None
+    """what the prompt is for"""
 
     def __post_init__(self) -> None:
         """Raise ValueError unless everything has K entries, K is at least 1, and ranks are not negative."""
@@ -53,6 +66,9 @@ class Comparison:
             raise ValueError(f'"ranks" has {given} entries for {count} completions; give each completion one')
         if self.ranks is not None and min(self.ranks) < 0:
             raise ValueError(f'"ranks" must be 0 (best) or more, not {list(self.ranks)}')
+        for name, value in (("qualities", self.qualities), ("flags", self.flags)):
+            if value is not None and len(value) != count:
+                raise ValueError(f'"{name}" has {len(value)} entries for {count} completions; give each completion one')
 
 
 Used = TypeVar("Used", default=Comparison)
@@ -64,10 +80,11 @@ def read_comparisons(
     """Read a data file of comparisons, of pairs, or of ranked trees; returns what `use` makes of each.
 
     A comparison is {"id"?, "prompt": str | [messages], "completions": [{"text", "ended"?}], "ranks"?,
-    "labeler"?, "group"?}. A pair is {"chosen", "rejected"}: two whole conversations that differ in the last turn (see
-    forms.py), or two replies to a prompt beside them. A tree (see trees.py) gives a comparison for every message with
-    two ranked replies or more; the other replies are left out, with a warning that counts them. Raises RecordError
-    with file:line and reason of every bad row; `use` raises ValueError to refuse one.
+    "labeler"?, "group"?} and, by their names, the other fields of `Comparison`. A pair is {"chosen", "rejected"}: two
+    whole conversations that differ in the last turn (see forms.py), or two replies to a prompt beside them. A tree (see
+    trees.py) gives a comparison for every message with two ranked replies or more; the other replies are left out, with
+    a warning that counts them. Raises RecordError with file:line and reason of every bad row; `use` raises ValueError
+    to refuse one.
     """
     name, left_out = row_names(), 0
 
@@ -99,10 +116,11 @@ def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> No
     """Write comparisons so that `read_comparisons` reads them back; a file appears whole or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, "".join(json.dumps(_row(comparison), ensure_ascii=False) + "\n" for comparison in comparisons))
+    write_whole(target, json_lines(map(comparison_row, comparisons)))
 
 
-def _row(comparison: Comparison) -> dict[str, Any]:
+def comparison_row(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as a row that `read_comparisons` reads; what is None is left out."""
     row: dict[str, Any] = {
         "id": comparison.id,
         "prompt": [message.model_dump() for message in comparison.prompt],
@@ -110,13 +128,8 @@ def _row(comparison: Comparison) -> dict[str, Any]:
             {"text": text, "ended": ended} for text, ended in zip(comparison.responses, comparison.ended, strict=True)
         ],
     }
-    if comparison.ranks is not None:
-        row["ranks"] = list(comparison.ranks)
-    if comparison.labeler is not None:
-        row["labeler"] = comparison.labeler
-    if comparison.group is not None:
-        row["group"] = comparison.group
-    return row
+    more = {name: getattr(comparison, name) for name in ("ranks", "labeler", "group", *_TOLD)}
+    return row | {name: value for name, value in more.items() if value is not None}
 
 
 def _comparison(name: str, row: dict[str, Any]) -> Comparison:
@@ -139,7 +152,42 @@ def _comparison(name: str, row: dict[str, Any]) -> Comparison:
         ranks=None if ranks is None else tuple(ranks),
         labeler=labeler,
         group=row_text(row, "group") if row.get("group") is not None else None,
+        **_told(row),
     )
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """What labelers told beside the ranks, by the names of fields. Raises ValueError."""
+    found = {name: row[name] for name in _TOLD if name in row}
+    for name, value in found.items():
+        fits, wanted = _TOLD[name]
+        if not fits(value):
+            raise ValueError(f'"{name}" must be {wanted}, not {value!r:.60}')
+    lists = {"qualities": tuple, "flags": lambda value: tuple(map(tuple, value))}
+    return {name: lists[name](value) if name in lists else value for name, value in found.items()}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
+
+
+_TOLD: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seconds": (lambda x: type(x) in (int, float) and 0 <= x < math.inf, "a number of seconds, 0 or more"),
+    "control": (lambda x: isinstance(x, bool), "true or false"),
+    "qualities": (
+        lambda x: _is_list(x, lambda quality: quality is None or (type(quality) is int and 1 <= quality <= 7)),
+        "a list of integers from 1 to 7, or null",
+    ),
+    "flags": (lambda x: _is_list(x, lambda names: _is_list(names, _is_text)), "a list of lists of names"),
+    "guidelines": (_is_text, "a text that is not blank"),
+    "page": (_is_text, "a text that is not blank"),
+    "use_case": (_is_text, "a text that is not blank"),
+}
+"""Optional fields of a row that are read as they are: what fits, and in words."""
 
 
 def _tree(name: str, row: dict[str, Any]) -> tuple[list[Comparison], int]:

@@ -91,7 +91,7 @@ def merge_rankings(comparisons: Sequence[Comparison], rankings: Sequence[Ranking
         if by:
             means = [fmean(column) for column in zip(*(one.ranks[comparison.id] for one in by), strict=True)]
             labeler = "+".join(one.labeler for one in by)
-            merged.append(replace(comparison, ranks=_dense(means), labeler=labeler))
+            merged.append(replace(comparison, ranks=dense(means), labeler=labeler))
     return merged
 
 
@@ -114,12 +114,12 @@ def agreement_credit(rankings: Sequence[Rankings]) -> list[tuple[float, int]]:
 def _sheet(comparisons: Sequence[Comparison], seed: int) -> Iterator[dict[str, Any]]:
     for comparison in comparisons:
         prompt = "\n\n".join(f"{message.role}: {message.content}" for message in comparison.prompt)
-        for letter, index in _letters(comparison, seed).items():
+        for letter, index in response_letters(comparison, seed).items():
             row = (comparison.id, letter, prompt, comparison.responses[index], None)
             yield dict(zip(COLUMNS, row, strict=True))
 
 
-def _letters(comparison: Comparison, seed: int) -> dict[str, int]:
+def response_letters(comparison: Comparison, seed: int) -> dict[str, int]:
     """Which response each letter stands for; a pure function of seed and id."""
     count, letters = len(comparison.responses), string.ascii_uppercase
     if count > len(letters):
@@ -214,11 +214,11 @@ def _rankings(
     ranks: dict[str, tuple[int, ...]] = {}
     partial: list[str] = []
     for comparison in comparisons:
-        letters = _letters(comparison, seed)
+        letters = response_letters(comparison, seed)
         found = [seen.get((comparison.id, letter)) for letter in sorted(letters, key=letters.__getitem__)]
         given = [rank for _, rank in filter(None, found) if rank is not None]
         if len(given) == len(letters):
-            ranks[comparison.id] = _dense(given)
+            ranks[comparison.id] = dense(given)
         elif given:
             at = next((one[0] for one in found if one and one[1] is None), None)
             where = f"row {at}, column rank" if at else "a row"
@@ -229,7 +229,7 @@ def _rankings(
     return Rankings(labeler=path.stem, ranks=ranks, partial=tuple(partial))
 
 
-def _dense(values: Sequence[float]) -> tuple[int, ...]:
+def dense(values: Sequence[float]) -> tuple[int, ...]:
     """Ranks 0, 1, .. without gaps, the lowest value first."""
     places = {value: rank for rank, value in enumerate(sorted(set(values)))}
     return tuple(places[value] for value in values)

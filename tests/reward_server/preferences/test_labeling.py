@@ -1,8 +1,10 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
 
 from reward_server.config import LabelerConfig
 from reward_server.functions import UserFunctionError
@@ -16,6 +18,7 @@ from reward_server.preferences.labeling import (
 )
 from reward_server.preferences.records import RecordError
 from reward_server.schema import Message
+from tests.comparisons import ranked_comparisons
 
 USER = Message(role="user", content="hi")
 
@@ -87,6 +90,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     write_comparisons(tmp_path / "c.jsonl", before)
     assert read_comparisons(tmp_path / "c.jsonl") == before
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+@settings(deadline=None)
+@given(ranked_comparisons())
+def test_what_labelers_told_is_read_back(before: list[Comparison]) -> None:
+    with TemporaryDirectory() as folder:
+        write_comparisons(Path(folder) / "c.jsonl", before)
+        assert read_comparisons(Path(folder) / "c.jsonl") == before
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -230,6 +241,15 @@ GOOD = {"prompt": "p", "completions": [{"text": "a"}, {"text": "b"}]}
         (GOOD | {"ranks": [-1, 0]}, '"ranks" must be 0 (best) or more'),
         (GOOD | {"labeler": 3}, '"labeler" must be a string'),
         (GOOD | {"group": 3}, '"group" must be a string'),
+        (GOOD | {"seconds": -1}, '"seconds" must be a number of seconds, 0 or more, not -1'),
+        (GOOD | {"seconds": True}, '"seconds" must be a number of seconds'),
+        (GOOD | {"control": "yes"}, '"control" must be true or false'),
+        (GOOD | {"qualities": [8, 1]}, '"qualities" must be a list of integers from 1 to 7, or null'),
+        (GOOD | {"qualities": [7]}, '"qualities" has 1 entries for 2 completions'),
+        (GOOD | {"flags": [["violent"], "sexual"]}, '"flags" must be a list of lists of names'),
+        (GOOD | {"flags": [["violent"]]}, '"flags" has 1 entries for 2 completions'),
+        (GOOD | {"page": " "}, '"page" must be a text that is not blank'),
+        (GOOD | {"guidelines": 3}, '"guidelines" must be a text'),
         ({"prompt": {"text": "q", "role": "user"}}, 'prompt must be {"text": str, "role": "prompter" or'),
         ({"prompt": said("q", replies=[said("a", "assistant", 0), {"text": "b"}])}, "prompt.replies.1 must be"),
         ({"prompt": said("q", replies=[said("a", "assistant", -1)])}, "prompt.replies.0.rank must be an integer"),
