@@ -164,16 +164,16 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there with all of its text or, after an error or a crash, as it was before.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is there with all of its content or, after an error or a crash, as it was before.
 
     Raises NotWritten.
     """
     aside = path.with_name(f"{ASIDE}{path.name}-{os.getpid()}")
     try:
         with writing(path):
-            with aside.open("w", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with aside.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
