@@ -1,5 +1,6 @@
 """The learner's sections of the configuration. Nothing heavy is imported here: the help reads it."""
 
+import math
 from pathlib import Path
 from typing import Literal, Self
 
@@ -142,6 +143,9 @@ class RewardModelingConfig(LoopConfig):
     """A prompt's loss is divided by its ordered pairs, or by all K(K-1)/2 with ties counted too (paper eq. 1)."""
     valid_share: float = Field(default=0.15, gt=0, lt=1)
     """Share of the prompts held out to measure accuracy; a prompt that occurs twice is on one side only."""
+    labeler_weights: str = ""
+    """How much the rankings of labelers count in the loss, such as p1=0.5,p2=0; 0 leaves them out, who is not named has
+    1. Rankings of the same completions share the weight of one."""
     unit_variance: bool = False
     """Scale scores to standard deviation 1 over the demonstrations (lm-human-preferences); the paper shifts only."""
     seed: int = 0
@@ -150,6 +154,25 @@ class RewardModelingConfig(LoopConfig):
     """What is trained, beside the scalar head."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=9e-6)
     """Adam (paper: 9e-6); the learning rate falls to a tenth along a cosine."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """`labeler_weights` by labeler."""
+        pairs = [one.rpartition("=") for one in self.labeler_weights.split(",") if one.strip()]
+        return {name.strip(): float(weight) for name, _, weight in pairs}
+
+    @model_validator(mode="after")
+    def _weights_are_numbers(self) -> Self:
+        try:
+            fits = all(name and 0 <= weight < math.inf for name, weight in self.weights.items())
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"labeler_weights = {self.labeler_weights!r} must be names with weights of 0 or more, such as "
+                "p1=0.5,p2=0"
+            )
+        return self
 
 
 class KLConfig(Section):

@@ -1,15 +1,15 @@
 """Step 2 of InstructGPT: a reward model from ranked completions (paper section 3.5, eq. 1)."""
 
 import random
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from learner.config import RewardModelingConfig
 from learner.data.corpora import split_held_out
-from learner.maths.accuracy import RewardAccuracy, reward_accuracy
+from learner.maths.accuracy import PartAccuracy, RewardAccuracy, part_accuracy, reward_accuracy
 from learner.maths.schedules import cosine_to_tenth
 from learner.progress import Progress, due
 from learner.worker.group import LearnerGroup
@@ -31,6 +31,12 @@ class RankedGroup:
     """tokens of each response, for the "longer wins" baseline"""
     family: str
     """what it must not be parted from in a split: its conversation tree, else the text of its prompt"""
+    labeler: str | None = None
+    """who ranked them"""
+    control: bool | None = None
+    """drawn at random, where others were chosen; None where nobody chose"""
+    weight: float = 1.0
+    """of this ranking in the loss, beside the others"""
 
     @property
     def has_pair(self) -> bool:
@@ -68,7 +74,46 @@ def ranked_group(comparison: Comparison, encoding: ChatEncoding) -> RankedGroup:
         ranks=comparison.ranks,
         response_lengths=tuple(map(len, responses)),
         family=comparison.group or " ".join(map(str, query)),
+        labeler=comparison.labeler,
+        control=comparison.control,
     )
+
+
+def item_numbers(groups: Sequence[RankedGroup]) -> list[int]:
+    """Number, for each group, what it ranks, 0, 1, .. in their order: the same completions by different labelers.
+
+    What nobody signed, or one labeler ranked again, is an item of its own.
+    """
+    items, before, numbers = dict[object, int](), Counter[object](), list[int]()
+    for group in groups:
+        completions = (group.family, tuple(sorted(group.sequences)))
+        times = before[completions, group.labeler]
+        before[completions, group.labeler] += 1
+        item = (completions, times) if group.labeler is not None else len(numbers)
+        numbers.append(items.setdefault(item, len(items)))
+    return numbers
+
+
+def weighed(groups: Sequence[RankedGroup], weights: Mapping[str, float]) -> list[RankedGroup]:
+    """The groups with their weights in the loss, without those of labelers whose weight is 0.
+
+    An item weighs as much as the labeler of it who weighs most (1 where no weight is given), and its rankings share
+    that by their labelers' weights. Raises ValueError for a name that no group has, or when nothing is left.
+    """
+    names = sorted({group.labeler for group in groups if group.labeler is not None})
+    if unknown := sorted(weights.keys() - {*names}):
+        there = f"they are by {', '.join(names)}" if names else "they do not say who ranked"
+        raise ValueError(f"reward.labeler_weights names {', '.join(unknown)}, who ranked no comparison: {there}")
+    rows = [(group, weight) for group in groups if (weight := weights.get(group.labeler or "", 1.0)) > 0]
+    if groups and not rows:
+        raise ValueError("reward.labeler_weights leaves out every comparison: give some labeler a weight above 0")
+    items, given = item_numbers([group for group, _ in rows]), defaultdict[int, list[float]](list)
+    for item, (_, weight) in zip(items, rows, strict=True):
+        given[item].append(weight)
+    return [
+        replace(group, weight=weight * max(given[item]) / sum(given[item]))
+        for item, (group, weight) in zip(items, rows, strict=True)
+    ]
 
 
 def split_groups(
@@ -105,7 +150,13 @@ async def reward_modeling(
         with progress.unbroken() as stopping:
             lr = cosine_to_tenth(config.optimizer.lr, step - 1, steps)
             sums = await learner.ranking_step(
-                "reward", [g.sequences for g in batch], [g.ranks for g in batch], config.normaliser, budget, lr
+                "reward",
+                [group.sequences for group in batch],
+                [group.ranks for group in batch],
+                [group.weight for group in batch],
+                config.normaliser,
+                budget,
+                lr,
             )
             measured = {**_batch_metrics(sums, len(batch)), **skipped_steps.count(step, [sums])}
             progress.log(step, {**measured, "reward_model/lr": lr, "progress/total": float(steps)})
@@ -119,23 +170,36 @@ async def reward_modeling(
 
 
 def _batches(train: Sequence[RankedGroup], config: RewardModelingConfig) -> list[list[RankedGroup]]:
-    """Every optimizer step's prompts; each epoch is a fresh shuffle of them."""
+    """Every optimizer step's prompts, each with all rankings of it; each epoch is a fresh shuffle of them."""
+    items = defaultdict[int, list[RankedGroup]](list)
+    for item, group in zip(item_numbers(train), train, strict=True):
+        items[item].append(group)
     order, size = random.Random(config.seed + 1), config.prompts_per_batch
-    epochs = [order.sample(train, len(train)) for _ in range(config.epochs)]
-    return [epoch[start : start + size] for epoch in epochs for start in range(0, len(epoch), size)]
+    epochs = [order.sample([*items.values()], len(items)) for _ in range(config.epochs)]
+    steps = [epoch[start : start + size] for epoch in epochs for start in range(0, len(epoch), size)]
+    return [[group for item in step for group in item] for step in steps]
 
 
 async def held_out_accuracy(learner: LearnerGroup, groups: Sequence[RankedGroup], budget: int) -> RewardAccuracy:
     """How the reward model's scores agree with rankings that it was not trained on."""
     sequences = [s for group in groups for s in group.sequences]
     scores = await learner.last_values("reward", sequences, budget)
-    return reward_accuracy(
-        scores,
-        torch.tensor([i for i, group in enumerate(groups) for _ in group.sequences]),
-        torch.tensor([rank for group in groups for rank in group.ranks]),
-        torch.tensor([length for group in groups for length in group.response_lengths]),
-        resamples=1000,
-        seed=0,
+    numbers = torch.tensor([number for number, group in enumerate(groups) for _ in group.sequences])
+    ranks = torch.tensor([rank for group in groups for rank in group.ranks])
+    lengths = torch.tensor([length for group in groups for length in group.response_lengths])
+    items = torch.tensor(item_numbers(groups))[numbers]
+
+    def of(part: Sequence[bool]) -> PartAccuracy | None:
+        return part_accuracy(scores, numbers, ranks, items, torch.tensor(part)[numbers], resamples=1000, seed=0)
+
+    labelers = {group.labeler for group in groups}
+    names = sorted(name for name in labelers if name is not None) if len(labelers) > 1 else []
+    by_labeler = {name: of([group.labeler == name for group in groups]) for name in names}
+    chosen = any(group.control is False for group in groups)
+    return replace(
+        reward_accuracy(scores, numbers, ranks, lengths, resamples=1000, seed=0, items=items),
+        by_labeler={name: found for name, found in by_labeler.items() if found},
+        control=of([group.control is True for group in groups]) if chosen else None,
     )
 
 
@@ -171,6 +235,7 @@ def _accuracy_metrics(found: RewardAccuracy) -> dict[str, float]:
         **{f"reward_model/{name}_low": low for name, (low, _) in intervals.items()},
         **{f"reward_model/{name}_high": high for name, (_, high) in intervals.items()},
         **{f"reward_model/accuracy_gap_{one.gap}": one.accuracy for one in found.by_rank_gap},
+        **({"reward_model/accuracy_control": found.control.accuracy} if found.control else {}),
     }
 
 

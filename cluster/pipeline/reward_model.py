@@ -15,13 +15,15 @@ from reward_server.preferences.records import read_all
 
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
+    from learner.maths.accuracy import RewardAccuracy
     from learner.worker.group import LearnerGroup
 
 log = logging.getLogger(__name__)
 _SUMMARISED = (
     *("accuracy", "accuracy_ci", "prompt_accuracy", "prompt_accuracy_ci"),
-    *("score_std", "longer_wins", "pairs", "log_loss"),
+    *("score_std", "longer_wins", "pairs", "log_loss", "by_labeler", "control"),
 )
+_SHOWN = 8  # labelers that have a line each
 
 
 class RewardModel(Stage):
@@ -68,7 +70,7 @@ class RewardModel(Stage):
     def check(self) -> Any:
         """Read, encode and split the files: groups of ranked completions, and demonstrations as token ids."""
         from actors.prompts import Demonstration, read_demonstrations
-        from learner.reward_modeling import RankedGroup, ranked_group, split_groups
+        from learner.reward_modeling import RankedGroup, ranked_group, split_groups, weighed
         from reward_server.encoding import ChatEncoding
         from reward_server.preferences.labeling import Comparison, read_comparisons
 
@@ -102,6 +104,7 @@ class RewardModel(Stage):
             if count:
                 log.warning("%d of %d comparisons %s", count, len(groups), what)
         if not job.config.reward.normalise:
+            groups = weighed(groups, job.config.reward.weights)
             split_groups(groups, job.config.reward)
         return groups, demonstrations
 
@@ -124,11 +127,13 @@ class RewardModel(Stage):
                 "interval from %.0f %%); look at the comparisons, or give more",
                 *(100 * found.accuracy, found.pairs, 100 * found.accuracy_ci[0]),
             )
+        for line in _parts(found):
+            job.tracker.console.line(line)
         await job.export(learner, "reward", folder)
         await learner.unload()
         calibration = {**asdict(found), "calibration_error": found.calibration_error}
         job.write(folder / "calibration.json", json.dumps(calibration, indent=2) + "\n")
-        job.summarise("reward", **{name: getattr(found, name) for name in _SUMMARISED})
+        job.summarise("reward", **{name: calibration[name] for name in _SUMMARISED})
         job.made("reward", folder, base, job.file("comparisons"), job.file("demonstrations"))
 
     async def _normalise(self, learner: "LearnerGroup", demonstrations: Sequence[tuple[int, ...]]) -> None:
@@ -145,3 +150,17 @@ class RewardModel(Stage):
         store_normalisation(job.run_dir / "reward", scale)
         job.tracker.console.line(f"reward: the score is {scale.gain:.4g} times the raw output, plus {scale.bias:.4g}")
         job.made("reward", job.run_dir / "reward", base, job.file("demonstrations"))
+
+
+def _parts(found: "RewardAccuracy") -> Iterator[str]:
+    """A line for the control, and for those labelers with whom the reward model agrees least."""
+    labelers = sorted(found.by_labeler.items(), key=lambda one: one[1].accuracy)
+    control = [("the control", found.control)] if found.control else []
+    for name, part in (*control, *((f"rankings of {name}", part) for name, part in labelers[:_SHOWN])):
+        low, high = part.accuracy_ci
+        yield (
+            f"reward: {name}: pair accuracy {part.accuracy:.3f} on {part.pairs} held-out pairs "
+            f"(95 % interval {low:.2f} to {high:.2f})"
+        )
+    if more := labelers[_SHOWN:]:
+        yield f"reward: {len(more)} more labelers are in reward/calibration.json"

@@ -203,6 +203,13 @@ def accuracy(run: Run) -> Iterator[tuple[str, str, str]]:
         gap, share, count = (number(row.get(key)) for key in ("gap", "accuracy", "count"))
         if gap is not None and share is not None:
             yield f"reward model, {gap:.0f} apart in rank", f"{share:.3f}", f"{count or 0:.0f} pairs"
+    by = table.get("by_labeler")
+    parts = {f"rankings of {visible(name)}": part for name, part in by.items()} if isinstance(by, dict) else {}
+    for name, part in {"control, drawn at random": table.get("control"), **parts}.items():
+        if isinstance(part, dict) and (share := number(part.get("accuracy"))) is not None:
+            ends, pairs = interval(part.get("accuracy_ci")), number(part.get("pairs")) or 0
+            bounds = f"95% CI {ends[0]:.2f} to {ends[1]:.2f}, " if ends else ""
+            yield f"reward model, {name}", f"{share:.3f}", f"{bounds}{pairs:.0f} pairs"
 
 
 def use_cases(run: Run) -> Iterator[tuple[str, ...]]:

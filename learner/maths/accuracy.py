@@ -1,9 +1,10 @@
 """How well scores agree with a labeler's rankings: ordered pairs, accuracy, calibration."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -56,6 +57,20 @@ class RankGap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartAccuracy:
+    """Scores held against a part of the rankings, such as those of one labeler."""
+
+    pairs: int
+    """number of ordered pairs"""
+    prompts: int
+    """number of prompts with at least one"""
+    accuracy: float
+    """share of pairs whose better completion has the higher score, pooled"""
+    accuracy_ci: tuple[float, float]
+    """95 % bootstrap interval of it, resampling prompts"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardAccuracy:
     """Scores held against rankings, over the prompts that have an ordered pair."""
 
@@ -81,6 +96,10 @@ class RewardAccuracy:
     """Accuracy by how many ranks apart a pair lies, the closest first."""
     bins: tuple[CalibrationBin, ...]
     """Calibration in bins of |margin|, lowest first, empty bins left out."""
+    by_labeler: Mapping[str, PartAccuracy] = field(default_factory=dict)
+    """The accuracy on the rankings of each labeler who has a pair; empty where all are by one."""
+    control: PartAccuracy | None = None
+    """The accuracy on what was drawn at random, where the rest was chosen for what reward models are unsure of."""
 
     @property
     def calibration_error(self) -> float:
@@ -113,6 +132,39 @@ def sum_by_prompt(x: Float[Tensor, " p"], pairs: Pairs) -> Float[Tensor, " n"]:
     return x.new_zeros(len(pairs.pairs_per_prompt)).index_add(0, pairs.prompts, x)
 
 
+def _by_item(
+    credit: Float[Tensor, " p"], pairs: Pairs, items: Int[Tensor, " m"]
+) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """(credit, number of pairs) of each item: all rankings of it together, since they depend on each other."""
+    index = items[pairs.winners].unique(return_inverse=True)[1]
+    counts = index.bincount()
+    return credit.new_zeros(len(counts)).index_add(0, index, credit), counts
+
+
+def part_accuracy(
+    scores: Float[Tensor, " m"],
+    group: Int[Tensor, " m"],
+    ranks: Int[Tensor, " m"],
+    items: Int[Tensor, " m"],
+    part: Bool[Tensor, " m"],
+    resamples: int,
+    seed: int,
+) -> PartAccuracy | None:
+    """The accuracy on the completions of a `part` alone, otherwise as `reward_accuracy`; None where it has no pair."""
+    pairs = ordered_pairs(group[part], ranks[part])
+    if len(pairs.winners) == 0:
+        return None
+    own = scores[part].detach().double()
+    credit = pair_credit(own[pairs.winners] - own[pairs.losers])
+    won, counts = _by_item(credit, pairs, items[part])
+    return PartAccuracy(
+        pairs=len(credit),
+        prompts=len(won),
+        accuracy=float(credit.mean()),
+        accuracy_ci=bootstrap_interval(won, counts, resamples, seed),
+    )
+
+
 def calibration_bins(margins: Float[Tensor, " p"]) -> tuple[CalibrationBin, ...]:
     """Predicted against observed share of wins of the higher score, by absolute margin."""
     credit, distance = pair_credit(margins), margins.detach().abs()
@@ -138,10 +190,12 @@ def reward_accuracy(
     lengths: Int[Tensor, " m"],
     resamples: int,
     seed: int,
+    items: Int[Tensor, " m"] | None = None,
 ) -> RewardAccuracy:
     """Everything reported about a reward model on ranked completions, `m` of them in all (see `RewardAccuracy`).
 
-    `group` says whose prompt a completion answers, a lower rank is better, `lengths` are in tokens.
+    `group` says whose prompt a completion answers, a lower rank is better, `lengths` are in tokens. Where several
+    labelers ranked the same completions, each ranking is a group, and `items` says which of them are one prompt's.
     Raises ValueError when no prompt has two completions of different rank.
     """
     pairs = ordered_pairs(group, ranks)
@@ -153,17 +207,17 @@ def reward_accuracy(
     scores = scores.detach().double()
     margins = scores[pairs.winners] - scores[pairs.losers]
     credit = pair_credit(margins)
-    won = sum_by_prompt(credit, pairs)
-    by_prompt = won / pairs.pairs_per_prompt
+    won, counts = _by_item(credit, pairs, group if items is None else items)
+    by_prompt = won / counts
     gaps = ranks[pairs.losers] - ranks[pairs.winners]
     longer = (lengths[pairs.winners] - lengths[pairs.losers]).double()
     return RewardAccuracy(
         pairs=len(credit),
         prompts=len(won),
         accuracy=float(credit.mean()),
-        accuracy_ci=bootstrap_interval(won, pairs.pairs_per_prompt, resamples, seed),
+        accuracy_ci=bootstrap_interval(won, counts, resamples, seed),
         prompt_accuracy=float(by_prompt.mean()),
-        prompt_accuracy_ci=bootstrap_interval(by_prompt, torch.ones_like(pairs.pairs_per_prompt), resamples, seed),
+        prompt_accuracy_ci=bootstrap_interval(by_prompt, torch.ones_like(counts), resamples, seed),
         log_loss=float(softplus(-margins).mean()),
         longer_wins=float(pair_credit(longer).mean()),
         score_std=float(scores.std(correction=0)),

@@ -127,21 +127,24 @@ def kwise_loss(
     group: Int[Tensor, " m"],
     ranks: Int[Tensor, " m"],
     normaliser: Literal["pairs", "all"],
+    weights: Float[Tensor, " m"] | None = None,
 ) -> tuple[Float[Tensor, ""], int, dict[str, Tensor]]:
     """Pairwise ranking loss of K completions a prompt (InstructGPT eq. 1): (sum over prompts, prompts, sums).
 
     A prompt contributes the mean over its ordered pairs of `-log sigmoid(score_winner - score_loser)`; ties
     form no pair. `normaliser="pairs"` divides by the ordered pairs, "all" by K(K-1)/2 however many are
     tied. `group[m]` is the prompt of a completion (all of them must be in this call), a lower rank is
-    better. The second result counts the prompts with a pair; the others contribute nothing. Sums: pairs,
+    better. `weights`, the same for all completions of a prompt, multiply what it contributes and leave the statistics
+    alone. The second result counts the prompts with a pair; the others contribute nothing. Sums: pairs,
     pairs ordered right (ties in score count half), log loss over pairs, per-prompt accuracy over prompts.
     """
     pairs = ordered_pairs(group, ranks)
     margins = scores[pairs.winners] - scores[pairs.losers]
     pair_losses = softplus(-margins)
+    weighted = pair_losses if weights is None else pair_losses * weights[pairs.winners]
     count, completions = pairs.pairs_per_prompt, pairs.completions_per_prompt
     divisor = count if normaliser == "pairs" else completions * (completions - 1) // 2
-    loss = (sum_by_prompt(pair_losses, pairs) / divisor).sum()
+    loss = (sum_by_prompt(weighted, pairs) / divisor).sum()
     credit = pair_credit(margins)
     stats = {
         "pairs": count.sum().to(scores.dtype),

@@ -49,19 +49,24 @@ def ranking_step(
     name: str,
     groups: Sequence[Sequence[tuple[int, ...]]],
     ranks: Sequence[Sequence[int]],
+    weights: Sequence[float],
     normaliser: Literal["pairs", "all"],
     max_tokens: int,
     lr: float,
 ) -> dict[str, float]:
-    """One optimizer step of the K-wise loss: all completions of a prompt in one batch element, one forward each."""
-    prompts = sum(len(set(r)) > 1 for r in ranks)
+    """One optimizer step of the K-wise loss: all completions of a prompt in one batch element, one forward each.
+
+    The loss is the mean over the rankings that have a pair, by their weights: only the weights' ratios matter.
+    """
+    total = sum(weight for weight, r in zip(weights, ranks, strict=True) if len(set(r)) > 1) or 1.0
     sums: dict[str, float] = {"loss": 0.0}
     for micro in networks.microbatches([sum(map(len, g)) for g in groups], max_tokens, name):
         scores = _last_values(networks, name, [ids for i in micro for ids in groups[i]])
         group = torch.tensor([i for i in micro for _ in groups[i]], device=scores.device)
         order = torch.tensor([rank for i in micro for rank in ranks[i]], device=scores.device)
-        loss, _, stats = kwise_loss(scores, group, order, normaliser)
-        networks.engine(name).backward(loss / max(prompts, 1))
+        by = scores.new_tensor([weights[i] for i in micro for _ in groups[i]])
+        loss, _, stats = kwise_loss(scores, group, order, normaliser, by)
+        networks.engine(name).backward(loss / total)
         sums = add_sums([sums, {"loss": loss.item(), **stats}])
     return networks.step(name, lr, sums)
 

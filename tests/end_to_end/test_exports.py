@@ -84,7 +84,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
     rank.save("policy", root / "policy_ema", ema=True)
     rank.load("reward", "new_value", root / "sft", LORA, ADAM)
     pairs = [(tuple(a), tuple(b)) for a, b in zip(sequences[:4], sequences[4:], strict=True)]
-    rank.ranking_step("reward", pairs, [(0, 1)] * 4, "pairs", 400, lr=1e-2)
+    rank.ranking_step("reward", pairs, [(0, 1)] * 4, [1.0] * 4, "pairs", 400, lr=1e-2)
     raw = rank.last_values("reward", [tuple(ids) for ids in sequences], 400).tolist()
     rank.normalise("reward", 2.0, -0.5)
     rank.save("reward", root / "reward")

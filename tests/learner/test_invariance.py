@@ -319,7 +319,7 @@ def test_steps_of_sft_and_ranking_are_those_of_plain_pytorch(group_of, models, e
     assert sums == pytest.approx({"loss": loss, "grad_norm": norm}, rel=1e-4)
     assert_close(saved(group, "sft", tmp_path / "sft"), weights, models / "policy")
     weights, norm = expected["ranking"]
-    sums = call(group.ranking_step("reward", GROUPS, RANKS, "pairs", cut.budget, 1.0))
+    sums = call(group.ranking_step("reward", GROUPS, RANKS, [1.0] * len(RANKS), "pairs", cut.budget, 1.0))
     assert sums["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert_close(saved(group, "reward", tmp_path / "reward"), weights, models / "reward")
 

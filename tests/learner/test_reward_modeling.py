@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from learner.progress import Progress
 from learner.reward_modeling import (
     RankedGroup,
     held_out_accuracy,
+    item_numbers,
     ranked_group,
     reward_modeling,
     split_groups,
+    weighed,
 )
 from reward_server.model import load_reward_model, normalisation
 from reward_server.preferences.labeling import Comparison
@@ -117,6 +120,76 @@ def test_identical_completions_ranked_differently_are_kept():
     assert same in train + held_out
 
 
+# --- labelers and their weights
+
+
+def by(labeler: str | None, number: int, *ranks: int) -> RankedGroup:
+    """A ranking of the two completions of prompt `number`."""
+    return replace(group(number), ranks=ranks or (0, 1), labeler=labeler)
+
+
+def test_an_item_is_what_different_labelers_ranked():
+    rows = [by("p1", 0), by("p2", 1), by("p2", 0, 1, 0), by(None, 0), by(None, 0), by("p1", 0), by("p3", 1)]
+    assert item_numbers(rows) == [0, 1, 0, 2, 3, 4, 1]  # what p1 ranked once more is an item of its own
+    shuffled = replace(rows[2], sequences=rows[2].sequences[::-1])
+    assert item_numbers([rows[0], shuffled]) == [0, 0]
+    other = replace(rows[2], family="another")
+    assert item_numbers([rows[0], other]) == [0, 1]
+
+
+def test_without_weights_rankings_of_one_item_share_the_weight_of_one():
+    rows = [by("p1", 0), by("p2", 0), by("p1", 1), by(None, 1), by("simulated:vader", 2), by("simulated:vader", 2)]
+    assert [one.weight for one in weighed(rows, {})] == [0.5, 0.5, 1.0, 1.0, 1.0, 1.0]
+    alone = [group(i) for i in range(4)]
+    assert weighed(alone, {}) == alone
+
+
+def test_a_weight_of_zero_is_a_row_that_is_not_there_and_others_share_by_their_weights():
+    rows = [by("p1", 0), by("p2", 0), by("p2", 1), by("p3", 2), by("p1", 2)]
+    found = weighed(rows, {"p2": 0.0, "p3": 0.5})
+    assert found == weighed([rows[0], rows[3], rows[4]], {"p3": 0.5})
+    assert [(one.labeler, one.weight) for one in found] == [
+        ("p1", 1.0),
+        ("p3", pytest.approx(1 / 3)),  # the item weighs 1, as p1 does
+        ("p1", pytest.approx(2 / 3)),
+    ]
+    assert [one.weight for one in weighed(rows[2:4], {"p2": 0.25, "p3": 2.0})] == [0.25, 2.0]
+
+
+def test_weights_of_nobody_and_of_everybody_are_refused():
+    with pytest.raises(ValueError, match=r"names bob, eve, who ranked no comparison: they are by p1, p2"):
+        weighed([by("p2", 0), by("p1", 1)], {"bob": 1.0, "p1": 2.0, "eve": 0.0})
+    with pytest.raises(ValueError, match=r"names p1, who ranked no comparison: they do not say who ranked"):
+        weighed([group(0)], {"p1": 1.0})
+    with pytest.raises(ValueError, match="leaves out every comparison"):
+        weighed([by("p1", 0), by("p1", 1)], {"p1": 0.0})
+
+
+@pytest.mark.parametrize("text", ["p1", "p1=", "p1=-1", "p1=inf", "=1", "p1=nan", "p1=half"])
+def test_weights_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="must be names with weights of 0 or more, such as p1=0"):
+        RewardModelingConfig(labeler_weights=text)
+
+
+def test_weights_are_read_by_labeler():
+    assert RewardModelingConfig().weights == {}
+    assert RewardModelingConfig(labeler_weights=" p1=0.5, a=b=0 ,").weights == {"p1": 0.5, "a=b": 0.0}
+
+
+def test_labeler_and_control_are_those_of_the_comparison():
+    one = replace(compared("a", 1), labeler="p1", control=True)
+    found = ranked_group(one, ENCODING)
+    assert (found.labeler, found.control, found.weight) == ("p1", True, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rankings_of_one_item_are_on_one_side(seed):
+    rows = [by(labeler, number) for number in range(8) for labeler in ("p1", "p2", "p3")]
+    train, held_out = split_groups(weighed(rows, {}), config(seed=seed))
+    assert (len(train), len(held_out)) == (18, 6)
+    assert not {one.family for one in train} & {one.family for one in held_out}
+
+
 # --- the loop
 
 
@@ -128,8 +201,8 @@ class FakeLearner:
         self.steps: list[tuple] = []
         self.scale = (1.0, 0.0)
 
-    async def ranking_step(self, name, groups, ranks, normaliser, max_tokens, lr):
-        self.steps.append((groups, ranks, normaliser, lr))
+    async def ranking_step(self, name, groups, ranks, weights, normaliser, max_tokens, lr):
+        self.steps.append((groups, ranks, normaliser, lr, weights))
         return {"pairs": 4.0, "correct": 3.0, "log_loss": 2.0, "prompt_accuracy": 2.5, "grad_norm": 0.5}
 
     async def last_values(self, name, sequences, max_tokens):
@@ -182,6 +255,42 @@ def test_each_epoch_takes_every_training_prompt_once_with_all_its_completions():
             "progress/total": 4.0,
         },
     )
+
+
+def test_all_rankings_of_a_prompt_are_in_one_step():
+    """Else a step would hold a prompt twice, or its half."""
+    learner = FakeLearner(lambda token: -float(token))
+    rows = [by(labeler, number) for labeler in ("p1", "p2") for number in range(8)]
+    train(learner, weighed(rows, {}), config())
+    assert [len(step[0]) for step in learner.steps] == [8, 4]  # 6 prompts: 4 and 2, with two rankings each
+    for sequences, _, _, _, weights in learner.steps:
+        assert sequences[::2] == sequences[1::2]
+        assert set(weights) == {0.5}
+    plain = FakeLearner(lambda token: -float(token))
+    train(plain, rows[:8], config())
+    assert [step[0] for step in plain.steps] == [step[0][::2] for step in learner.steps]
+
+
+def test_accuracy_is_told_by_labeler_and_on_the_control_alone():
+    learner: Any = FakeLearner(lambda token: 100.0 - token)
+    rows = [by("p1", 0), by("p2", 0, 1, 0), by("p1", 1), by("p2", 2, 1, 1), by("p3", 3, 0, 0)]
+    marked = [replace(one, control=number in (1, 2)) for number, one in enumerate(rows)]
+    # p2 ranks the worse one, whose last token is larger, first: only in the first of two, as the other is a tie
+    marked[1] = replace(marked[1], sequences=marked[0].sequences)
+    found = asyncio.run(held_out_accuracy(learner, marked, 64))
+    assert (found.pairs, found.prompts) == (3, 2)
+    assert {name: (one.pairs, one.accuracy) for name, one in found.by_labeler.items()} == {
+        "p1": (2, 1.0),
+        "p2": (1, 0.0),
+    }
+    assert found.control is not None
+    assert (found.control.pairs, found.control.prompts, found.control.accuracy) == (2, 2, 0.5)
+
+
+def test_one_labeler_and_no_choice_have_no_parts():
+    learner: Any = FakeLearner(lambda token: 100.0 - token)
+    found = asyncio.run(held_out_accuracy(learner, [by("p1", 0), replace(by("p1", 1), control=True)], 64))
+    assert (found.by_labeler, found.control) == ({}, None)
 
 
 def test_the_result_is_measured_on_held_out_prompts_after_normalising():
@@ -279,3 +388,18 @@ def test_a_tiny_model_learns_a_preference_that_length_does_not_tell(learner, wor
     stored = normalisation(load_reward_model(tmp_path, torch.float32))
     assert stored.gain == 1.0
     assert stored.bias == worker.networks.engine("reward").module.bias
+
+
+def test_a_ranking_given_twice_teaches_what_it_teaches_once(learner, folders, tmp_path):
+    """By two labelers who agree: two rows of half the weight."""
+    groups = [replace(preference(number), labeler="p1") for number in range(24)]
+    demonstrations = [preference(1000 + number).sequences[0] for number in range(4)]
+    network, found = NetworkConfig(dtype="float32"), []
+    settings = config(prompts_per_batch=6, network=network, optimizer=OptimizerConfig(lr=1e-3))
+    for rows in (groups, [replace(one, labeler=name) for one in groups for name in ("p1", "p2")]):
+        asyncio.run(learner.load("reward", "value", folders / "reward", network, settings.optimizer))
+        accuracy, _ = train(learner, weighed(rows, {}), settings, demonstrations)
+        values = asyncio.run(learner.last_values("reward", demonstrations, 256))
+        found.append((values, accuracy.accuracy, accuracy.accuracy_ci, accuracy.prompt_accuracy))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    assert found[0][1:] == found[1][1:]

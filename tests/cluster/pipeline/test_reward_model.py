@@ -57,6 +57,44 @@ def test_reward_modelling_writes_the_model_its_calibration_and_figures(tmp_path,
     assert made_of(one) == {"reward": [str(base), *map(str, data.values())]}
 
 
+def test_accuracy_by_labeler_and_on_the_control_is_told_and_kept(tmp_path, base, capsys):
+    rankings = [
+        comparison(number) | {"id": f"{number}:{labeler}", "labeler": labeler, "control": number % 2 == 0}
+        for number in range(8)
+        for labeler in ("p1", "p2", "p3")
+    ]
+    wrong = [one | {"ranks": [1, 0]} if one["labeler"] == "p2" else one for one in rankings]
+    data = {"comparisons": rows(tmp_path / "c.jsonl", *wrong), "demonstrations": rows(tmp_path / "d.jsonl", ASK)}
+    reward = {"valid_share": 0.5, "labeler_weights": "p3=0"}
+    one = make_job(tmp_path / "run", data=data, models={"sft": base}, reward=reward)
+    (one.run_dir / "reward").mkdir()
+    learner = FakeLearner()
+    run_stage(RewardModel(one), learner)
+    figures = summary(one)["reward"]
+    calibration = json.loads((one.run_dir / "reward" / "calibration.json").read_text())
+    assert {name: (part["accuracy"], part["pairs"]) for name, part in figures["by_labeler"].items()} == {
+        "p1": (1.0, 4),
+        "p2": (0.0, 4),
+    }
+    assert figures["control"]["accuracy"] == 0.5
+    assert (calibration["by_labeler"], calibration["control"]) == (figures["by_labeler"], figures["control"])
+    (_, groups, _, weights, *_), *_ = learner.named("ranking_step")
+    assert (len(groups), set(weights)) == (8, {0.5})  # four prompts, by p1 and p2
+    said = capsys.readouterr().out
+    assert "reward: rankings of p2: pair accuracy 0.000 on 4 held-out pairs (95 % interval 0.00 to 0.00)" in said
+    assert said.index("reward: the control: pair accuracy 0.500") < said.index("rankings of p2") < said.index("of p1:")
+
+
+def test_weights_of_a_labeler_who_ranked_nothing_stop_before_anything_is_loaded(tmp_path, base):
+    ranked = [comparison(number) | {"labeler": "p1"} for number in range(8)]
+    data = {"comparisons": rows(tmp_path / "c.jsonl", *ranked), "demonstrations": rows(tmp_path / "d.jsonl", ASK)}
+    one = make_job(tmp_path / "run", data=data, models={"sft": base}, reward={"labeler_weights": "p1=1,p7=0.5"})
+    learner = FakeLearner()
+    with pytest.raises(ValueError, match="labeler_weights names p7, who ranked no comparison: they are by p1"):
+        run_stage(RewardModel(one), learner)
+    assert learner.calls == []
+
+
 def test_unranked_comparisons_stop_before_anything_is_loaded(tmp_path, base):
     unranked = {key: value for key, value in comparison(1).items() if key != "ranks"}
     data = {"comparisons": rows(tmp_path / "c.jsonl", unranked), "demonstrations": rows(tmp_path / "d.jsonl", ASK)}

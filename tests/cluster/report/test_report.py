@@ -292,6 +292,15 @@ def test_the_terminal_shows_figures_and_samples_and_names_the_labeler(one: Path)
     assert f"PPO-ptx  {first.gold:+.2f}  {first.response}" in shown
 
 
+def test_accuracy_by_labeler_and_on_the_control_is_shown(tmp_path: Path):
+    part = {"accuracy": 0.75, "accuracy_ci": [0.5, 0.9], "pairs": 40, "prompts": 12}
+    reward = {"accuracy": 0.7, "by_labeler": {"p1": part, "p2": part | {"accuracy": 0.6}}, "control": part}
+    (tmp_path / "summary.json").write_text(json.dumps({"rankings": "people", "reward": reward}))
+    text = Page(write_report(tmp_path)).text
+    assert "reward model, control, drawn at random 0.750 95% CI 0.50 to 0.90, 40 pairs" in text
+    assert "reward model, rankings of p2 0.600 95% CI 0.50 to 0.90, 40 pairs" in text
+
+
 def test_rankings_of_people_are_not_called_simulated(tmp_path: Path):
     reward = {"accuracy": 0.7, "longer_wins": 0.5}
     (tmp_path / "summary.json").write_text(

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from learner.maths.accuracy import RankGap, calibration_bins, ordered_pairs, pair_credit, reward_accuracy, sum_by_prompt
+from learner.maths.accuracy import (
+    PartAccuracy,
+    RankGap,
+    calibration_bins,
+    ordered_pairs,
+    pair_credit,
+    part_accuracy,
+    reward_accuracy,
+    sum_by_prompt,
+)
 
 GROUP = torch.tensor([9, 9, 9, 2, 2, 5])
 RANKS = torch.tensor([0, 1, 1, 3, 0, 0])
@@ -82,6 +91,26 @@ def test_accuracy_ignores_order_and_offset_of_the_scores() -> None:
     plain = reward_accuracy(SCORES, GROUP, RANKS, LENGTHS, resamples=50, seed=0)
     assert moved.score_std == pytest.approx(plain.score_std)
     assert replace(moved, score_std=plain.score_std) == plain
+
+
+def test_rankings_of_one_item_are_one_prompt_and_the_parts_are_measured_alone() -> None:
+    """Two labelers rank A and B alike, a third the other way round; a second prompt is ranked by the first alone."""
+    scores = torch.tensor([2.0, 1.0] * 3 + [0.0, 3.0])
+    group = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    items = torch.tensor([0] * 6 + [1] * 2)
+    ranks = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])
+    found = reward_accuracy(scores, group, ranks, torch.ones_like(ranks), resamples=200, seed=0, items=items)
+    assert (found.pairs, found.prompts) == (4, 2)
+    assert found.accuracy == pytest.approx(2 / 4)
+    assert found.prompt_accuracy == pytest.approx((2 / 3 + 0) / 2)
+    assert found.accuracy_ci == (0.0, pytest.approx(2 / 3))  # either prompt twice: never a labeler alone
+
+    def of(*rankings: int) -> PartAccuracy | None:
+        return part_accuracy(scores, group, ranks, items, torch.isin(group, torch.tensor(rankings)), 200, 0)
+
+    assert of(0, 3) == PartAccuracy(pairs=2, prompts=2, accuracy=0.5, accuracy_ci=(0.0, 1.0))
+    assert of(2) == PartAccuracy(pairs=1, prompts=1, accuracy=0.0, accuracy_ci=(0.0, 0.0))
+    assert of(9) is None
 
 
 def test_rankings_that_are_all_ties_are_refused() -> None:

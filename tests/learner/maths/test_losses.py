@@ -191,6 +191,21 @@ def test_ranking_loss_of_one_prompt(ranks, normaliser, expected, pairs, correct,
     assert abs(float(actual.sum())) < 1e-12
 
 
+def test_weights_multiply_the_loss_of_a_prompt_and_not_its_statistics() -> None:
+    scores = SCORES.repeat(2).float().requires_grad_()
+    group, ranks = torch.tensor([7] * 4 + [3] * 4), torch.tensor(A_D_B_C + A_BD_C)
+    plain, _, stats = kwise_loss(scores, group, ranks, "pairs")
+    ones, _, same = kwise_loss(scores, group, ranks, "pairs", torch.ones(8))
+    assert torch.equal(ones, plain)
+    assert all(torch.equal(same[name], stats[name]) for name in stats)
+    gradients = [torch.autograd.grad(loss, scores, retain_graph=True)[0] for loss in (ones, plain)]
+    assert torch.equal(*gradients)
+    # 0.348717 and 0.330963 each, as above
+    half, _, same = kwise_loss(scores, group, ranks, "pairs", torch.tensor([0.5] * 4 + [2.0] * 4))
+    assert half.item() == pytest.approx(0.5 * 0.348717 + 2 * 0.330963, abs=1e-5)
+    assert all(torch.equal(same[name], stats[name]) for name in stats)
+
+
 def test_log_loss_is_summed_over_pairs() -> None:
     group = torch.zeros(4, dtype=torch.long)
     sums = [kwise_loss(SCORES, group, torch.tensor(r), "all")[2]["log_loss"] for r in (A_D_B_C, A_B_C_D, A_BD_C)]

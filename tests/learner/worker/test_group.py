@@ -115,7 +115,7 @@ def test_what_is_the_same_on_every_rank_is_not_added(fakes):
 
 
 def test_a_sum_that_only_one_rank_has_is_kept(fakes):
-    assert call(fakes.ranking_step("reward", [], [], "pairs", 64, 1e-3)) == {"loss": 3.25, "pairs": 6.0}
+    assert call(fakes.ranking_step("reward", [], [], [], "pairs", 64, 1e-3)) == {"loss": 3.25, "pairs": 6.0}
     assert add_sums([{}, {"a": 1.0}, {"b": 2.0, "a": 3.0}]) == {"a": 4.0, "b": 2.0}
     assert add_sums([{"ratio/max": 1.5}, {}, {"ratio/max": 1.25}]) == {"ratio/max": 1.5}
 
@@ -226,7 +226,7 @@ def test_a_ranking_step_is_that_of_one_rank(one_and_two, folders, tmp_path):
     found, values, weights = {}, {}, {}
     for name, group in one_and_two.items():
         call(group.load("reward", "value", folders / "reward", FULL, ADAM))
-        found[name] = call(group.ranking_step("reward", groups, ranks, "pairs", 40, 1e-2))
+        found[name] = call(group.ranking_step("reward", groups, ranks, [1.0] * 3, "pairs", 40, 1e-2))
         values[name] = call(group.last_values("reward", [s for g in groups for s in g], 40))
         weights[name] = saved(group, "reward", tmp_path / name)
     assert found["two"] == close(found["one"])

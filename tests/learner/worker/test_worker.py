@@ -92,10 +92,28 @@ def test_a_ranking_step_has_the_gradient_of_the_kwise_loss(worker, folders):
     assert prompts == 2  # the third prompt is all ties
     (loss / prompts).backward()
     expected = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
-    sums = worker.ranking_step("reward", groups, ranks, "pairs", 30, lr=1e-3)
+    sums = worker.ranking_step("reward", groups, ranks, [1.0] * len(ranks), "pairs", 30, lr=1e-3)
     assert sums["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert sums["grad_norm"] == pytest.approx(expected, rel=1e-3)
     assert sums["pairs"] == 6 + 5
+
+
+def test_a_ranking_step_is_the_mean_by_weight_and_a_ranking_of_two_halves_is_one_of_one(worker, folders):
+    groups = [[example(6 + k, 1, 10 * g + k).ids for k in range(3)] for g in range(2)]
+    first, second, tied = [0, 1, 2], [2, 0, 0], [1, 1, 1]
+
+    def gradient(rows, ranks, weights):
+        worker.load("reward", "value", folders / "reward", FULL, ADAM)
+        sums = worker.ranking_step("reward", [groups[i] for i in rows], ranks, weights, "pairs", 1000, lr=1e-3)
+        return sums["loss"], sums["grad_norm"]
+
+    loss, norm = gradient([0, 1], [first, second], [1.0, 1.0])
+    halves = gradient([0, 1, 0], [first, second, first], [0.5, 1.0, 0.5])
+    assert halves == pytest.approx((loss, norm), rel=1e-5)
+    assert gradient([0, 1], [first, second], [3.0, 3.0]) == pytest.approx((3 * loss, norm), rel=1e-5)
+    assert gradient([0, 1, 1], [first, second, tied], [1.0, 1.0, 5.0]) == pytest.approx((loss, norm), rel=1e-5)
+    alone = gradient([0], [first], [1.0])
+    assert gradient([0, 1], [first, second], [1.0, 1e-9]) == pytest.approx(alone, rel=1e-4)
 
 
 def test_k_completions_are_k_forwards_however_many_pairs(worker, folders, monkeypatch):
@@ -106,7 +124,7 @@ def test_k_completions_are_k_forwards_however_many_pairs(worker, folders, monkey
     monkeypatch.setattr(
         worker.networks, "call", lambda name, ids, *places: rows.append(len(ids)) or call(name, ids, *places)
     )
-    sums = worker.ranking_step("reward", groups, ranks, "pairs", 60, lr=1e-3)
+    sums = worker.ranking_step("reward", groups, ranks, [1.0] * len(ranks), "pairs", 60, lr=1e-3)
     assert sums["pairs"] == 1 + 3 + 6 + 10
     assert sum(rows) == 2 + 3 + 4 + 5
 
@@ -241,7 +259,7 @@ def test_a_reward_model_of_every_family_learns_to_rank_and_is_read_as_a_critic(w
     worker.load("reward", "new_value", tmp_path / "base", network, ADAM)
     groups = [[(5, 60, 7, 2), (5, 60, 9, 11, 2), (5, 60, 2)], [(9, 8, 7), (9, 8, 6, 5, 4)]]
     ranks = [[2, 1, 3], [1, 2]]
-    losses = [worker.ranking_step("reward", groups, ranks, "pairs", 40, 1e-2)["loss"] for _ in range(4)]
+    losses = [worker.ranking_step("reward", groups, ranks, [1.0] * 2, "pairs", 40, 1e-2)["loss"] for _ in range(4)]
     assert losses[-1] < 0.7 * losses[0]
     worker.normalise("reward", gain=2.0, bias=0.5)
     sequences = [ids for group in groups for ids in group]
