@@ -26,6 +26,10 @@ _HEAD = "score.weight"
 _SHOWN = 4  # names of tensors in an error
 
 
+class NoDecoder(ValueError):
+    """A folder of a model that has no linear head `score` over a decoder, such as an encoder with a classifier."""
+
+
 def open_with(auto: Any, path: str | Path, loading: LoadingConfig = UNTRUSTED, **settings: Any) -> Any:
     """`auto.from_pretrained(path)`; code that the folder brings is run as `loading` says: no terminal is asked."""
     try:
@@ -79,7 +83,7 @@ def load_weights(
         )
     head = getattr(model, "score", None)
     if kind != "policy" and not (isinstance(head, nn.Linear) and head.bias is None):
-        raise ValueError(
+        raise NoDecoder(
             f"{path} is a {type(model).__name__}, which has no linear head 'score' over a decoder; use a "
             "causal language model such as Llama, Qwen or GPT-2"
         )

@@ -35,6 +35,9 @@ class FakePool:
     async def rewards(self, model: Path | None, scoring: Any = None) -> Any:
         return self._rewards
 
+    async def sampling(self, model: Path, scored_by: Path | None) -> tuple[Any, Any]:
+        return await self.fresh_generators(model), await self.rewards(scored_by)
+
     async def all(self, model: Path, scored_by: Path | None, fresh: bool = False) -> tuple[Any, Any, Any]:
         generators = self.fresh_generators if fresh else self.generators
         return await self.learner(), await generators(model), await self.rewards(scored_by)

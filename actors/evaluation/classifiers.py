@@ -72,21 +72,11 @@ class FolderClassifier:
 
     def __init__(self, path: str, label: str | int | None = None, loading: LoadingConfig = UNTRUSTED) -> None:
         """Raises ValueError for a folder that holds no whole classifier, or not that label."""
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        try:
-            model, report = open_with(AutoModelForSequenceClassification, path, loading, output_loading_info=True)
-            self._tokenizer: Any = open_with(AutoTokenizer, path, loading)
-        except OSError as error:
-            raise ValueError(
-                f"{path} is no classifier of transformers ({error}); name a folder, or {OFFLINE}"
-            ) from error
-        if missing := report["missing_keys"]:
-            raise ValueError(f"{path} is no classifier: its weights lack {sorted(missing)[:4]}, which would be random")
-        self._model: Any = model.eval()
-        self._label = _label(path, model.config.id2label, label)
-        self._independent = model.config.num_labels == 1 or model.config.problem_type == "multi_label_classification"
-        self.name = f"{path} ({model.config.id2label[self._label]})"
+        self._model, self._tokenizer = _open(path, loading)
+        config = self._model.config
+        self._label = _label(path, config.id2label, label)
+        self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        self.name = f"{path} ({config.id2label[self._label]})"
 
     def scores(self, texts: list[str]) -> list[float]:
         """Texts of more than 512 tokens (or the model's own limit) are cut."""
@@ -101,6 +91,45 @@ class FolderClassifier:
         if not all(map(math.isfinite, found)):
             raise ValueError(f"{self.name} gave {found}, no finite numbers; name another classifier")
         return found
+
+
+class PairClassifier:
+    """A classifier of one label that reads a prompt and a response as a pair: a reward model that is an encoder."""
+
+    def __init__(self, path: str, loading: LoadingConfig = UNTRUSTED) -> None:
+        """Raises ValueError for a folder that holds no whole classifier, or one of several labels."""
+        self._model, self._tokenizer = _open(path, loading)
+        if (labels := self._model.config.num_labels) != 1:
+            raise ValueError(f"{path} has {labels} labels, and a score is one number")
+        limits = self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", None)
+        self._most = min(limit for limit in limits if limit)
+
+    def score(self, prompt: str, response: str) -> float | None:
+        """The label's logit, higher is better; None where the pair has more tokens than the model reads."""
+        import torch
+
+        pair = self._tokenizer(prompt, response, return_tensors="pt")
+        if pair["input_ids"].shape[1] > self._most:
+            return None
+        with torch.inference_mode():
+            found = float(self._model(**pair).logits.float())
+        if not math.isfinite(found):
+            raise ValueError(f"{self._model.name_or_path} gave {found}, no finite number; name another judge")
+        return found
+
+
+def _open(path: str, loading: LoadingConfig) -> tuple[Any, Any]:
+    """(model, tokenizer)"""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        model, report = open_with(AutoModelForSequenceClassification, path, loading, output_loading_info=True)
+        tokenizer = open_with(AutoTokenizer, path, loading)
+    except OSError as error:
+        raise ValueError(f"{path} is no classifier of transformers ({error}); name a folder that is") from error
+    if missing := report["missing_keys"]:
+        raise ValueError(f"{path} is no classifier: its weights lack {sorted(missing)[:4]}, which would be random")
+    return model.eval(), tokenizer
 
 
 def _label(path: str, names: dict[int, str], label: str | int | None) -> int:

@@ -84,6 +84,11 @@ class ProcessPool:
         assert self._rewards is not None
         return self._rewards
 
+    async def sampling(self, model: Path, scored_by: Path | None) -> tuple[Fleet, RewardClient]:
+        """Generators with the weights of `model` (see fresh_generators) and rewards; those missing start together."""
+        await self._start(self._no_generators(model, fresh=True) | self._no_rewards(scored_by))
+        return await self.generators(model), await self.rewards(scored_by)
+
     async def all(
         self, model: Path, scored_by: Path | None, fresh: bool = False
     ) -> tuple[LearnerGroup, Fleet, RewardClient]:

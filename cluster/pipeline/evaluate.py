@@ -4,7 +4,6 @@ import asyncio
 import logging
 import math
 import random
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,6 @@ from cluster.runtime.resources import KINDS
 from learner.config import PPOConfig
 from reward_server.preferences.labeling import Labeler, load_labeler
 from reward_server.preferences.records import json_lines, read_all, write_whole
-from reward_server.schema import ScoreRequest
 
 if TYPE_CHECKING:
     from actors.chat import ChatExample
@@ -206,12 +204,15 @@ class Evaluator:
         """
         import torch
 
+        from actors.scoring import score_groups
         from learner.maths.intervals import bootstrap_interval
 
         job, evaluation, held_out, started = self.job, self.job.config.evaluation, self.held_out, time.monotonic()
         completions, loss = await together(self._answers(), self._text_loss(config), at_once=self.apart)
         golds = held_out.labeler.verdicts([c.text for c in completions])
-        scores = await self._scores(name, completions)
+        groups = [[one] for one in completions]
+        scored = await score_groups(self.rewards, held_out.prompts, groups, job.config.rollout.missing_eos)
+        scores = [score for (score,) in scored]
         token_kls = await self._kl(completions, config)
         kls = [sum(nats) for nats in token_kls]
         pieces = [held_out.encoding.pieces(completion.response_ids) for completion in completions]
@@ -273,16 +274,6 @@ class Evaluator:
         budget = config.max_tokens_per_microbatch
         async with self.fleet.occupied():
             return await self.learner.language_model_loss("policy", self.held_out.text, budget)
-
-    async def _scores(self, name: str, completions: Sequence[Completion]) -> list[float]:
-        nonce = secrets.token_hex(6)  # a server that lives longer than this process must not know the ids
-        requests = [
-            ScoreRequest(id=f"{nonce}/{name}/{p.id}", prompt=p.messages, response=c.text, ended=c.ended)
-            for p, c in zip(self.held_out.prompts, completions, strict=True)
-        ]
-        missing_eos = self.job.config.rollout.missing_eos
-        replies = await self.rewards.score(requests)
-        return [missing_eos.apply(r.score, c.ended) for r, c in zip(replies, completions, strict=True)]
 
     async def _kl(self, completions: Sequence[Completion], config: PPOConfig) -> list[list[float]]:
         """The KL to the SFT model of each response token, by the estimator k1, nats."""

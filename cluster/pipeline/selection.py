@@ -15,7 +15,6 @@ from rich.table import Table
 
 from actors.prompts import Prompt, fitting, read_prompts
 from cluster.pipeline.stage import SAMPLING, SECTIONS, Stage
-from reward_server.schema import ScoreRequest
 
 if TYPE_CHECKING:
     from actors.rollout import Scorer
@@ -88,10 +87,10 @@ class Select(Stage):
 
     async def run(self, processes: "ProcessPool", inputs: Epochs) -> None:
         job, name, prompts = self.job, self.job.config.select.model, inputs.prompts
-        rewards, found = await processes.rewards(job.reward_to_serve), []
+        found: list[Candidate] = []
         with job.tracker.phase(f"select: {len(inputs.folders)} epochs on {len(prompts)} prompts", f"select-{name}"):
             for folder in inputs.folders:
-                fleet = await processes.fresh_generators(folder)
+                fleet, rewards = await processes.sampling(folder, job.reward_to_serve)
                 one = await self._measure(fleet, rewards, inputs, int(folder.name))
                 found.append(one)
                 low, high = one.score_ci
@@ -111,25 +110,17 @@ class Select(Stage):
         """One response a prompt at temperature 1, from the same seeds for every epoch."""
         import torch
 
+        from actors.config import MissingEos
         from actors.sampling import sample
+        from actors.scoring import score_groups
         from learner.maths.intervals import bootstrap_interval
 
         job, select = self.job, self.job.config.select
         rollout = job.config.rollout.model_copy(update={"temperature": 1.0})
         groups = await sample(fleet, inputs.prompts, inputs.encoding, rollout, samples=1, seed=select.seed)
         completions = [group[0] for group in groups]
-        replies = await rewards.score(
-            [
-                ScoreRequest(
-                    id=f"{job.tracker.run_id}/select-{select.model}-{epoch}/{prompt.id}",
-                    prompt=prompt.messages,
-                    response=completion.text,
-                    ended=completion.ended,
-                )
-                for prompt, completion in zip(inputs.prompts, completions, strict=True)
-            ]
-        )
-        scores = torch.tensor([reply.score for reply in replies], dtype=torch.float64)
+        scored = await score_groups(rewards, inputs.prompts, groups, MissingEos(rule="none"))
+        scores = torch.tensor(scored, dtype=torch.float64)[:, 0]
         return Candidate(
             epoch=epoch,
             score=fmean(scores.tolist()),

@@ -139,7 +139,9 @@ def load_network(kind: Kind, path: Path, network: NetworkConfig, loading: Loadin
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
-                module.training = True  # else it checkpoints nothing; the modules in it stay without dropout
+                module.training = True  # else it checkpoints nothing; the modules in it stay without dropout,
+                for name in [name for name, value in vars(module).items() if "drop" in name and type(value) is float]:
+                    setattr(module, name, 0.0)  # and so does what it drops by itself, such as OPT's layers
     if kind == "policy":
         return PolicyNetwork(model, network.logprob_chunk)
     return ValueNetwork(model, normalisation(model) if kind == "value" else Normalisation(gain=1.0, bias=0.0))

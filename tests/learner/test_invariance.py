@@ -98,6 +98,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_causal_lm(root / "policy", hidden=72, tied=False)
     tiny_causal_lm(root / "tied", hidden=72)
     tiny_reward_model(root / "reward")
+    _policy["model"] = causal(root / "policy").eval()
     return root
 
 
@@ -239,7 +240,6 @@ RANKS = [[0, 1], [1, 0, 0], [2, 0, 1, 1]]
 def expected(models) -> dict[str, tuple]:
     """Weights after one step of every loss, and what is reported of it, by plain PyTorch."""
     found: dict[str, tuple] = {}
-    _policy["model"] = causal(models / "policy").eval()
     for name, episodes, texts, by in (("ppo", 5, TEXTS, "tokens"), ("alone", 1, TEXTS[:1], "sequences")):
         batch, targets = ppo_inputs(episodes)
         model = causal(models / "policy")

@@ -16,10 +16,8 @@ from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage
 from cluster.rundir.files import read_rows
 from reward_server.preferences.labeling import Labeler, load_labeler
 from reward_server.preferences.records import json_lines, read_all
-from reward_server.schema import ScoreRequest
 
 if TYPE_CHECKING:
-    from actors.rollout import Scorer
     from cluster.fleet.pool import ProcessPool
     from cluster.pipeline.evaluation.figures import Figure
     from reward_server.encoding import ChatEncoding
@@ -129,6 +127,7 @@ class BestOfN(Stage):
     async def _rows(self, processes: "ProcessPool", inputs: Questions) -> list[dict[str, Any]]:
         """A row a prompt, with all of its responses, in the order of the prompts."""
         from actors.sampling import sample
+        from actors.scoring import score_groups
         from learner.data.journal import Journal
 
         job, config = self.job, self.job.config
@@ -137,33 +136,20 @@ class BestOfN(Stage):
         left = [prompt for prompt in inputs.prompts if prompt.id not in rows]
         size = config.rollout.prompts_per_wave * config.cluster.generators
         if left:
-            rewards = await processes.rewards(job.reward_to_serve)
-            fleet = await processes.fresh_generators(job.model(config.best_of_n.model))
+            model = job.model(config.best_of_n.model)
+            fleet, rewards = await processes.sampling(model, job.reward_to_serve)
             title = f"sample and score {n} responses to {len(left)} prompts"
             phase, bar = job.tracker.phase(title, self.name), job.tracker.console.progress(self.name, len(left))
             with contextlib.closing(journal), phase, bar as advance:
                 for some in (left[start : start + size] for start in range(0, len(left), size)):
                     seed = config.best_of_n.seed
                     groups = await sample(fleet, some, inputs.encoding, config.rollout, n, seed, advance)
-                    scores = await self._scores(rewards, some, groups)
+                    scores = await score_groups(rewards, some, groups, config.rollout.missing_eos)
                     for prompt, group, own in zip(some, groups, scores, strict=True):
                         rows[prompt.id] = _row(prompt, group, own, inputs.labeler)
                         journal.append(rows[prompt.id])
         await job.monitor.disk.ready()
         return [rows[prompt.id] for prompt in inputs.prompts]
-
-    async def _scores(
-        self, rewards: "Scorer", prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
-    ) -> list[list[float]]:
-        """As PPO is given them, cut-off responses included."""
-        missing_eos, name = self.job.config.rollout.missing_eos, f"{self.job.tracker.run_id}/{self.name}"
-        requests = [
-            ScoreRequest(id=f"{name}/{prompt.id}/{k}", prompt=prompt.messages, response=one.text, ended=one.ended)
-            for prompt, group in zip(prompts, groups, strict=True)
-            for k, one in enumerate(group)
-        ]
-        replies = iter(await rewards.score(requests))
-        return [[missing_eos.apply(next(replies).score, one.ended) for one in group] for group in groups]
 
 
 def curve(rows: Sequence[Mapping[str, Any]], n: int) -> list[Point]:

@@ -20,7 +20,7 @@ from reward_server.config import PartConfig
 from reward_server.preferences.judges import FORM, VERSION, ChatJudge, Vote, read_votes
 from reward_server.preferences.labeling import load_labeler
 from reward_server.preferences.records import read_all
-from reward_server.schema import ScoreRequest
+from reward_server.schema import Message, ScoreRequest
 
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
@@ -76,17 +76,26 @@ class LabelerJudge:
 
 
 class RewardModelJudge:
-    """A reward model's folder, whose scores are compared; equal ones are a tie."""
+    """A reward model's folder, whose scores are compared; equal ones are a tie.
+
+    A decoder is scored by the reward service. An encoder reads prompt and reply as a pair in this process, and gives
+    no verdict on what is longer than it reads.
+    """
 
     def __init__(self, folder: Path, job: Job) -> None:
         """Raises ValueError for a folder that holds no reward model."""
+        from actors.evaluation.classifiers import PairClassifier
         from reward_server.model import check_model
+        from reward_server.pretrained import NoDecoder
 
+        self.folder, self.name, self._encoder = folder, str(folder), None
         try:
-            check_model(folder, "raw_value", job.config.models)
+            try:
+                check_model(folder, "raw_value", job.config.models)
+            except NoDecoder:
+                self._encoder = PairClassifier(self.name, job.config.models)
         except ValueError as error:
             raise ValueError(f"evaluation.judges: {folder} is no reward model ({error})") from error
-        self.folder, self.name = folder, str(folder)
 
     def refuse_trained_on(self, job: Job, models: Mapping[str, Path]) -> None:
         """Raise ValueError where its weights are those that PPO trained one of the models on."""
@@ -100,15 +109,28 @@ class RewardModelJudge:
                 )
 
     async def prefer(self, job: Job, processes: "ProcessPool", pairs: Sequence[Pair]) -> list[Preference | None]:
+        said = {(pair.prompt.id, reply): pair.prompt for pair in pairs for reply in pair.replies}
+        both = [(prompt.messages, reply) for (_, reply), prompt in said.items()]
+        found = await (self._paired(both) if self._encoder else self._served(both, job, processes))
+        scores = dict(zip(said, found, strict=True))
+        return [_higher([scores[pair.prompt.id, reply] for reply in pair.replies]) for pair in pairs]
+
+    async def _served(
+        self, said: Sequence[tuple[tuple[Message, ...], Reply]], job: Job, processes: "ProcessPool"
+    ) -> list[float | None]:
         part = PartConfig(name="judge", kind="model", target=str(self.folder), raw=True)
         client = await processes.rewards(None, job.config.scoring.model_copy(update={"parts": (part,)}))
-        said = {(pair.prompt.id, reply): pair.prompt for pair in pairs for reply in pair.replies}
         requests = [
-            ScoreRequest(id=f"{n}", prompt=prompt.messages, response=reply.text, ended=reply.ended)
-            for n, ((_, reply), prompt) in enumerate(said.items())
+            ScoreRequest(id=f"{n}", prompt=prompt, response=reply.text, ended=reply.ended)
+            for n, (prompt, reply) in enumerate(said)
         ]
-        scores = {key: one.score for key, one in zip(said, await client.score(requests), strict=True)}
-        return [_higher([scores[pair.prompt.id, reply] for reply in pair.replies]) for pair in pairs]
+        return [one.score for one in await client.score(requests)]
+
+    async def _paired(self, said: Sequence[tuple[tuple[Message, ...], Reply]]) -> list[float | None]:
+        assert self._encoder
+        prompts = ("\n\n".join(message.content for message in prompt) for prompt, _ in said)
+        texts = [(prompt, reply.text) for prompt, (_, reply) in zip(prompts, said, strict=True)]
+        return [await asyncio.to_thread(self._encoder.score, *one) for one in texts]
 
 
 class ChatModelJudge(ChatJudge):
@@ -238,8 +260,10 @@ def _judge(name: str, job: Job) -> Judge:
     )
 
 
-def _higher(values: Sequence[float], margin: float = 0.0, votes: int = 1) -> Preference:
+def _higher(values: Sequence[float | None], margin: float = 0.0, votes: int = 1) -> Preference:
     one, other = values
+    if one is None or other is None:
+        return Preference(won=None)
     return Preference(won=0.5 if abs(other - one) <= margin else float(other > one), votes=votes)
 
 

@@ -49,7 +49,7 @@ class Recorder(FakeGenerator):
 
 
 class Judge:
-    """Likes epoch 2."""
+    """Likes epoch 2, the second that it is asked about."""
 
     def __init__(self):
         self.ids = []
@@ -58,12 +58,9 @@ class Judge:
         pass
 
     async def score(self, requests):
+        best = (0.5, 1.5, 1.25)[len(self.ids) // len(PROMPTS)]
         self.ids += [request.id for request in requests]
-        best = {"1": 0.5, "2": 1.5, "10": 1.25}
-        return [
-            ScoreReply(id=r.id, score=best[r.id.split("/")[1].rsplit("-", 1)[1]] + (r.id[-1] in "ab"), parts={})
-            for r in requests
-        ]
+        return [ScoreReply(id=r.id, score=best + (r.id.split("/")[1] in "ab"), parts={}) for r in requests]
 
 
 class Pool(FakePool):

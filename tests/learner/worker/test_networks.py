@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from learner.config import NetworkConfig
@@ -235,9 +237,13 @@ def calls_of_the_last_layer(network: torch.nn.Module) -> list[None]:
     return calls
 
 
-def test_dropout_is_off_even_where_checkpointing_needs_the_training_mode(tmp_path):
+@pytest.mark.parametrize("own_layers_drop", [False, True])
+def test_dropout_is_off_even_where_checkpointing_needs_the_training_mode(tmp_path, own_layers_drop):
     model = tiny_causal_lm(tmp_path)
     model.config.attention_dropout = 0.5
+    if own_layers_drop:  # in what is checkpointed, not in a module of its own
+        sizes: dict[str, Any] = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+        model = OPTForCausalLM(OPTConfig(vocab_size=512, num_attention_heads=2, dropout=0.5, **sizes))
     model.save_pretrained(tmp_path)
     plain, checkpointed = (
         load_network("policy", tmp_path, NetworkConfig(dtype="float32", gradient_checkpointing=on))

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertForSequenceClassification
 
 from actors.evaluation.task import Reply
 from actors.prompts import Prompt
@@ -26,7 +28,7 @@ from reward_server.schema import Message
 from tests.chat_server import serving
 from tests.fakes import FakeScorer
 from tests.stage_runs import make_job
-from tests.tiny_models import tiny_reward_model
+from tests.tiny_models import tiny_reward_model, tiny_tokenizer
 
 PROMPTS = [
     Prompt(id=f"p{n}", messages=(Message(role="user", content=f"question {n}"),), reference=None) for n in range(9)
@@ -102,6 +104,32 @@ def test_a_reward_model_scores_each_reply_once_and_whatever_its_normalisation(jo
     assert sorted(request.response for request in processes.scorer.batches[0]) == sorted(
         ["ab", "abc", "abc", "a", "abc", "xyz", "same"]
     )
+
+
+def encoder(folder: Path, labels: int) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "initializer_range": 1.0}
+    sizes |= {"vocab_size": len(tiny_tokenizer(folder)), "max_position_embeddings": 64, "num_labels": labels}
+    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(folder)
+
+
+def test_an_encoder_reads_prompt_and_reply_as_a_pair_and_says_nothing_of_what_it_cannot_read_whole(job, tmp_path):
+    encoder(tmp_path / "gold", labels=1)
+    tokenizer = tiny_tokenizer()
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "gold").eval()
+    some = pairs(("hello", "a fox"), ("a fox", "hello"), ("same", "same"), ("word " * 80, "a fox"))
+
+    def score(prompt: Prompt, reply: str) -> float:
+        return model(**tokenizer(prompt.messages[0].content, reply, return_tensors="pt")).logits.item()
+
+    gaps = [score(pair.prompt, pair.replies[1].text) - score(pair.prompt, pair.replies[0].text) for pair in some[:2]]
+    found = preferred(job(tmp_path / "gold"), some)
+    assert won(found) == [*(float(gap > 0) for gap in gaps), 0.5, None]
+    told = compared(some, found)
+    assert told
+    assert (told.win_rate.ties, told.unparsed) == (1, 1)
+    encoder(tmp_path / "gold", labels=2)
+    with pytest.raises(ValueError, match=r"gold is no reward model \(.*has 2 labels, and a score is one number"):
+        read_judges(job(tmp_path / "gold"))
 
 
 @pytest.mark.parametrize("where", ["run", "models.reward", "scoring.parts", "another run"])
