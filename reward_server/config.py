@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass
 from datetime import date
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 
 from reward_server.bearer import TOKEN_VARIABLE
 from reward_server.redaction import SECRET_NAME
+
+_T = TypeVar("_T")
+CommaSeparated = Annotated[
+    tuple[_T, ...], BeforeValidator(lambda given: given.split(",") * bool(given) if isinstance(given, str) else given)
+]
+"""A list that may be given as a text with commas; an empty text is an empty list."""
 
 
 @dataclass(frozen=True)

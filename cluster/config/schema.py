@@ -1,19 +1,13 @@
 """The configuration of a run: the sections that live beside the code they configure, composed."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from actors.config import GeneratorConfig, RolloutConfig
 from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
-from reward_server.config import LabelerConfig, LoadingConfig, NameOrPath, ServeConfig, SourceConfig
-
-_T = TypeVar("_T")
-CommaSeparated = Annotated[
-    tuple[_T, ...], BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given)
-]
-"""A list that may be given as a text with commas."""
+from reward_server.config import CommaSeparated, LabelerConfig, LoadingConfig, NameOrPath, ServeConfig, SourceConfig
 
 
 class _Section(BaseModel):

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,15 +165,15 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Write a file that is there with all of its content or, after an error or a crash, as it was before.
 
-    Raises NotWritten.
+    `mode` is who may read and write it, less what the umask takes. Raises NotWritten.
     """
     aside = path.with_name(f"{ASIDE}{path.name}-{os.getpid()}")
     try:
         with writing(path):
-            with aside.open("wb") as file:
+            with open(aside, "wb", opener=partial(os.open, mode=mode)) as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -98,17 +98,26 @@ def merge_rankings(comparisons: Sequence[Comparison], rankings: Sequence[Ranking
 def agreement_credit(rankings: Sequence[Rankings]) -> list[tuple[float, int]]:
     """(agreements, pairs) of each comparison that at least two labelers ranked, over all pairs of them.
 
-    The paper reports the share of pairs on which two labelers agree (section 3.4: 72.6 %). A pair of completions
-    that both put in the same order, or both tie, counts 1, a tie against an order 1/2, opposite orders 0.
+    The paper reports the share of pairs on which two labelers agree (section 3.4: 72.6 %).
     """
     credit = []
     for name in dict.fromkeys(name for one in rankings for name in one.ranks):
         by = [one.ranks[name] for one in rankings if name in one.ranks]
-        signs = [[_sign(ranks[j] - ranks[i]) for i in range(len(ranks)) for j in range(i)] for ranks in by]
-        agreed = [1 - abs(x - y) / 2 for k, a in enumerate(signs) for b in signs[:k] for x, y in zip(a, b, strict=True)]
-        if agreed:
-            credit.append((sum(agreed), len(agreed)))
+        found = [pair_credit(a, b) for k, a in enumerate(by) for b in by[:k]]
+        if pairs := sum(count for _, count in found):
+            credit.append((sum(agreed for agreed, _ in found), pairs))
     return credit
+
+
+def pair_credit(ranks: Sequence[int], others: Sequence[int]) -> tuple[float, int]:
+    """(agreements, pairs) of two rankings of the same completions.
+
+    A pair of completions that both put in the same order, or both tie, counts 1, a tie against an order 1/2, opposite
+    orders 0.
+    """
+    pairs = [(i, j) for i in range(len(ranks)) for j in range(i)]
+    apart = sum(abs(_sign(ranks[j] - ranks[i]) - _sign(others[j] - others[i])) for i, j in pairs)
+    return len(pairs) - apart / 2, len(pairs)
 
 
 def _sheet(comparisons: Sequence[Comparison], seed: int) -> Iterator[dict[str, Any]]:
