@@ -1,1 +1,1 @@
-"""Preferences: comparisons on disk, who ranks them, and the sheets on which people do."""
+"""Preferences: comparisons on disk, who ranks them, the sheets on which people do, files of labeling tools."""
