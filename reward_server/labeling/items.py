@@ -140,19 +140,13 @@ class Assignment:
     """version of the guidelines at the last change"""
     page: str | None = None
     """version of the page at the last change"""
+    ranks: tuple[int, ...] | None = None
+    """what was submitted, in the order of the item's completions: 0 for the best, without gaps; None unless ranked"""
 
     @property
     def responses(self) -> tuple[str, ...]:
         """The completions in the order in which they are shown."""
         return tuple(self.item.responses[index] for index in self.order)
-
-    @property
-    def ranks(self) -> tuple[int, ...] | None:
-        """Ranks in the order of the item's completions, 0 for the best, without gaps; None unless it was ranked."""
-        if not self.submitted or self.answer is None or self.answer.cannot is not None:
-            return None
-        given = [rank for rank in self.answer.ranks if rank is not None]
-        return dense(self.in_order(given)) if given else None
 
     def in_order(self, shown: Sequence[Shown]) -> list[Shown]:
         """K things that are in the order shown, in the order of the item's completions."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from reward_server.labeling.items import Answer, Assignment, Item
 from reward_server.preferences.records import NotWritten, RecordError, writing
+from reward_server.preferences.sheets import dense
 
 FILE = "log.jsonl"
 SAVE_S = 30.0
@@ -234,11 +235,15 @@ class State:
         old, kind = self.assignments[event["assignment"]], event["kind"]
         new = replace(old, version=old.version + 1, changed=event["time"], submitted=kind == "submitted")
         if kind != "draft":
-            new = replace(new, since=event["n"])
+            new = replace(new, since=event["n"], ranks=None)
         if kind != "undone":
+            answer = Answer.model_validate(event["answer"])
+            given = [rank for rank in answer.ranks if rank is not None]
+            ranked = kind == "submitted" and answer.cannot is None and given
             new = replace(
                 new,
-                answer=Answer.model_validate(event["answer"]),
+                answer=answer,
+                ranks=dense(new.in_order(given)) if ranked else None,
                 seconds=event["seconds"],
                 guidelines=event.get("guidelines"),
                 page=event.get("page"),

@@ -5,6 +5,7 @@ All of it is a function of the state that the log makes.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 
 import numpy as np
@@ -18,6 +19,7 @@ MIN_GOLDS = 5
 """Gold items before a labeler can be left out for them."""
 _HOUR_S = 3600.0
 _MIN_PACE_S = 60.0  # a pace of less time says nothing
+_pair_credit = lru_cache(maxsize=2**14)(pair_credit)  # of the same few rankings, for thousands of items
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +156,7 @@ def agreement(groups: Iterable[Sequence[Assignment]], labeler: str | None = None
     """How far answers agree that are grouped by item; with `labeler`, only on the labeler's items and pairs."""
     both = [group for group in groups if labeler is None or any(one.labeler == labeler for one in group)]
     rankings = [[ranks for one in group if (ranks := one.ranks)] for group in both]
-    units = [[_place(ranks, index) for ranks in group] for group in rankings if group for index in range(len(group[0]))]
+    units = [unit for group in rankings if group for unit in zip(*map(_places, group), strict=True)]
     return Agreement(
         pairs=_share(c for group in both for c in _credit(group, labeler)), alpha=krippendorff_alpha(units)
     )
@@ -260,7 +262,7 @@ def _credit(answers: Sequence[Assignment], labeler: str | None = None) -> list[t
     """(agreements, pairs) of each two rankings of an item, one of them by `labeler` where that is given."""
     ranked = [(one.labeler, ranks) for one in answers if (ranks := one.ranks)]
     return [
-        pair_credit(a, b)
+        _pair_credit(a, b)
         for k, (one, a) in enumerate(ranked)
         for other, b in ranked[:k]
         if labeler is None or labeler in (one, other)
@@ -274,9 +276,10 @@ def _share(credit: Iterable[tuple[float, int]]) -> Share:
     return Share(value=agreed / pairs if pairs else None, count=pairs)
 
 
-def _place(ranks: Sequence[int], index: int) -> int:
-    """Twice the middle place of a completion, so that those tied share theirs, whatever others tie."""
-    return sum((rank < ranks[index]) * 2 + (rank == ranks[index]) for rank in ranks) - 1
+@lru_cache(maxsize=2**14)
+def _places(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Twice the middle place of each completion, so that those tied share theirs, whatever others tie."""
+    return tuple(sum((rank < own) * 2 + (rank == own) for rank in ranks) - 1 for own in ranks)
 
 
 def _pace(given: Iterable[Assignment], now: float) -> float:
