@@ -1,19 +1,13 @@
 """The reward server: POST /score, GET /health, /metrics, /openapi.json and the page /docs over one source."""
 
 import asyncio
-import contextlib
 import copy
 import hmac
 import logging
-import os
-import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
-import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -21,12 +15,12 @@ from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import ValidationError
 from swagger_ui_bundle import swagger_ui_path
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from reward_server.address import is_loopback
-from reward_server.batching import Batching, Busy, Contradiction
-from reward_server.bodies import Bodies, TooLarge, TooSlow
+from reward_server.batching import Batching, Contradiction
+from reward_server.bodies import Bodies, Busy, TooLarge, TooSlow
 from reward_server.config import Limits
+from reward_server.listening import CUT, Listening, host_name, listen, pieces
 from reward_server.meters import CONTENT_TYPE, Meters
 from reward_server.redaction import shown
 from reward_server.schema import ScoreBatch, ScoreBatchReply
@@ -40,7 +34,6 @@ _BODY = {
         "content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model="ScoreBatch")}}},
     }
 }
-_CUT = 499  # nobody hears it: what nginx writes down when a client hangs up
 _REASONS = {
     401: "token",
     408: "slow",
@@ -49,7 +42,7 @@ _REASONS = {
     415: "not JSON",
     421: "host",
     422: "malformed",
-    _CUT: "cut off",
+    CUT: "cut off",
     503: "busy",
 }
 _STATUS: dict[type[Exception], int] = {TooSlow: 408, Contradiction: 409, TooLarge: 413, Busy: 503}
@@ -111,7 +104,7 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
     async def score(request: Request) -> Response:
         """One finite score for each response, in order. A request id that was scored before is not scored again."""
         try:
-            async with bodies.read(_pieces(request)) as body:
+            async with bodies.read(pieces(request)) as body:
                 batch = await asyncio.to_thread(_batch, body)
                 replies = await scoring.score(batch.requests)
         except HTTPException:
@@ -167,9 +160,7 @@ def _bearing(token: str) -> Callable[..., None]:
 
 def _at_loopback(request: Request) -> None:
     """Answers 421 to a name that is not the loopback's, with which a web page would reach what it must not."""
-    name = ""
-    with contextlib.suppress(ValueError):
-        name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    name = host_name(request)
     if not is_loopback(name):
         raise HTTPException(421, f"without a token this server answers only as 127.0.0.1 or localhost, not {name!r}")
 
@@ -207,22 +198,6 @@ def _schema(app: FastAPI) -> dict[str, Any]:
     return schema
 
 
-async def _pieces(request: Request) -> AsyncIterator[bytes]:
-    """The body of a post as it arrives."""
-    # A web page can make a browser post text to a loopback port, but not JSON without asking first.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "the body must be application/json")
-    more = True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            client = request.client.host if request.client else "a client"
-            _log.warning("%s hung up before its post was whole: nothing of it is scored", client)
-            raise HTTPException(_CUT, "the post was cut off")
-        yield message["body"]
-        more = message["more_body"]
-
-
 def _batch(body: bytearray) -> ScoreBatch:
     try:
         return ScoreBatch.model_validate_json(body)
@@ -232,66 +207,22 @@ def _batch(body: bytearray) -> ScoreBatch:
         raise HTTPException(422, f"{place:.200}: {first['msg']}") from error
 
 
-def _bounded(limits: Limits) -> type[H11Protocol]:
-    """HTTP on so many connections at most, each of which has to begin a request in time.
-
-    One too many costs the oldest connection without a request.
-    """
-    idle: dict[H11Protocol, asyncio.TimerHandle] = {}
-
-    class Bounded(H11Protocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-            super().connection_made(transport)
-            self._look()
-            if len(self.connections) > limits.max_connections:
-                oldest = next(iter(idle))
-                idle.pop(oldest).cancel()
-                oldest.transport.abort()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._look()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._look()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            if self in idle:
-                idle.pop(self).cancel()
-
-        def _look(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:
-                if self in idle:
-                    idle.pop(self).cancel()
-            elif self not in idle and not self.transport.is_closing():
-                idle[self] = self.loop.call_later(limits.header_s, self.transport.abort)
-
-    return Bounded
-
-
 class ScoreServer:
     """A reward server that runs in a thread of this process."""
 
-    def __init__(self, server: uvicorn.Server, thread: threading.Thread, url: str) -> None:
+    def __init__(self, listening: Listening, scoring: Batching) -> None:
         """Take a server that was started; `serve` makes one."""
-        self._server = server
-        self._thread = thread
-        self.url = url
+        self._listening = listening
+        self._scoring = scoring
+        self.url = listening.url
 
     def stats(self) -> dict[str, float]:
         """Posts that are computed or wait, responses scored so far, seconds of the present batch; from any thread."""
-        app: Any = self._server.config.app
-        return {name: float(getattr(app.state.scoring, name)) for name in ("waiting", "scored", "computing_s")}
+        return {name: float(getattr(self._scoring, name)) for name in ("waiting", "scored", "computing_s")}
 
     def close(self, deadline_s: float = 10.0) -> None:
         """Stop taking requests, finish those under way; raises TimeoutError when that takes too long."""
-        self._server.should_exit = True
-        self._thread.join(deadline_s)
-        if self._thread.is_alive():
-            self._server.force_exit = True
-            raise TimeoutError(f"the reward server {self.url} has not stopped within {deadline_s:g} s")
+        self._listening.close(deadline_s)
 
 
 def serve(
@@ -314,32 +245,5 @@ def serve(
             f"the reward server would listen on {host!r}, which others can reach, without a token; set one, "
             "or listen on 127.0.0.1"
         )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise OSError(
-            error.errno, f"the reward server cannot listen on {host}:{port} ({reason}); take another port, or 0"
-        ) from error
-    config = uvicorn.Config(
-        create_app(source, token, limits),
-        http=_bounded(limits or Limits()),
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=5,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],), name="reward-server", daemon=True)
-    thread.start()
-    until = time.monotonic() + deadline_s
-    while not server.started:
-        if time.monotonic() > until or not thread.is_alive():
-            server.should_exit = True
-            raise TimeoutError(f"the reward server on {host}:{port} does not listen after {deadline_s:g} s")
-        time.sleep(0.01)
-    shown = f"[{host}]" if ":" in host else host
-    return ScoreServer(server, thread, f"http://{shown}:{listener.getsockname()[1]}")
+    app = create_app(source, token, limits)
+    return ScoreServer(listen(app, "the reward server", host, port, limits, deadline_s), app.state.scoring)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from reward_server.bodies import Busy
 from reward_server.config import Limits
 from reward_server.schema import Message, ScoreReply, ScoreRequest
 from reward_server.sources import Source
@@ -26,10 +27,6 @@ _OLDEST = 4  # the post that has waited longest gets one part in so many of a ba
 
 class Contradiction(Exception):
     """A known request id came with another content."""
-
-
-class Busy(Exception):
-    """Too many posts are waiting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

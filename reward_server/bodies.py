@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from reward_server.batching import Busy
 from reward_server.config import Limits
 
 _STRUCTURE = b"{}[],"
 _TEXT = bytes(set(range(256)) - set(_STRUCTURE))
 _MARKS = 256  # of the structure, for each request that is allowed: parsed, each takes many bytes
+
+
+class Busy(Exception):
+    """Too much is waiting."""
 
 
 class TooLarge(ValueError):

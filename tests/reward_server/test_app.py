@@ -329,7 +329,7 @@ def test_a_post_that_is_cut_off_is_one_line_in_the_log(
     silent(server, head(100) + b"{" * 7).close()
     until(lambda: 'reason="cut off"' in httpx.get(f"{server.url}/metrics").text)
     (line,) = caplog.messages
-    assert line == "127.0.0.1 hung up before its post was whole: nothing of it is scored"
+    assert line == "127.0.0.1 hung up before its post was whole: nothing of it is taken"
     assert source.seen == []
 
 

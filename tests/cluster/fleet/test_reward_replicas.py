@@ -90,7 +90,7 @@ class Machine:
         health.dead = "out of memory"
 
     async def end(self, server: ScoreServer) -> None:
-        server._server.force_exit = True  # else it waits for connections that are kept alive
+        server._listening._server.force_exit = True  # else it waits for connections that are kept alive
         await asyncio.to_thread(server.close)
 
 
