@@ -50,6 +50,9 @@ SETTINGS: dict[str, Any] = {
     "tracking.mode": "disabled",
 }
 
+TWO = {"cluster.generators": 2, "cluster.reward_replicas": 2}
+"""one of each to a core"""
+
 
 def ppo(folder: Path, kill: bool = False, cores: Sequence[int] = (), **settings: Any) -> Figures:
     """Medians of the metrics of `rayward ppo` after its warm-up, and the wall clock of its first step.
@@ -202,12 +205,12 @@ def bare_torch(folder: Path, threads: int) -> Figures:
 
 
 SIDES: dict[str, Callable[[Path], Figures]] = {
-    "ppo": lambda folder: ppo(folder, **{"cluster.generators": 2, "cluster.reward_replicas": 2}),
+    "ppo": lambda folder: ppo(folder, **TWO),
     "ppo_async": lambda folder: ppo(folder, **{"ppo.max_staleness": 1, "rollout.prompts_per_wave": EPISODES}),
     "ppo_half": lambda folder: ppo(
         folder, cores=(0,), **{"ppo.prompts_per_batch": EPISODES // 2, "ppo.minibatch_size": EPISODES // 2}
     ),
-    "ppo_saving": lambda folder: ppo(folder, **{"cluster.generators": 2, "ppo.checkpoint_every": 1}),
+    "ppo_saving": lambda folder: ppo(folder, **TWO, **{"ppo.checkpoint_every": 1}),
     "ppo_killed": lambda folder: ppo(folder, kill=True),
     "vllm": lambda folder: vllm(folder, [(0,), (1,)]),
     "vllm_one": lambda folder: vllm(folder, [(0,)]),
