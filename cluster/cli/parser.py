@@ -46,6 +46,7 @@ OFTEN = (
     *("sft.epochs", "sft.optimizer.lr", "baseline.epochs", "reward.epochs", "sample.completions_per_prompt"),
     *("ppo.iterations", "ppo.prompts_per_batch", "ppo.kl.coef", "ppo.max_staleness", "rollout.max_new_tokens"),
     *("labeler.name", "rounds.count", "rounds.labelers", "scoring.parts", "serve.host", "serve.port"),
+    *("label.invite", "label.host", "label.port", "label.overlap", "label.order"),
     *("evaluation.prompts", "best_of_n.n", "best_of_n.file", "tracking.mode", "plan.nodes"),
 )
 """Settings that people give most, which the help of a command shows first."""

@@ -78,7 +78,7 @@ class Setting:
     def fits(self, value: Any) -> bool:
         """Whether it may have this value."""
         with contextlib.suppress(ValidationError):
-            annotated: Any = Annotated[self.field.annotation, self.field]
+            annotated: Any = Annotated[self.field.annotation, self.doc, *self.field.metadata]
             TypeAdapter(annotated).validate_python(value)
             return True
         return False

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from actors.config import GeneratorConfig, RolloutConfig
 from learner.config import BASELINE, PPOConfig, PublishConfig, RewardModelingConfig, SFTConfig
 from reward_server.config import CommaSeparated, LabelerConfig, LoadingConfig, NameOrPath, ServeConfig, SourceConfig
+from reward_server.labeling.config import LabelConfig
 
 
 class _Section(BaseModel):
@@ -217,8 +218,9 @@ class RoundsConfig(_Section):
     """Preference prompts of a round; rounds have none in common while there are enough."""
     sft_completions: int = Field(default=0, ge=0)
     """Of a prompt's completions, how many the SFT model samples from the second round on; the policy the others."""
-    labelers: Literal["people", "simulated"] = "people"
-    """people: the command stops for RUN/round-<k>/sheet.csv to be ranked; simulated: labeler.name ranks, no person."""
+    labelers: Literal["people", "page", "simulated"] = "people"
+    """people: the command stops for RUN/round-<k>/sheet.csv to be ranked; page: it serves the page of `rayward label`
+    and goes on when all is ranked; simulated: labeler.name ranks, no person."""
     max_unranked: int = Field(default=0, ge=0)
     """Comparisons of a sheet that may be left without a whole ranking, each with a warning; one more is refused."""
     comparisons: Literal["all", "newest"] = "all"
@@ -395,6 +397,8 @@ class Config(_Section):
     prompts: PromptsConfig = PromptsConfig()
     sample: SampleConfig = SampleConfig()
     labeler: LabelerConfig = LabelerConfig()
+    label: LabelConfig = LabelConfig()
+    """The page on which people rank."""
     rounds: RoundsConfig = RoundsConfig()
     reward: RewardModelingConfig = RewardModelingConfig()
     select: SelectConfig = SelectConfig()

@@ -334,6 +334,7 @@ def round_figures(job: Job, round_number: int) -> dict[str, Any]:
         "accuracy_ci": reward.get("accuracy_ci"),
         "labelers_agree": run.summary.get("labelers_agree"),
         "labelers_agree_ci": run.summary.get("labelers_agree_ci"),
+        "labelers_alpha": run.summary.get("labelers_alpha"),
         **{name: asdict(rate) for name, rate in rates.items() if rate},
     }
     return {name: value for name, value in figures.items() if value is not None}

@@ -138,6 +138,7 @@ def write_completions(
             ended=tuple(c.ended for c in group),
             ranks=None,
             labeler=None,
+            use_case=prompt.use_case,
         )
         for prompt, group in zip(prompts, groups, strict=True)
     ]

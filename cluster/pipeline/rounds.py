@@ -17,19 +17,22 @@ from cluster.config.load import save_toml
 from cluster.config.schema import Config, DataConfig
 from cluster.pipeline.evaluate import round_figures
 from cluster.pipeline.job import Job
+from cluster.pipeline.labeling.commands import refuse
+from cluster.pipeline.labeling.items import other_items
+from cluster.pipeline.labeling.page import RankOnPage, check_page
+from cluster.pipeline.labeling.sheets import RankByPeople
 from cluster.pipeline.ppo import PPO
 from cluster.pipeline.preferences import Rank, Sample, generators, preference_prompts, sampled, write_completions
 from cluster.pipeline.reward_model import RewardModel
 from cluster.pipeline.stage import SAMPLING, SECTIONS, MadeOf, Stage, Trained, advance
 from cluster.runtime.resources import KINDS
-from reward_server.preferences.labeling import Comparison, read_comparisons, write_comparisons
-from reward_server.preferences.records import RecordError, json_lines
-from reward_server.preferences.sheets import Rankings, agreement_credit, merge_rankings, read_rankings, write_sheet
+from reward_server.preferences.labeling import read_comparisons, write_comparisons
+from reward_server.preferences.records import json_lines
+from reward_server.preferences.sheets import write_sheet
 
 if TYPE_CHECKING:
     from cluster.fleet.pool import ProcessPool
 
-_SHOWN = 20  # comparisons without ranks that are listed
 log = logging.getLogger(__name__)
 
 
@@ -40,11 +43,12 @@ class Rounds(Stage):
     purpose = "Steps 2 and 3 in rounds: the policy's completions are ranked, a reward model and a policy trained."
     files = (
         "Reads RUN/sft, data.preference_prompts and what reward and ppo read. Writes RUN/round-1 and on; stops "
-        "for people to rank RUN/round-<k>/sheet.csv, and goes on from RUN/round-<k>/rankings when given again."
+        "for people to rank RUN/round-<k>/sheet.csv, and goes on from RUN/round-<k>/rankings when given again. With "
+        "rounds.labelers = page it serves the page, and goes on by itself when all is ranked."
     )
     example = "rayward rounds --run runs/mine --rounds.count 3 --rounds.labelers people"
     sections = (
-        *(*SECTIONS, "rounds", "sample", "labeler", "reward", "ppo", *SAMPLING),
+        *(*SECTIONS, "rounds", "sample", "labeler", "label", "reward", "ppo", *SAMPLING),
         *("scoring", "publish", "evaluation", "benchmarks", "tracking"),
     )
     reads = ("models.sft",)
@@ -66,6 +70,9 @@ class Rounds(Stage):
                 f"rounds.sft_completions = {own} leaves none of the {count} completions of a prompt to the policy: "
                 "lower it, or raise sample.completions_per_prompt"
             )
+        if config.rounds.labelers == "page" and not self._ranked:
+            check_page(job)
+            _ = other_items(job)
         prompts = preference_prompts(job, job.model("sft"))
         if config.rounds.count * config.rounds.prompts > len(prompts):
             log.warning(
@@ -74,6 +81,16 @@ class Rounds(Stage):
             )
         _ = self.ppo.inputs
         return prompts
+
+    @classmethod
+    def aside(cls, config: Config, run_dir: Path) -> bool:
+        refuse(config)
+        return super().aside(config, run_dir)
+
+    @property
+    def _ranked(self) -> bool:
+        """Whether the last round's comparisons are there, after which nobody is asked."""
+        return (self.job.run_dir / f"round-{self.job.config.rounds.count}" / Rank.results[0]).is_file()
 
     @cached_property
     def ppo(self) -> PPO:
@@ -121,8 +138,8 @@ class Rounds(Stage):
 
     def stages(self, number: int, job: Job) -> list[Stage]:
         """Those of a round."""
-        rank = Rank(job) if job.config.rounds.labelers == "simulated" else RankByPeople(job)
-        return [SampleOfRound(job, self, number), rank, RewardModelOfRound(job), PPO(job)]
+        rank = {"simulated": Rank, "people": RankByPeople, "page": RankOnPage}[job.config.rounds.labelers]
+        return [SampleOfRound(job, self, number), rank(job), RewardModelOfRound(job), PPO(job)]
 
     def _rounds(self) -> Iterator[tuple[int, Job]]:
         """Each round as a run of its own: RUN/round-<number>."""
@@ -210,6 +227,7 @@ class SampleOfRound(Sample):
         chosen = round_prompts(self.rounds.prompts, self.number, config.rounds.prompts, config.rounds.seed)
         rows = (
             {"id": f"r{self.number}-{row:04d}", "prompt": _turns(prompt), "source": prompt.id}
+            | ({"use_case": prompt.use_case} if prompt.use_case else {})
             for row, prompt in enumerate(chosen, start=1)
         )
         file = job.run_dir / "data" / "preference_prompts.jsonl"
@@ -227,58 +245,6 @@ class SampleOfRound(Sample):
             others = await sampled(job, await generators(self.job, processes, sft), inputs, sft, by_sft, seed + 1)
             groups = [[*group, *other] for group, other in zip(groups, others, strict=True)]
         write_completions(job, inputs, groups, policy, *[sft] * bool(by_sft))
-
-
-class RankByPeople(Stage):
-    """The sheets that people filled in become the round's comparisons."""
-
-    name = Rank.name
-    results = Rank.results
-
-    @property
-    def folder(self) -> Path:
-        """Where their sheets are put."""
-        folder = self.job.run_dir / "rankings"
-        folder.mkdir(exist_ok=True)
-        return folder
-
-    @property
-    def sheets(self) -> list[Path]:
-        """Those that are there."""
-        return sorted(file for file in self.folder.iterdir() if file.suffix in (".csv", ".jsonl"))
-
-    def made_of(self) -> MadeOf:
-        return {}, self.job.files("completions")
-
-    def check(self) -> tuple[list[Comparison], list[Rankings]]:
-        """Every file's rankings, and the comparisons that they rank whole. Raises ValueError with every mistake."""
-        job, files = self.job, self.sheets
-        comparisons = read_comparisons(job.file("completions"))
-        rankings = _read_all(files, comparisons, job.config.rounds.seed)
-        merged = merge_rankings(comparisons, rankings)
-        ranked = {one.id for one in merged}
-        missing = [one.id for one in comparisons if one.id not in ranked]
-        told = [note for one in rankings for note in one.partial]
-        allowed = job.config.rounds.max_unranked
-        if len(missing) > allowed or not merged:
-            names = ", ".join(missing[:_SHOWN]) + (", .." if len(missing) > _SHOWN else "")
-            told.append(
-                f"{len(missing)} of {len(comparisons)} comparisons are not ranked whole in {files[0].parent}: {names}. "
-                f"Rank them, or let rounds.max_unranked, now {allowed}, be that many"
-            )
-            raise ValueError("\n".join(told[-_SHOWN:]))
-        for note in told:
-            log.warning("%s", note)
-        if missing:
-            log.warning("%d comparisons of %s are not ranked whole and are left out", len(missing), job.run_dir)
-        return merged, rankings
-
-    async def run(self, processes: Any, inputs: tuple[list[Comparison], list[Rankings]]) -> None:
-        (merged, rankings), job = inputs, self.job
-        path = job.run_dir / "data" / "comparisons.jsonl"
-        write_comparisons(path, merged)
-        job.summarise(rankings=f"people ({', '.join(one.labeler for one in rankings)})", **agreement_figures(rankings))
-        job.made("comparisons", path, job.file("completions"), *self.sheets)
 
 
 class RewardModelOfRound(RewardModel):
@@ -306,34 +272,6 @@ def round_prompts(prompts: list[Prompt], number: int, count: int, seed: int) -> 
         chosen[order[place][0]] = None
         place += 1
     return [prompts[index] for index in chosen]
-
-
-def agreement_figures(rankings: list[Rankings]) -> dict[str, Any]:
-    """How often two labelers agree on a pair, with a bootstrap interval over prompts; none without two labelers."""
-    credit = agreement_credit(rankings)
-    if not credit:
-        return {}
-    import torch
-
-    from learner.maths.intervals import bootstrap_interval
-
-    agreed, pairs = torch.tensor([one for one, _ in credit]), torch.tensor([count for _, count in credit])
-    interval = bootstrap_interval(agreed, pairs, resamples=1000, seed=0)
-    rate = float(agreed.sum() / pairs.sum())
-    return {"labelers_agree": rate, "labelers_agree_ci": list(interval), "labelers_agree_pairs": int(pairs.sum())}
-
-
-def _read_all(files: list[Path], comparisons: list[Comparison], seed: int) -> list[Rankings]:
-    """Every file's rankings. Raises RecordError with the mistakes of all files."""
-    found, wrong = [], []
-    for file in files:
-        try:
-            found.append(read_rankings(file, comparisons, seed))
-        except RecordError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise RecordError("\n".join(wrong))
-    return found
 
 
 def _turns(prompt: Prompt) -> list[dict[str, Any]]:

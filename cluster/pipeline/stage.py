@@ -119,6 +119,14 @@ class Stage:
             if part.kind == "model" and part.target:
                 yield f"scoring.parts ({part.name})", part.target, "raw_value" if part.raw else "value"
 
+    @classmethod
+    def aside(cls, config: Config, run_dir: Path) -> bool:
+        """Do what is asked for beside whoever works in the run directory, if it is; whether that was all.
+
+        Raises ConfigError.
+        """
+        return False
+
     @property
     def reach(self) -> Mapping[str, float]:
         """Figures that it has to be finished with at least to be complete."""

@@ -2,6 +2,7 @@
 
 from cluster.pipeline.evaluate import Evaluate
 from cluster.pipeline.evaluation.best_of_n import BestOfN
+from cluster.pipeline.labeling.stage import Label
 from cluster.pipeline.ppo import PPO
 from cluster.pipeline.preferences import Rank, Sample
 from cluster.pipeline.prompts.stage import Prompts
@@ -26,6 +27,7 @@ _ALL: tuple[type[Stage], ...] = (
     Rounds,
     Evaluate,
     BestOfN,
+    Label,
     Serve,
 )
 STAGES = {stage.name: stage for stage in _ALL}

@@ -164,7 +164,10 @@ def _labelers(run: Run) -> Part | None:
     tables = {"": run.summary} | {f" in round {index}": row for index, row in round_table(run).items()}
     for where, table in tables.items():
         if (rate := number(table.get("labelers_agree"))) is not None:
-            rows.append((f"two labelers{where}", f"agree on {_between(rate, table.get('labelers_agree_ci'))} of pairs"))
+            alpha = number(table.get("labelers_alpha"))
+            beside = "" if alpha is None else f"; Krippendorff's alpha {rounded(alpha)}"
+            agreed = f"agree on {_between(rate, table.get('labelers_agree_ci'))} of pairs{beside}"
+            rows.append((f"two labelers{where}", agreed))
     if not (rows or judged(run)):
         return None
     known = rows or "rankings" in run.summary or run.figures("reward") or run.calibration

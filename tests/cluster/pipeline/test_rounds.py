@@ -23,9 +23,12 @@ from cluster.pipeline.rounds import RewardModelOfRound, Rounds, round_prompts
 from cluster.pipeline.stage import Stage
 from cluster.rundir.lineage import done, latest, read_lineage
 from cluster.tracking.tracker import Tracker
+from reward_server.labeling.page import server
 from reward_server.preferences.labeling import read_comparisons
+from reward_server.preferences.sheets import dense
 from tests import fakes
 from tests.fake_pool import FakePool
+from tests.labelers import Served, backwards, by_length, invited
 from tests.tiny_models import tiny_tokenizer
 
 CAPTION = "simulated labeler (VADER)"
@@ -134,10 +137,11 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PPO", FakePPO)
     monkeypatch.setattr(module, "RewardModelOfRound", FakeReward)
 
-    def command(kill: str | None = None, **settings) -> tuple[list[str], list[str]]:
+    def command(kill: str | None = None, label: Any = None, **settings) -> tuple[list[str], list[str]]:
         FakePPO.steps, FakePPO.started = Steps(kill), []
         rounds = {"count": 2, "prompts": 4, "labelers": "simulated"} | settings
-        config = Config.model_validate({"rounds": rounds, "sample": {"completions_per_prompt": 3}})
+        sample = {"completions_per_prompt": 3}
+        config = Config.model_validate({"rounds": rounds, "sample": sample, "label": {"port": 0} | (label or {})})
         pool: Any = FakePool(generators=[fakes.FakeGenerator()])
         run_dir = tmp_path / "run"
         tracker = Tracker(run_dir, TrackingConfig(mode="disabled"), "rounds")
@@ -288,6 +292,72 @@ def test_a_sheet_that_a_kill_prevented_is_written_before_anybody_is_asked(run, f
     run(labelers="people")
     assert (folder / "round-1" / "sheet.csv").is_file()
     assert done(folder, folder / "round-1" / "sheet.csv")
+
+
+# --- people on the page
+
+
+@pytest.fixture
+def page(folder, monkeypatch):
+    """Has p1 rank the shortest best and p2 the longest, each `most` items at most; gives who serves."""
+    invited(folder / "labeling" / "people.json", "Anna", "Ben")
+
+    def people(most: int = 1000) -> Served:
+        served = Served({"p1": by_length, "p2": backwards}, most)
+        monkeypatch.setattr(server, "serve_labeling", served)
+        return served
+
+    return people
+
+
+def ranked(folder: Path, number: int) -> dict[str, tuple[int, ...]]:
+    rows = read_comparisons(folder / f"round-{number}" / "data" / "comparisons.jsonl")
+    return {one.id: one.ranks or () for one in rows}
+
+
+PAGE = {"labelers": "page", "label": {"overlap": 2, "words_per_minute": 0, "repeat_share": 0, "adjudicate_below": 0}}
+
+
+def test_a_round_waits_for_people_on_the_page_and_goes_on_by_itself(run, folder, page, capsys):
+    served = page()
+    steps, models = run(**PAGE)
+    assert (steps, models, served.count) == (ALL, ["run/sft"], 2)
+    for number in (1, 2):
+        rows = read_comparisons(folder / f"round-{number}" / "data" / "completions.jsonl")
+        right = {f"{one.id}:p1": dense([len(text) for text in one.responses]) for one in rows}
+        right |= {f"{one.id}:p2": dense([-len(text) for text in one.responses]) for one in rows}
+        assert ranked(folder, number) == right
+    assert len(read_comparisons(folder / "round-2" / "data" / "all_comparisons.jsonl")) == 16
+    first = summary(folder)["rounds"]["1"]
+    assert first["rankings"] == "people (p1, p2)"
+    assert 0 <= first["labelers_agree"] < 1
+    made_of = latest(read_lineage(folder))["round-1/data/comparisons.jsonl"].inputs
+    assert [one.path for one in made_of] == ["round-1/data/completions.jsonl", "round-1/labeling/log.jsonl"]
+    assert "waits for people: 0 of 8 answers are there" in capsys.readouterr().out
+    assert run(**PAGE) == ([], [])
+
+
+def test_nothing_begins_before_somebody_is_invited(run, folder):
+    with pytest.raises(ValueError, match=r"people\.json has no labeler.*rayward label --run .*/run --invite NAME"):
+        run(**PAGE)
+    assert not (folder / "round-1" / "data" / "completions.jsonl").exists()
+
+
+def test_a_round_that_waited_long_enough_stops_and_goes_on_when_given_again(run, folder, page):
+    page(most=1)
+    label = PAGE["label"] | {"wait_s": 1.5}
+    with pytest.raises(TimeoutError, match=r"waited 1\.5 s for people: 2 of 8 answers are there"):
+        run(**PAGE | {"label": label})
+    assert not (folder / "round-1" / "data" / "comparisons.jsonl").exists()
+    page()
+    assert run(**PAGE)[0] == ALL
+    assert len(ranked(folder, 1)) == 8
+
+
+def test_a_round_in_which_nothing_counts_says_so(run, folder, page):
+    page()
+    with pytest.raises(ValueError, match=r"none of the answers in .*log\.jsonl is a ranking that can be used"):
+        run(**PAGE | {"label": PAGE["label"] | {"words_per_minute": 1}})
 
 
 # --- the prompts of a round

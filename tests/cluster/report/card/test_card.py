@@ -112,13 +112,15 @@ def test_a_file_that_is_gone_is_still_told(run_dir: Path):
 
 
 def test_labelers_are_counted_and_their_agreement_told(run_dir: Path):
-    _summarise(run_dir, rounds={"2": {"labelers_agree": 0.73, "labelers_agree_ci": [0.7, 0.76]}})
+    agreed = {"labelers_agree": 0.73, "labelers_agree_ci": [0.7, 0.76]}
+    _summarise(run_dir, rounds={"2": agreed | {"labelers_alpha": 0.5}, "3": agreed})
     part = _parts(run_dir)["Labelers"]
     assert part.text == f"Rankings: {CAPTION}. Gold: {CAPTION}."
     assert part.rows == [
         ("anna", "ranked 2 comparisons"),
         ("not recorded", "ranked 1 comparisons"),
-        ("two labelers in round 2", "agree on 0.730 (0.700 to 0.760) of pairs"),
+        ("two labelers in round 2", "agree on 0.730 (0.700 to 0.760) of pairs; Krippendorff's alpha 0.500"),
+        ("two labelers in round 3", "agree on 0.730 (0.700 to 0.760) of pairs"),
     ]
 
 
