@@ -43,6 +43,7 @@ from reward_server.schema import Message
 
 K = 4
 _RESENT = 0.1
+_ARRIVAL_S = 2.0
 
 
 def items(count: int) -> list[Item]:
@@ -107,7 +108,8 @@ class Labeler:
         return answer.json()
 
     async def work(self, until: float) -> None:
-        """Rank one item after another."""
+        """Rank one item after another, from some moment of the first seconds on."""
+        await asyncio.sleep(self.draw.uniform(0, _ARRIVAL_S))
         while time.perf_counter() < until:
             assignment = (await self.call("next", {}))["assignment"]
             if assignment is None:

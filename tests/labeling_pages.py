@@ -96,9 +96,7 @@ def serving(
     known = {person.name for person in people.all}
     tokens = {name: people.invite(name, admin=name == admin)[1] for name in (*names, admin) if name not in known}
     project = Project(folder, config, items, page=version())
-    server = serve_labeling(project, people, config, folder / "audit.jsonl")
-    try:
-        yield Served(folder=folder, url=server.url, tokens=tokens)
-    finally:
-        server.close()
-        project.close()
+    with contextlib.closing(project):
+        server = serve_labeling(project, people, config, folder / "audit.jsonl")
+        with contextlib.closing(server):
+            yield Served(folder=folder, url=server.url, tokens=tokens)

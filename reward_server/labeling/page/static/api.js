@@ -54,7 +54,7 @@ async function redeem() {
   const token = location.hash.slice(1);
   if (!token) return null;
   history.replaceState(null, "", location.pathname);
-  return enter(decodeURIComponent(token));
+  return enter(token).catch(() => "The server cannot be reached. Open your link once more.");
 }
 
 async function enter(token) {

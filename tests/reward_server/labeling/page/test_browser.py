@@ -159,6 +159,25 @@ def test_what_was_done_without_a_network_is_kept_and_sent_in_order(tab: Browser,
     assert tab.run("JSON.stringify(localStorage)") == "{}"
 
 
+def test_a_change_of_which_the_reply_is_lost_is_sent_again_and_counts_once(tab: Browser, page: Served):
+    enter(tab, page)
+    tab.run("""(real => {
+      let lost = 0;
+      window.fetch = async (...asked) => {
+        const answer = await real(...asked);
+        if (asked[0] === "/api/draft" && lost++ === 0) throw new TypeError("the reply is lost");
+        return answer;
+      };
+    })(fetch)""")
+    tab.press("1")
+    tab.wait("document.querySelector('#offline').textContent.startsWith('Not saved: offline, 1 waiting')")
+    tab.press("2", "3")
+    tab.wait(SAVED)
+    finish(tab, "4")
+    assert answers(page) == [[1, 2, 3, 4]]
+    assert [event["version"] for event in page.events("draft")] == [1, 2]
+
+
 def test_a_tab_that_is_closed_without_a_network_loses_nothing(tab: Browser, page: Served):
     enter(tab, page)
     tab.offline(True)
