@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from cluster.pipeline.labeling.priority import ordered, scorers, uncertainty, unsure
 from reward_server.labeling.items import Item
+from reward_server.model import Normalisation, store_normalisation
 from reward_server.preferences.labeling import Comparison, write_comparisons
-from reward_server.schema import Message, ScoreReply
+from reward_server.schema import Message, ScoreReply, ScoreRequest
+from reward_server.scorer import RewardModelSource
 from tests.stage_runs import make_job
+from tests.tiny_models import tiny_reward_model
 
 SCORES = st.floats(-20, 20)
 
@@ -120,6 +123,28 @@ def test_without_processes_it_is_scored_here(tmp_path, monkeypatch):
 
     monkeypatch.setattr("reward_server.sources.build_source", build)
     assert asyncio.run(unsure(job, None, [Item.of(one) for one in rows], [tmp_path / "model"])) == {"one": 1.0}
+
+
+@pytest.mark.slow
+def test_real_reward_models_are_asked_for_what_their_heads_say(tmp_path):
+    job = make_job(tmp_path / "run", scoring={"dtype": "float32"})
+    rows = [comparison("one", "hello world", "good"), comparison("other", "is it good?", "the day", "")]
+    write_comparisons(job.run_dir / "data" / "completions.jsonl", rows)
+    folders = [job.run_dir / "reward", job.run_dir / "round-1" / "reward"]
+    for seed, folder in enumerate(folders):
+        tiny_reward_model(folder, seed=seed)
+        store_normalisation(folder, Normalisation(gain=50.0, bias=3.0))  # of which differences are no log-odds
+    assert scorers(job) == folders
+    asked = [
+        ScoreRequest(id=f"{one.id}-{place}", prompt=one.prompt, response=text, ended=True)
+        for one in rows
+        for place, text in enumerate(one.responses)
+    ]
+    said = [[one.score for one in RewardModelSource(folder, raw=True).score(asked)] for folder in folders]
+    found = asyncio.run(unsure(job, None, [Item.of(one) for one in rows], folders))
+    assert found["one"] == pytest.approx(uncertainty([scores[:2] for scores in said]), abs=1e-5)
+    assert found["other"] == pytest.approx(uncertainty([scores[2:] for scores in said]), abs=1e-5)
+    assert found["one"] != pytest.approx(found["other"], abs=1e-4)
 
 
 def test_the_reward_models_are_those_of_the_run_and_its_rounds_or_those_that_are_named(tmp_path, monkeypatch):
