@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from cluster.pipeline.job import Job
-from cluster.pipeline.labeling.page import people_of
+from cluster.pipeline.labeling.items import read_items
+from cluster.pipeline.labeling.page import log_of, people_of, write_rankings
 from cluster.pipeline.labeling.stage import Label
 from cluster.rundir.lineage import latest, read_lineage
 from reward_server.address import free_port
 from reward_server.labeling.page import server
+from reward_server.labeling.project import Project
 from reward_server.preferences.labeling import read_comparisons
-from tests.labelers import Served, backwards, by_length, invited
+from tests.labelers import Served, backwards, by_length, invited, rank
 from tests.stage_runs import make_job, rows, summary
 
 TEXTS = {"c1": ["a", "bb", "ccc"], "c2": ["long", "x", "xx"], "c3": ["yy", "zz", "y"]}
@@ -83,6 +85,24 @@ def test_everybody_ranks_everything_and_the_comparisons_are_what_they_gave(tmp_p
     run(labeling(tmp_path, overlap=2, adjudicate_below=0))
     assert page.count == 1  # nothing is left to serve
     assert (job.run_dir / "data" / "comparisons.jsonl").read_bytes() == before
+
+
+def test_who_was_asked_because_others_disagree_is_in_the_data_and_not_in_the_agreement(tmp_path):
+    job = labeling(tmp_path, overlap=2, adjudicate_below=0.5)
+
+    async def work() -> None:
+        project = Project(log_of(job).parent, job.config.label, read_items(job))
+        for labeler, rule in (("p1", by_length), ("p2", backwards), ("p3", by_length)):
+            await rank(project, labeler, rule)
+        project.close()
+
+    asyncio.run(work())
+    found = write_rankings(job)
+    assert set(found.adjudications) == {f"{name}:p3" for name in TEXTS}
+    assert ranked(job) == both(SHORTEST, LONGEST) | {f"{name}:p3": ranks for name, ranks in SHORTEST.items()}
+    told = summary(job)
+    assert told["rankings"] == "people (p1, p2, p3)"
+    assert (told["labelers_agree"], told["labelers_agree_pairs"]) == (pytest.approx(1 / 9), 9)
 
 
 def test_what_is_there_at_ctrl_c_is_written_and_the_same_command_goes_on(tmp_path, served):
