@@ -55,7 +55,7 @@ class Project:
         Raises ValueError for items that differ from those of the log, and for guidelines that cannot be read;
         RecordError (file:line) for a log that is broken; ValueError when another process has it open.
         """
-        self.guidelines = _guidelines(config)
+        self.guidelines = read_guidelines(config)
         """what labelers are told; None where there is nothing"""
         self.config = config
         self._versions = {"guidelines": self.guidelines and version(self.guidelines), "page": page}
@@ -228,7 +228,8 @@ def version(guidelines: str) -> str:
     return sha256(guidelines.encode()).hexdigest()[:12]
 
 
-def _guidelines(config: LabelConfig) -> str | None:
+def read_guidelines(config: LabelConfig) -> str | None:
+    """The text of label.guidelines; None where there is none. Raises ValueError where it cannot be read."""
     if config.guidelines is None:
         return None
     try:

@@ -8,6 +8,7 @@ from cluster.config.load import ConfigError
 from cluster.config.schema import Config
 from cluster.pipeline.job import Job
 from cluster.rundir.inputs import data_file
+from reward_server.address import own_address
 from reward_server.labeling.config import LabelConfig
 from reward_server.labeling.log import FILE, read_events
 from reward_server.labeling.people import FILE as PEOPLE
@@ -79,7 +80,10 @@ def _people(config: LabelConfig, run_dir: Path) -> str:
     if not (config.port or config.url):
         raise ValueError("label.port = 0 takes a port that no link can name. Remedy: set label.port, or label.url")
     name, token = people.invite(config.invite or "", admin=config.invite_admin)
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    host = (
+        own_address(loopback=False) if config.host in ("0.0.0.0", "::") else config.host
+    )  # of all, one that leads here
+    host = f"[{host}]" if ":" in host else host
     url = (config.url or f"http://{host}:{config.port}").rstrip("/")
     kind, page = ("admin", "/admin") if config.invite_admin else ("labeler", "/")
     return (

@@ -70,7 +70,9 @@ def log_of(job: Job) -> Path:
 
 
 def check_page(job: Job) -> None:
-    """Raise ValueError where nobody could rank: nobody is asked to, or invited, or the port is taken."""
+    """Raise ValueError where nobody could rank: nobody is asked or invited, a file cannot be read, a port is taken."""
+    from reward_server.labeling.project import read_guidelines
+
     config, people = job.config.label, people_of(job)
     if "rank" not in config.tasks:
         raise ValueError(
@@ -81,6 +83,7 @@ def check_page(job: Job) -> None:
             f"{people} has no labeler, so nobody could rank on the page. Remedy: rayward label --run "
             f"{job.root or job.run_dir} --invite NAME prints a link for NAME; once for each labeler"
         )
+    read_guidelines(config)
     check_port(config)
 
 

@@ -343,6 +343,13 @@ def test_nothing_begins_before_somebody_is_invited(run, folder):
     assert not (folder / "round-1" / "data" / "completions.jsonl").exists()
 
 
+def test_guidelines_that_are_not_there_are_told_before_anything_is_sampled(run, folder, page, tmp_path):
+    page()
+    with pytest.raises(ValueError, match=r"label\.guidelines names .*rules\.txt, which cannot be read"):
+        run(**PAGE | {"label": PAGE["label"] | {"guidelines": tmp_path / "rules.txt"}})
+    assert not (folder / "round-1" / "data" / "completions.jsonl").exists()
+
+
 def test_a_round_that_waited_long_enough_stops_and_goes_on_when_given_again(run, folder, page):
     page(most=1)
     label = PAGE["label"] | {"wait_s": 1.5}

@@ -51,6 +51,12 @@ def test_an_admin_is_sent_to_the_page_of_admins_and_links_begin_with_the_address
     assert People(run / "labeling" / "people.json").labelers == []
 
 
+def test_a_link_leads_to_this_machine_where_the_page_listens_on_all_addresses(run, capfd, monkeypatch):
+    monkeypatch.setenv("RAYWARD_ADDRESS", "192.0.2.7")
+    assert label(run, "--invite", "Anna", "--label.host", "0.0.0.0", "--label.port", "9000") == 0
+    assert "\nhttp://192.0.2.7:9000/#" in capfd.readouterr().out
+
+
 def test_who_is_revoked_cannot_sign_in(run, capfd):
     label(run, "--invite", "Anna")
     token = capfd.readouterr().out.strip().rpartition("#")[2]
