@@ -5,7 +5,8 @@
 Each labeler takes an item, sends a draft for each of its four ranks, and submits it, with a pause before each call that
 is shorter than a person's. A tenth of the changes is sent again, as a browser does that has lost the reply. At the end
 the server is killed, and what the log says is held against what labelers were told is saved. Prints a line of JSON:
-milliseconds of each kind of call, rankings acknowledged, and those of them that are lost, altered or there twice.
+milliseconds of each kind of call and of the server's processor, rankings acknowledged, and those of them that are lost,
+altered or there twice. The labelers' side takes a core of its own.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -160,15 +162,19 @@ def measure(count: int, seconds: float, pause: float, how_many_items: int) -> di
         folder = Path(name)
         people = People(folder / "people.json")
         tokens = [people.invite(f"Labeler {n}")[1] for n in range(count)]
-        with served(folder, how_many_items) as (url, _):
+        with served(folder, how_many_items) as (url, process):
+            server = psutil.Process(process.pid)
+            before = sum(server.cpu_times()[:2])
             labelers = asyncio.run(load(url, tokens, seconds, pause))
+            computed = sum(server.cpu_times()[:2]) - before
         waits: dict[str, list[float]] = defaultdict(list)
         for labeler in labelers:
             for call, times in labeler.seconds.items():
                 waits[call] += times
         figures = {call: _figures(times) for call, times in sorted(waits.items())}
         every = _figures([one for times in waits.values() for one in times])
-        return {"labelers": count, "seconds": seconds, **lost(folder, labelers), "all_ms": every, "ms": figures}
+        cpu = {"server_cpu_ms": round(1000 * computed / every["calls"], 2)}
+        return {"labelers": count, "seconds": seconds, **lost(folder, labelers), "all_ms": every, "ms": figures} | cpu
 
 
 def _figures(times: list[float]) -> dict[str, float]:
