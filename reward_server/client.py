@@ -218,9 +218,9 @@ class RewardClient:
         self._through = asyncio.Event()
 
     async def _turn(self, seconds: float) -> None:
-        """Wait, but not longer than until another paused post was answered."""
+        """Wait, but not longer than until another paused post was answered, nor where nobody will answer any more."""
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(0 if self._ended else seconds):  # which may have come while it asked
                 await self._through.wait()
         except TimeoutError:
             pass

@@ -309,6 +309,23 @@ def test_when_nobody_will_answer_any_more_whoever_waits_is_told_at_once() -> Non
     asyncio.run(ask())
 
 
+def test_who_is_just_asking_when_nobody_will_answer_any_more_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        async with connected("http://127.0.0.1:1", retry_s=0.1, pause_s=60.0, ask_s=60.0) as client:
+            unanswered = client._replicas.ask
+
+            async def last(*given: Any) -> bytes:
+                if client.paused:
+                    client.end("reward-0 is lost")
+                return await unanswered(*given)
+
+            monkeypatch.setattr(client._replicas, "ask", last)
+            with pytest.raises(RewardUnavailable, match="is left: reward-0 is lost"):
+                await asyncio.wait_for(client.score(REQUESTS), 5)
+
+    asyncio.run(ask())
+
+
 def test_a_post_that_always_fails_pauses_the_run_though_others_are_answered() -> None:
     """Else its neighbours would end its pause again and again, and the run would never stop."""
 
