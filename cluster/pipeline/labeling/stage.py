@@ -76,9 +76,14 @@ class Label(Stage):
             await serve(self.job, None, inputs, deadline_s=None)
         finally:  # also when Ctrl-C ends it
             if log_of(self.job).is_file():
-                found = write_rankings(self.job)
+                found, path = write_rankings(self.job), run_dir / Rank.results[0]
                 console.line(
-                    f"{len(found.comparisons)} rankings of people are in {run_dir / Rank.results[0]}; "
-                    f"{len(found.left_out)} answers were left out, and {len(found.unranked)} say that it cannot be "
-                    f"ranked ({run_dir / 'labeling' / 'exports'}). rayward reward --run {run_dir} learns them"
+                    f"{len(found.comparisons)} rankings of people are in {path}, for rayward reward --run {run_dir}"
+                    if found.comparisons
+                    else f"there is no ranking that counts yet, so {path} is not written"
                 )
+                if found.left_out or found.unranked:
+                    console.line(
+                        f"{len(found.left_out)} answers were left out, and {len(found.unranked)} say that it cannot be "
+                        f"ranked: {run_dir / 'labeling' / 'exports'} says why"
+                    )
