@@ -177,6 +177,7 @@ async def _measure(
 ) -> dict[str, Verdicts]:
     """Ask the fleet that is `ready` what is not answered yet by these `weights`."""
     from actors.evaluation.asking import ask
+    from actors.prompts import stable_hash
     from learner.data.journal import Journal
 
     config = job.config.evaluation
@@ -207,6 +208,8 @@ async def _measure(
         )
         advance()
 
+    # Mixed, as the generators take items by number: those of one benchmark may take a hundred times those of another.
+    left.sort(key=lambda one: stable_hash(one[0].name, one[1].id))
     try:
         if left:
             title = f"{label}: {len(left)} items of {len({task.name for task, _ in left})} benchmarks"
