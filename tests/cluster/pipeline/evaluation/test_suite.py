@@ -2,6 +2,7 @@
 
 import json
 import logging
+from itertools import pairwise
 
 import pytest
 
@@ -19,10 +20,11 @@ ENDINGS = ("the dog", "the lazy dog", "a fox", "over")
 class Reader(FakeGenerator):
     """Finds every token as likely as 1 in 2, whatever the weights are, and counts the sequences."""
 
-    read = 0
+    read, sizes = 0, ()
 
     async def logprobs(self, sequences):
         self.read += len(sequences)
+        self.sizes = (*self.sizes, len(sequences))
         if error := self.fault(sequences):
             raise error
         return [[-0.5] * (len(ids) - 1) for ids in sequences]
@@ -35,7 +37,7 @@ def job(tmp_path):
             if not (tmp_path / "run" / name).exists():
                 tiny_causal_lm(tmp_path / "run" / name, max_positions=128)
         items = [{"ind": n, "ctx": "the quick brown fox", "endings": ENDINGS, "label": n % 4} for n in range(6)]
-        paths = {"hellaswag": str(rows(tmp_path / "hellaswag.jsonl", *items))}
+        paths = {"hellaswag": str(rows(tmp_path / "hellaswag.jsonl", *items)), **sections.pop("benchmarks", {})}
         asked = {"suite": "hellaswag", "items": 4} | sections.pop("evaluation", {})
         return make_job(tmp_path / "run", benchmarks=paths, evaluation=asked, **sections)
 
@@ -72,6 +74,17 @@ def test_what_was_answered_is_not_asked_again_and_other_weights_are(job):
     assert changed.read == 16
     run_stage(Evaluate(job(evaluation={"chat": True})), generators=[otherwise := Reader()])
     assert otherwise.read == 32
+
+
+def test_items_are_mixed_so_that_no_engine_has_all_of_the_benchmark_that_takes_most(job, tmp_path):
+    words = ("the", "quick", "brown", "fox", "jumps", "over")
+    pairs = [{"sent_more": f"the {w} dog", "sent_less": f"a {w} dog", "bias_type": "age"} for w in words]
+    asked = {"suite": "hellaswag,crows_pairs", "items": 6}
+    data = {"crows_pairs": str(rows(tmp_path / "pairs.jsonl", *pairs))}
+    run_stage(Evaluate(job(evaluation=asked, benchmarks=data)), generators=[reader := Reader()])
+    sizes = reader.sizes[: len(reader.sizes) // 2]  # of one of the two models
+    assert sorted(set(sizes)) == [len(ENDINGS), 6]  # a pair with each of three instructions
+    assert sum(one != other for one, other in pairwise(sizes)) > 2, "a benchmark comes in a row"
 
 
 def test_an_interrupted_evaluation_goes_on_item_by_item(job):
