@@ -140,8 +140,8 @@ def test_two_models_of_the_same_weights_win_half(job, capsys):
     assert told["win_rate"] | {"ci": None} == {"rate": 0.5, "ci": None, "wins": 0, "losses": 0, "ties": 4}
     assert "win_rate" not in summary(one)["suite"]["base"]
     assert "win rate, judged by simulated labeler (VADER)" in capsys.readouterr().out
-    (row, *_) = (one.run_dir / "evaluations" / "sft" / "win_rate.jsonl").read_text().splitlines()
-    answered = json.loads(row)
+    lines = (one.run_dir / "evaluations" / "sft" / "win_rate.jsonl").read_text().splitlines()
+    answered = next(row for row in map(json.loads, lines) if row["id"] == "p0")
     assert answered["requests"][0]["prompt"] == [{"role": "user", "content": "hello 0"}]
     assert answered["answers"][0].keys() == {"text", "ended"}
     verdicts = one.run_dir / "evaluations" / "win_rate" / "simulated-labeler-VADER.jsonl"
