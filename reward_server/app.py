@@ -20,7 +20,7 @@ from reward_server.address import is_loopback
 from reward_server.batching import Batching, Contradiction
 from reward_server.bodies import Bodies, Busy, TooLarge, TooSlow
 from reward_server.config import Limits
-from reward_server.listening import CUT, Listening, host_name, listen, pieces
+from reward_server.listening import CUT, Listening, host_name, listen, parsed, pieces
 from reward_server.meters import CONTENT_TYPE, Meters
 from reward_server.redaction import shown
 from reward_server.schema import ScoreBatch, ScoreBatchReply
@@ -105,7 +105,7 @@ def create_app(source: Source, token: str | None = None, limits: Limits | None =
         """One finite score for each response, in order. A request id that was scored before is not scored again."""
         try:
             async with bodies.read(pieces(request)) as body:
-                batch = await asyncio.to_thread(_batch, body)
+                batch = await asyncio.to_thread(parsed, ScoreBatch, body)
                 replies = await scoring.score(batch.requests)
         except HTTPException:
             raise
@@ -196,15 +196,6 @@ def _schema(app: FastAPI) -> dict[str, Any]:
     schema = copy.deepcopy(app.openapi())
     schema["components"]["schemas"] |= {**body.pop("$defs"), "ScoreBatch": body}
     return schema
-
-
-def _batch(body: bytearray) -> ScoreBatch:
-    try:
-        return ScoreBatch.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "body"
-        raise HTTPException(422, f"{place:.200}: {first['msg']}") from error
 
 
 class ScoreServer:

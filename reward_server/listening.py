@@ -8,10 +8,12 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from pydantic import BaseModel, ValidationError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from reward_server.config import Limits
@@ -19,6 +21,7 @@ from reward_server.config import Limits
 _log = logging.getLogger(__name__)
 CUT = 499
 """Nobody hears it: what nginx writes down when a client hangs up."""
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def host_name(request: Request) -> str:
@@ -42,6 +45,16 @@ async def pieces(request: Request) -> AsyncIterator[bytes]:
             raise HTTPException(CUT, "the post was cut off")
         yield message["body"]
         more = message["more_body"]
+
+
+def parsed(kind: type[Body], body: bytes | bytearray) -> Body:
+    """The body of a post. Raises HTTPException, 422, that says where it is malformed."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "body"
+        raise HTTPException(422, f"{place:.200}: {first['msg']}") from error
 
 
 def _bounded(limits: Limits) -> type[H11Protocol]:

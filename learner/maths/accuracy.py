@@ -58,21 +58,7 @@ class RankGap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartAccuracy:
-    """Scores held against a part of the rankings, such as those of one labeler."""
-
-    pairs: int
-    """number of ordered pairs"""
-    prompts: int
-    """number of prompts with at least one"""
-    accuracy: float
-    """share of pairs whose better completion has the higher score, pooled"""
-    accuracy_ci: tuple[float, float]
-    """95 % bootstrap interval of it, resampling prompts"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardAccuracy:
-    """Scores held against rankings, over the prompts that have an ordered pair."""
+    """Scores held against rankings, or a part of them such as those of one labeler."""
 
     pairs: int
     """Number of ordered pairs."""
@@ -82,6 +68,12 @@ class RewardAccuracy:
     """Share of pairs whose better completion has the higher score (equal scores count half), pooled."""
     accuracy_ci: tuple[float, float]
     """95 % bootstrap interval of `accuracy`, resampling prompts: the pairs of one prompt are correlated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardAccuracy(PartAccuracy):
+    """Scores held against rankings, over the prompts that have an ordered pair."""
+
     prompt_accuracy: float
     """The same share within each prompt, averaged over prompts."""
     prompt_accuracy_ci: tuple[float, float]

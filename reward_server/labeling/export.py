@@ -7,7 +7,7 @@ from typing import Any
 from reward_server.labeling.config import LabelConfig
 from reward_server.labeling.items import Answer, Assignment
 from reward_server.labeling.log import Event, State
-from reward_server.labeling.quality import left_out, refusal
+from reward_server.labeling.quality import agreement, counted, left_out, refusal
 from reward_server.preferences.labeling import Comparison
 
 
@@ -39,6 +39,8 @@ class Export:
     """answers that do not count"""
     unranked: tuple[NotUsed, ...]
     """items that cannot be ranked, as a labeler says"""
+    alpha: float | None
+    """Krippendorff's, of the work that counts; see `Agreement`"""
 
 
 def exported(events: Iterable[Event], config: LabelConfig) -> Export:
@@ -60,12 +62,14 @@ def exported(events: Iterable[Event], config: LabelConfig) -> Export:
     reasons = [refusal(state, one, out, config) for one in given]
     used = [one for one, reason in zip(given, reasons, strict=True) if reason is None]
     ranked = [(one, ranks) for one in used if (ranks := one.ranks)]
+    ranking = [item for item in state.items.values() if item.use == "work" and item.task == "rank"]
     return Export(
         comparisons=tuple(_comparison(one, ranks) for one, ranks in ranked),
         demonstrations=tuple(_demonstration(one, text) for one in used if (text := _text(one)) is not None),
         adjudications=tuple(_name(one) for one, _ in ranked if one.use == "adjudication"),
         left_out=tuple(_not_used(one, reason) for one, reason in zip(given, reasons, strict=True) if reason),
         unranked=tuple(_not_used(one, one.answer.cannot) for one in used if one.answer and one.answer.cannot),
+        alpha=agreement(counted(state, item, out, config) for item in ranking).alpha,
     )
 
 

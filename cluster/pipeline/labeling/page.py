@@ -1,6 +1,7 @@
 """The page at work: served until people have given all the answers that are wanted, and their log made comparisons."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -12,17 +13,17 @@ from typing import TYPE_CHECKING
 from cluster.pipeline.job import Job
 from cluster.pipeline.labeling.items import read_items
 from cluster.pipeline.labeling.priority import ordered, scorers, unsure
-from cluster.pipeline.labeling.sheets import agreement_figures
+from cluster.pipeline.labeling.sheets import record_rankings
 from cluster.pipeline.preferences import Rank
 from cluster.pipeline.stage import MadeOf, Stage
 from reward_server.address import is_loopback
 from reward_server.labeling.config import LabelConfig
 from reward_server.labeling.items import Item
-from reward_server.labeling.log import FILE, Event, State, read_events
+from reward_server.labeling.log import FILE, read_events
 from reward_server.labeling.page.files import version
 from reward_server.labeling.people import FILE as PEOPLE
 from reward_server.labeling.people import People
-from reward_server.preferences.labeling import Comparison, write_comparisons
+from reward_server.preferences.labeling import Comparison
 from reward_server.preferences.records import json_lines
 from reward_server.preferences.sheets import Rankings
 
@@ -149,7 +150,8 @@ async def _wait(job: Job, project: "Project", deadline_s: float | None) -> None:
                     found = project.progress()
                     if found.given != before:
                         advance(found.given - before)
-                    await asyncio.sleep(max(_LOOK_S, _SPARING * (time.monotonic() - started)))
+                    with contextlib.suppress(TimeoutError):
+                        await project.wait_quota(max(_LOOK_S, _SPARING * (time.monotonic() - started)))
     except TimeoutError:
         found = project.progress()
         raise TimeoutError(
@@ -164,8 +166,7 @@ def write_rankings(job: Job) -> "Export":
     """Make RUN/data/comparisons.jsonl and RUN/labeling/exports of the log alone; the same whenever they are made."""
     from reward_server.labeling.export import exported
 
-    events, config, folder = read_events(log_of(job)), job.config.label, log_of(job).with_name("exports")
-    found = exported(events, config)
+    found, folder = exported(read_events(log_of(job)), job.config.label), log_of(job).with_name("exports")
     folder.mkdir(parents=True, exist_ok=True)
     rows = {"demonstrations": found.demonstrations, "left_out": map(asdict, found.left_out)}
     for name, of in (rows | {"unranked": map(asdict, found.unranked)}).items():
@@ -173,7 +174,7 @@ def write_rankings(job: Job) -> "Export":
     if found.comparisons:
         independent = [one for one in found.comparisons if one.id not in found.adjudications]
         write_people(job, found.comparisons, independent, job.file("completions"), log_of(job))
-        job.summarise(labelers_alpha=_alpha(events, config))
+        job.summarise(labelers_alpha=found.alpha)
     if found.demonstrations:
         job.made("demonstrations", folder / "demonstrations.jsonl", log_of(job))
     return found
@@ -182,25 +183,9 @@ def write_rankings(job: Job) -> "Export":
 def write_people(
     job: Job, comparisons: Sequence[Comparison], independent: Sequence[Comparison], *made_of: Path
 ) -> None:
-    """Write RUN/data/comparisons.jsonl, and what the report says of the people behind it.
-
-    independent: those whose agreement counts, so none that was asked for because others disagree.
-    """
-    path, who = job.run_dir / Rank.results[0], dict.fromkeys(one.labeler or "" for one in comparisons)
-    write_comparisons(path, comparisons)
-    agreed = agreement_figures(_rankings(independent))
-    job.summarise(rankings=f"people ({', '.join(sorted(filter(None, who)))})", **agreed)
-    job.made("comparisons", path, *made_of)
-
-
-def _alpha(events: Sequence[Event], config: LabelConfig) -> float | None:
-    """Krippendorff's alpha of the rankings that count."""
-    from reward_server.labeling.quality import measure
-
-    state = State()
-    for event in events:
-        state.apply(event)
-    return measure(state, config, 0.0).agreement.alpha
+    """See `record_rankings`. independent: those whose agreement counts, so none asked for because others disagree."""
+    who = sorted({one.labeler for one in comparisons if one.labeler})
+    record_rankings(job, comparisons, who, _rankings(independent), *made_of)
 
 
 def _rankings(comparisons: Sequence[Comparison]) -> list[Rankings]:

@@ -1,13 +1,16 @@
 """Sheets that people filled in become a round's comparisons; how far any two people agree."""
 
 import logging
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.pipeline.job import Job
 from cluster.pipeline.preferences import Rank
 from cluster.pipeline.stage import MadeOf, Stage
 from reward_server.preferences.labeling import Comparison, read_comparisons, write_comparisons
-from reward_server.preferences.records import RecordError
+from reward_server.preferences.records import read_all
 from reward_server.preferences.sheets import Rankings, agreement_credit, merge_rankings, read_rankings
 
 _SHOWN = 20  # comparisons without ranks that are listed
@@ -39,7 +42,7 @@ class RankByPeople(Stage):
         """Every file's rankings, and the comparisons that they rank whole. Raises ValueError with every mistake."""
         job, files = self.job, self.sheets
         comparisons = read_comparisons(job.file("completions"))
-        rankings = _read_sheets(files, comparisons, job.config.rounds.seed)
+        rankings = read_all(*(partial(read_rankings, file, comparisons, job.config.rounds.seed) for file in files))
         merged = merge_rankings(comparisons, rankings)
         ranked = {one.id for one in merged}
         missing = [one.id for one in comparisons if one.id not in ranked]
@@ -60,13 +63,24 @@ class RankByPeople(Stage):
 
     async def run(self, processes: Any, inputs: tuple[list[Comparison], list[Rankings]]) -> None:
         (merged, rankings), job = inputs, self.job
-        path = job.run_dir / "data" / "comparisons.jsonl"
-        write_comparisons(path, merged)
-        job.summarise(rankings=f"people ({', '.join(one.labeler for one in rankings)})", **agreement_figures(rankings))
-        job.made("comparisons", path, job.file("completions"), *self.sheets)
+        who = [one.labeler for one in rankings]
+        record_rankings(job, merged, who, rankings, job.file("completions"), *self.sheets)
 
 
-def agreement_figures(rankings: list[Rankings]) -> dict[str, Any]:
+def record_rankings(
+    job: Job, comparisons: Iterable[Comparison], who: Iterable[str], rankings: Sequence[Rankings], *made_of: Path
+) -> None:
+    """Write RUN/data/comparisons.jsonl, and what the report says of the people behind it.
+
+    rankings: those whose agreement counts, by labeler.
+    """
+    path = job.run_dir / Rank.results[0]
+    write_comparisons(path, comparisons)
+    job.summarise(rankings=f"people ({', '.join(who)})", **_agreement_figures(rankings))
+    job.made("comparisons", path, *made_of)
+
+
+def _agreement_figures(rankings: Sequence[Rankings]) -> dict[str, Any]:
     """How often two labelers agree on a pair, with a bootstrap interval over prompts; none without two labelers."""
     credit = agreement_credit(rankings)
     if not credit:
@@ -79,16 +93,3 @@ def agreement_figures(rankings: list[Rankings]) -> dict[str, Any]:
     interval = bootstrap_interval(agreed, pairs, resamples=1000, seed=0)
     rate = float(agreed.sum() / pairs.sum())
     return {"labelers_agree": rate, "labelers_agree_ci": list(interval), "labelers_agree_pairs": int(pairs.sum())}
-
-
-def _read_sheets(files: list[Path], comparisons: list[Comparison], seed: int) -> list[Rankings]:
-    """Every file's rankings. Raises RecordError with the mistakes of all files."""
-    found, wrong = [], []
-    for file in files:
-        try:
-            found.append(read_rankings(file, comparisons, seed))
-        except RecordError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise RecordError("\n".join(wrong))
-    return found

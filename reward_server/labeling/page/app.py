@@ -3,11 +3,11 @@
 import asyncio
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from reward_server.bodies import Bodies, Busy, TooLarge, TooSlow
 from reward_server.config import Limits
@@ -18,7 +18,7 @@ from reward_server.labeling.page.files import TYPES, files, version
 from reward_server.labeling.page.guard import COOKIE, Guard, address
 from reward_server.labeling.people import People, Person
 from reward_server.labeling.project import Project
-from reward_server.listening import pieces
+from reward_server.listening import Body, parsed, pieces
 from reward_server.preferences.records import NotWritten
 
 _COOKIE_S = 30 * 24 * 3600
@@ -33,7 +33,6 @@ _HEADERS = {
 }
 _RAW = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
 _STATUS: dict[type[Exception], int] = {TooSlow: 408, TooLarge: 413, Busy: 503, NotWritten: 503}
-Body = TypeVar("Body", bound=BaseModel)
 
 
 class _Body(BaseModel):
@@ -126,12 +125,7 @@ class _Reading:
 
     async def __call__(self, request: Request, kind: type[Body]) -> Body:
         async with self._bodies.read(pieces(request)) as body:
-            try:
-                return kind.model_validate_json(body)
-            except ValidationError as error:
-                first = error.errors(include_url=False, include_input=False)[0]
-                place = ".".join(map(str, first["loc"])) or "body"
-                raise HTTPException(422, f"{place:.200}: {first['msg']}") from error
+            return parsed(kind, body)
 
 
 def _refusing(status: int) -> Any:
