@@ -31,8 +31,9 @@ def spent(lengths: list[int], budget: int, ranks: int) -> int:
 
 
 def rectangles(lengths: list[int], budget: int) -> int:
-    """Tokens computed by one rank where every sequence of a micro-batch is padded to its longest."""
-    return sum(len(rows) * max(lengths[i] for i in rows) for rows in microbatches(lengths, budget, 1)[0])
+    """Tokens computed by one rank where every sequence is padded to the longest of its micro-batch."""
+    micro = microbatches(lengths, budget, 1, padded=True)[0]
+    return sum(len(rows) * max(lengths[i] for i in rows) for rows in micro)
 
 
 def measure(folder: Path) -> dict[str, float]:

@@ -141,10 +141,10 @@ ROWS = (
     Row(
         name="checkpoint",
         value="synchronous step, s",
-        denominator="the same with a checkpoint after each, s",
+        denominator="the same with a checkpoint before it, s",
         goal=0.95,
-        sides=("ppo", "ppo_saving"),
-        ratio=lambda s: (s["ppo"]["step"], s["ppo_saving"]["step"]),
+        sides=("ppo",),
+        ratio=lambda s: (s["ppo"]["step"], s["ppo"]["step_saving"]),
         limit="training waits for the disk; by default every tenth step saves",
     ),
     Row(

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks import parts, workload
 from benchmarks.workload import EPISODES, PROMPT_TOKENS, RESPONSE_TOKENS, TOKENS_PER_PASS
 
 Figures = dict[str, float]
-WARM_UP, STEPS, DEADLINE_S = 2, 5, 600
+WARM_UP, STEPS, DEADLINE_S = 2, 6, 600
 SETTINGS: dict[str, Any] = {
     "ppo.iterations": WARM_UP + STEPS,
     "ppo.prompts_per_batch": EPISODES,
@@ -85,8 +86,11 @@ def ppo(folder: Path, kill: bool = False, cores: Sequence[int] = (), **settings:
     )
     found = {name: statistics.median(row[name] for row in after if name in row) for name in names}
     first = steps[0]["time"] - steps[0]["time/publish"] - started
-    ends = [row["time"] for row in steps]
-    found["step"] = statistics.median(b - a for a, b in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False))
+    saved = {row["step"] for row in rows if "checkpoint/seconds" in row}  # after that step, in the next one's time
+    lasted: dict[str, list[float]] = {}
+    for before, one in pairwise(steps[WARM_UP - 1 :]):
+        lasted.setdefault("step_saving" if before["step"] in saved else "step", []).append(one["time"] - before["time"])
+    found |= {name: statistics.median(seconds) for name, seconds in lasted.items()}
     shutil.rmtree(run)
     return {**found, **killed, "first_update": first}
 
@@ -205,12 +209,11 @@ def bare_torch(folder: Path, threads: int) -> Figures:
 
 
 SIDES: dict[str, Callable[[Path], Figures]] = {
-    "ppo": lambda folder: ppo(folder, **TWO),
+    "ppo": lambda folder: ppo(folder, **TWO, **{"ppo.checkpoint_every": 2}),
     "ppo_async": lambda folder: ppo(folder, **{"ppo.max_staleness": 1, "rollout.prompts_per_wave": EPISODES}),
     "ppo_half": lambda folder: ppo(
         folder, cores=(0,), **{"ppo.prompts_per_batch": EPISODES // 2, "ppo.minibatch_size": EPISODES // 2}
     ),
-    "ppo_saving": lambda folder: ppo(folder, **TWO, **{"ppo.checkpoint_every": 1}),
     "ppo_killed": lambda folder: ppo(folder, kill=True),
     "vllm": lambda folder: vllm(folder, [(0,), (1,)]),
     "vllm_one": lambda folder: vllm(folder, [(0,)]),
