@@ -80,13 +80,13 @@ def ppo(folder: Path, kill: bool = False, cores: Sequence[int] = (), **settings:
         raise RuntimeError(f"rayward ppo failed ({code}):\n{(run / 'console.log').read_text()[-3000:]}")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "time/iteration" in row]
-    after = [row for row in rows if row["step"] > WARM_UP]
+    saved = {row["step"] for row in rows if "checkpoint/seconds" in row}  # after that step, in the next one's time
+    after = [row for row in rows if row["step"] > WARM_UP and row["step"] - 1 not in saved]
     names = dict.fromkeys(
         name for row in after for name in row if name.startswith(("time/", "publish/", "checkpoint/"))
     )
     found = {name: statistics.median(row[name] for row in after if name in row) for name in names}
     first = steps[0]["time"] - steps[0]["time/publish"] - started
-    saved = {row["step"] for row in rows if "checkpoint/seconds" in row}  # after that step, in the next one's time
     lasted: dict[str, list[float]] = {}
     for before, one in pairwise(steps[WARM_UP - 1 :]):
         lasted.setdefault("step_saving" if before["step"] in saved else "step", []).append(one["time"] - before["time"])
