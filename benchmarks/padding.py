@@ -1,4 +1,7 @@
-"""What padding costs: tokens computed beside tokens that count, and an iteration on packed and padded sequences."""
+"""What padding costs: tokens computed beside tokens that count, and an iteration on packed and padded sequences.
+
+.venv/bin/python -m benchmarks.padding      # the first of them, for 1 to 64 ranks: seconds, no model
+"""
 
 import random
 import statistics
@@ -24,16 +27,35 @@ def log_normal(count: int, mean: float, spread: float) -> list[int]:
     return [max(8, round(mean * numbers.lognormvariate(-(spread**2) / 2, spread))) for _ in range(count)]
 
 
-def spent(lengths: list[int], budget: int, ranks: int) -> int:
+def spent(lengths: list[int], budget: int, ranks: int, padded: bool = False) -> int:
     """Tokens of time: steps are collective, so that all ranks take as long as the one with most."""
-    split = microbatches(lengths, budget, ranks)
-    return ranks * sum(max(sum(lengths[i] for i in rank[step]) for rank in split) for step in range(len(split[0])))
+    split = microbatches(lengths, budget, ranks, padded=padded)
+
+    def tokens(rows: list[int]) -> int:
+        return len(rows) * max((lengths[i] for i in rows), default=0) if padded else sum(lengths[i] for i in rows)
+
+    return ranks * sum(max(tokens(rank[step]) for rank in split) for step in range(len(split[0])))
 
 
-def rectangles(lengths: list[int], budget: int) -> int:
-    """Tokens computed by one rank where every sequence is padded to the longest of its micro-batch."""
-    micro = microbatches(lengths, budget, 1, padded=True)[0]
-    return sum(len(rows) * max(lengths[i] for i in rows) for rows in micro)
+def table() -> list[tuple[str, int, float, float, float]]:
+    """(lengths, ranks, useful by spent, the most that balance allows, useful by padded), as the learner cuts them.
+
+    Nobody can have ended before the longest sequence has.
+    """
+    cases = [("64, mean 512, log-normal, budget 8,192", log_normal(64, 512, 0.7), 8192, (*RANKS, 16))]
+    reasoning = [min(length, 32_768) for length in log_normal(1024, 6000, 1.0)]
+    cases += [("1,024, mean 6,000, to 32,768, budget 32,768", reasoning, 32_768, (64,))]
+    return [
+        (
+            name,
+            count,
+            sum(lengths) / spent(lengths, budget, count),
+            sum(lengths) / count / max(sum(lengths) / count, max(lengths)),
+            sum(lengths) / spent(lengths, budget, count, padded=True),
+        )
+        for name, lengths, budget, ranks in cases
+        for count in ranks
+    ]
 
 
 def measure(folder: Path) -> dict[str, float]:
@@ -45,7 +67,7 @@ def measure(folder: Path) -> dict[str, float]:
         "spent": float(max(spent(shared, 8192, ranks) for ranks in RANKS)),
         "packed": packed,
         "padded": padded,
-        "padding": rectangles(lengths, BUDGET) / sum(lengths),
+        "padding": spent(lengths, BUDGET, 1, padded=True) / sum(lengths),
     }
 
 
@@ -88,3 +110,13 @@ def iteration(worker: LearnerWorker, trajectories: list[Trajectory]) -> None:
         critic_lr=1e-6,
     )
     worker.update(batch, targets, rows, [[]], step)
+
+
+def main() -> None:
+    """Print the table."""
+    for name, ranks, useful, most, padded in table():
+        print(f"{name}: {ranks:3} ranks, useful/spent {useful:.3f} (balance allows {most:.3f}), padded {padded:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bench, page, parts, sides
-from benchmarks.padding import log_normal, rectangles, spent
+from benchmarks.padding import log_normal, spent, table
 from benchmarks.rows import ROWS, Row
 
 ROOT = Path(__file__).parents[2]
@@ -110,10 +110,12 @@ def test_results_are_rendered(tmp_path: Path):
 
 
 def test_padding_is_counted():
-    assert rectangles([3, 5], 10) == 10
+    assert spent([3, 5], 10, 1, padded=True) == 10
     assert spent([3, 5], 10, 2) == 10
     lengths = log_normal(64, 512, 0.7)
     assert sum(lengths) <= spent(lengths, 8192, 4) < 1.05 * sum(lengths)
+    assert {ranks for _, ranks, *_ in table()} == {1, 2, 4, 8, 16, 64}
+    assert all(useful >= 0.97 * most for _, _, useful, most, _ in table())
 
 
 def test_fake_engines_sample_through_the_control_plane():
