@@ -123,9 +123,10 @@ def labels(run_dir: Path, folders: Sequence[Path]) -> dict[str, Path]:
     Raises ValueError for a folder that is there twice.
     """
     found: dict[str, Path] = {}
+    own = {folder: str(folder.relative_to(run_dir)) for folder in map(Path, folders) if folder.is_relative_to(run_dir)}
     for folder in map(Path, folders):
-        names = [str(folder.relative_to(run_dir))] if folder.is_relative_to(run_dir) else []
-        names += ["/".join(folder.parts[-count:]).strip("/") for count in range(1, len(folder.parts) + 1)]
+        names = ["/".join(folder.parts[-count:]).strip("/") for count in range(1, len(folder.parts) + 1)]
+        names = [own[folder]] if folder in own else [name for name in names if name not in own.values()]
         name = next((name for name in names if name not in found), None)
         if name is None or folder in found.values():
             raise ValueError(f"{folder} is to be measured twice: name it once in evaluation.models")

@@ -130,6 +130,8 @@ def test_a_run_without_models_says_which_to_name(tmp_path):
 def test_models_have_the_shortest_name_that_tells_them_apart(tmp_path):
     folders = [tmp_path / "run" / "sft", tmp_path / "a" / "policy", tmp_path / "b" / "policy"]
     assert list(labels(tmp_path / "run", folders)) == ["sft", "policy", "b/policy"]
+    outside_first = [tmp_path / "a" / "policy", tmp_path / "run" / "policy"]
+    assert list(labels(tmp_path / "run", outside_first)) == ["a/policy", "policy"], "a run's own keep their names"
     with pytest.raises(ValueError, match="twice"):
         labels(tmp_path, [*folders, folders[0]])
 
