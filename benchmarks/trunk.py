@@ -1,6 +1,6 @@
 """What a shared trunk saves: a PPO iteration of the learner with frozen first layers, which are computed once or not.
 
-    taskset -c 0 .venv/bin/python benchmarks/trunk.py
+    taskset -c 0 .venv/bin/python -m benchmarks.trunk
 
 Policy, reference and critic of SmolLM2-135M's shape (random weights, bfloat16) with LoRA on the last 12 of 30 layers,
 and the quickstart's batch: 64 sequences of 20 + 13 tokens in two minibatches, with its pretraining text. CPU time of

@@ -100,17 +100,22 @@ def record(
 
 
 def read_lineage(run_dir: Path) -> list[Artefact]:
-    """Every record, oldest first; a line that cannot be read is left out with a warning. No file: none."""
+    """Every record, oldest first; a line that cannot be read is left out with a warning. No file: none.
+
+    A last line without its end is being written, or its writer was killed: half of one is no record yet.
+    """
     path = run_dir / FILE
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), start=1):
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             found.append(Artefact(**{**row, "inputs": tuple(Input(**one) for one in row["inputs"])}))
         except (ValueError, TypeError, KeyError):
-            log.warning("%s:%d is not a record: left out", path, number)
+            if number < len(lines):
+                log.warning("%s:%d is not a record: left out", path, number)
     return found
 
 

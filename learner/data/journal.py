@@ -19,6 +19,7 @@ from reward_server.schema import Pause
 
 T = TypeVar("T")
 _BLOCK = 2**16
+_APPENDING = threading.Lock()  # half of a line that another thread is writing must not be taken for a killed writer's
 log = logging.getLogger(__name__)
 
 
@@ -165,8 +166,8 @@ class Journal:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line to a file that is not kept open. Raises NotWritten, on a full disk too."""
-    with writing(path), contextlib.closing(_open(path)) as file:
+    """Append one line to a file that is not kept open, from any thread. Raises NotWritten, on a full disk too."""
+    with _APPENDING, writing(path), contextlib.closing(_open(path)) as file:
         _append(file, json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 

@@ -68,7 +68,7 @@ class Quickstart(Stage):
     async def run(self, processes: "ProcessPool", inputs: None) -> None:
         started, job = time.monotonic(), replace(self.job, start="resume")  # `clear` has seen to the stages that were
         base = self._prepare()
-        job.summarise(model="a Llama of 2 M parameters, pretrained here" if self.tiny else "SmolLM2-135M-Instruct")
+        job.summarise(model="Llama of 2 M parameters" if self.tiny else "SmolLM2-135M-Instruct")
         if job.config.models.chat_template is None:  # else a response may end otherwise than the base model's
             processes.prefetch(base)
         if self.tiny:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,14 +114,43 @@ def test_the_last_record_of_a_path_counts(tmp_path):
     assert state(tmp_path, second) == "whole"
 
 
-def test_a_line_that_a_kill_cut_off_costs_that_record_only(tmp_path, caplog):
+def test_a_line_that_a_kill_cut_off_costs_that_record_only(tmp_path):
     first = made(tmp_path, "a")
     with (tmp_path / FILE).open("ab") as file:
         file.write(b'{"name": "b", "ki')
+    assert read_lineage(tmp_path) == [first]
+    third = made(tmp_path, "c")
+    assert read_lineage(tmp_path) == [first, third]
+
+
+def test_a_line_that_is_damaged_is_told(tmp_path, caplog):
+    first = made(tmp_path, "a")
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(b'{"name": "b", "ki\n')
     third = made(tmp_path, "c")
     with caplog.at_level(logging.WARNING):
         assert read_lineage(tmp_path) == [first, third]
     assert f"{FILE}:2 is not a record" in caplog.text
+
+
+def test_who_reads_while_others_record_sees_whole_records_and_warns_of_nothing(tmp_path, caplog):
+    """The feed of W&B looks up inputs while the command goes on; a long line is not written at once."""
+    long, seen, per_thread = tmp_path / ("x" * 200), [0], 25
+    long.write_text("x")
+
+    def write(first: int) -> None:
+        for number in range(per_thread):
+            made(tmp_path, f"{first}-{number}", *[long] * 40)
+
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(4) as pool:
+        writing = [pool.submit(write, first) for first in range(3)]
+        while not all(one.done() for one in writing):
+            seen.append(len(read_lineage(tmp_path)))
+    for one in writing:
+        one.result()
+    assert seen == sorted(seen)
+    assert len(latest(read_lineage(tmp_path))) == 3 * per_thread
+    assert caplog.text == ""
 
 
 def test_an_input_that_changed_since_it_was_made_is_told(tmp_path, caplog):
