@@ -8,8 +8,8 @@ help: ## show this list
 setup: ## make .venv as the lock says (PYTHON=... and LOCK=... override what is chosen)
 	@PYTHON='$(PYTHON)' LOCK='$(LOCK)' requirements/install.sh
 
-quickstart: setup ## train SmolLM2-135M from simulated feedback, end to end, and write a report (15 minutes on two cores)
-	@.venv/bin/rayward quickstart --resume
+quickstart: setup ## train SmolLM2-135M from simulated feedback, end to end, and write a report (10 minutes on two cores)
+	@.venv/bin/rayward quickstart --resume $(if $(wildcard /dev/nvidia0),,--cluster.learner_ranks 2)
 
 tiny: setup ## the same with a model of 2 M parameters that is pretrained on the spot (5 minutes)
 	@.venv/bin/rayward quickstart --tiny --resume

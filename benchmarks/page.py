@@ -11,6 +11,7 @@ from benchmarks.rows import Row
 from cluster.report.plot import BEFORE, INK, SERIES, Plot, png
 
 MARK = "<!-- Measured: `make bench` writes from here on. -->\n"
+_BEFORE_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 _WIDEST = 2.0  # times its goal that a bar is drawn; its number is beside it
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -63,8 +64,8 @@ def _bars(every: Sequence[Row], results: Results) -> Plot:
             axes.barh(place, shown, color=SERIES[0] if row.goal else BEFORE, height=0.6)
             best = min(max(ratios) / unit, _WIDEST)
             axes.hlines(place, min(min(ratios) / unit, _WIDEST), best, color=INK, linewidth=1.2)
-            axes.text(best + 0.04, place, f"{middle:.2f}", va="center", fontsize=8)
-        axes.axvline(1.0, color=INK, linestyle=(0, (1, 1.5)))
+            axes.text(best + 0.04, place, f"{middle:.2f}", va="center", fontsize=8, bbox=_BEFORE_LINES)
+        axes.axvline(1.0, color=INK, linestyle=(0, (1, 1.5)), zorder=1.5)
         axes.set_yticks(range(len(rows)), [row.name + ("" if row.goal else " (no goal)") for row in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, _WIDEST + 0.3)

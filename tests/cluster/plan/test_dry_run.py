@@ -157,14 +157,15 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str,
     return json.loads(capsys.readouterr().out)
 
 
-GENERATORS, ALL = ["generator-0", "generator-1"], ["learner-0", "generator-0", "generator-1", "reward-0"]
+GENERATORS = ["generator-0", "generator-1"]
+ALL = ["learner-0", *GENERATORS, "reward-0", "reward-1"]
 
 
 @pytest.mark.parametrize(
     ("command", "processes"),
     [
         *(("sft", ALL[:1]), ("baseline", ALL[:1]), ("sample", GENERATORS), ("reward", ALL[:1])),
-        *(("select", ALL[1:]), ("ppo", ALL), ("rounds", ALL), ("evaluate", ALL), ("serve", ALL[3:])),
+        *(("select", ALL[1:]), ("ppo", ALL), ("rounds", ALL), ("evaluate", ALL), ("serve", ALL[3:4])),
     ],
 )
 def test_every_command_plans_the_processes_that_it_starts(

@@ -52,7 +52,7 @@ def test_the_quickstart_fits_a_laptop():
     ppo = plan.steps[-1]
     assert ppo.batches
     assert (ppo.batches.rows, ppo.batches.steps, ppo.batches.pretraining_sequences) == (64, 2, 8)
-    assert ppo.memory.keys() == {"generator-0", "generator-1", "learner-0", "reward-0"}
+    assert ppo.memory.keys() == {"generator-0", "generator-1", "learner-0", "reward-0", "reward-1"}
     assert list(phases(plan)) == ["generate", "score", "evaluate", "update policy", "update critic", "publish"]
     assert ppo.seconds == pytest.approx(sum(phases(plan).values()))
     assert ppo.times == 12
