@@ -163,7 +163,7 @@ ROWS = (
         goal=0.83,
         sides=("ppo", "vllm"),
         ratio=lambda s: (s["vllm"]["start"], s["ppo"]["first_update"]),
-        limit="imports of three processes on two cores, Ray, and the first step itself",
+        limit="imports of five processes and two engines on two cores, Ray, and the first step itself",
     ),
     Row(
         name="memory",

@@ -123,8 +123,9 @@ def labels(run_dir: Path, folders: Sequence[Path]) -> dict[str, Path]:
     Raises ValueError for a folder that is there twice.
     """
     found: dict[str, Path] = {}
-    own = {folder: str(folder.relative_to(run_dir)) for folder in map(Path, folders) if folder.is_relative_to(run_dir)}
-    for folder in map(Path, folders):
+    folders = [Path(folder) for folder in folders]
+    own = {folder: str(folder.relative_to(run_dir)) for folder in folders if folder.is_relative_to(run_dir)}
+    for folder in folders:
         names = ["/".join(folder.parts[-count:]).strip("/") for count in range(1, len(folder.parts) + 1)]
         names = [own[folder]] if folder in own else [name for name in names if name not in own.values()]
         name = next((name for name in names if name not in found), None)
